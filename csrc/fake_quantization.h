@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace quanttune {
+
+// A tensor seen as (outer, channels, inner), with one step per channel; (1, 1, size) has one step.
+struct Grid {
+  const float* scale;
+  std::int64_t outer, channels, inner;
+  int qmin, qmax;
+};
+
+// y = clamp(rint(x / scale), qmin, qmax) * scale; y may be x. See reference.fake_quant.
+void fake_quant(const void* x, void* y, Type type, const Grid& grid, int threads);
+
+// grad_x = grad where qmin <= rint(x / scale) <= qmax, else 0; grad_x may be grad.
+void fake_quant_backward(const void* grad, const void* x, void* grad_x, Type type,
+                         const Grid& grid, int threads);
+
+}  // namespace quanttune

@@ -1,0 +1,173 @@
+// Sixteen lanes of float, written once in the compiler's vector types and compiled for several machines.
+//
+// Every operation below is element-wise IEEE arithmetic on a fixed number of lanes, so AVX-512, AVX2 and
+// the portable build give the same bits.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define QUANTTUNE_INLINE inline __attribute__((always_inline))
+// behind the parameters of a lambda: without it the body is compiled once, for the oldest machine
+#define QUANTTUNE_BODY __attribute__((always_inline))
+
+// The loader picks the best clone for the machine it runs on. A clone covers what is inlined into it.
+#if defined(__x86_64__) && defined(__linux__)
+#define QUANTTUNE_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define QUANTTUNE_CLONES
+#endif
+
+namespace quanttune {
+
+constexpr std::int64_t kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t Masks __attribute__((vector_size(kLanes * 4)));
+typedef double Doubles __attribute__((vector_size(kLanes * 8)));
+typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+enum class Type : int { float32, float64, float16, bfloat16 };
+
+// The two 16-bit formats are kept as bits: `Bits` orders magnitudes like the numbers themselves.
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Bits = std::uint32_t;
+  using Vector = Floats;
+  using Scalar = float;
+};
+template <>
+struct Traits<double> {
+  using Bits = std::uint64_t;
+  using Vector = Doubles;
+  using Scalar = double;
+};
+template <>
+struct Traits<Float16> {
+  using Bits = std::uint16_t;
+  using Vector = Floats;
+  using Scalar = float;
+};
+template <>
+struct Traits<BFloat16> {
+  using Bits = std::uint16_t;
+  using Vector = Floats;
+  using Scalar = float;
+};
+
+template <class To, class From>
+QUANTTUNE_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class Vector>
+QUANTTUNE_INLINE Vector load_bits(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+QUANTTUNE_INLINE Floats splat(float value) { return Floats{} + value; }
+QUANTTUNE_INLINE Doubles splat(double value) { return Doubles{} + value; }
+
+// ------------------------------------------------------------------ to and from the 16-bit formats
+
+QUANTTUNE_INLINE Floats from_bfloat16(Halves bits) {
+  return bit_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+
+QUANTTUNE_INLINE Floats from_float16(Halves bits) {
+  const Words wide = __builtin_convertvector(bits, Words);
+  const Words magnitude = (wide & 0x7FFFu) << 13;
+  const Words normal = magnitude + (112u << 23);
+  // a subnormal half is a fraction of 2^-14: place it under a one, then take the one away
+  const Words fraction = bit_cast<Words>(bit_cast<Floats>(magnitude | (113u << 23)) - 0x1p-14f);
+  const Words special = magnitude | (255u << 23);
+  const Words exponent = wide & 0x7C00u;
+  const Words result = exponent == 0 ? fraction : (exponent == 0x7C00u ? special : normal);
+  return bit_cast<Floats>(result | ((wide & 0x8000u) << 16));
+}
+
+QUANTTUNE_INLINE Halves to_bfloat16(Floats value) {
+  const Words bits = bit_cast<Words>(value);
+  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Words quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded, Halves);
+}
+
+QUANTTUNE_INLINE Halves to_float16(Floats value) {
+  const Words bits = bit_cast<Words>(value);
+  const Words magnitude = bits & 0x7FFFFFFFu;
+  const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // below 2^-14: adding a half moves the bits that are kept to the end, and rounds them
+  const Words small = bit_cast<Words>(bit_cast<Floats>(magnitude) + 0.5f) - (126u << 23);
+  const Words special = magnitude > 0x7F800000u ? Words{} + 0x7E00u : Words{} + 0x7C00u;
+  const Words result = magnitude < (113u << 23)    ? small
+                       : magnitude >= (143u << 23) ? special
+                                                   : normal;
+  return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), Halves);
+}
+
+// --------------------------------------------------------------------------------- sixteen elements
+
+QUANTTUNE_INLINE Floats load(const float* from) { return load_bits<Floats>(from); }
+QUANTTUNE_INLINE Doubles load(const double* from) { return load_bits<Doubles>(from); }
+QUANTTUNE_INLINE Floats load(const Float16* from) { return from_float16(load_bits<Halves>(from)); }
+QUANTTUNE_INLINE Floats load(const BFloat16* from) { return from_bfloat16(load_bits<Halves>(from)); }
+
+QUANTTUNE_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+QUANTTUNE_INLINE void store(double* to, Doubles value) { std::memcpy(to, &value, sizeof(value)); }
+QUANTTUNE_INLINE void store(Float16* to, Floats value) {
+  const Halves bits = to_float16(value);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+QUANTTUNE_INLINE void store(BFloat16* to, Floats value) {
+  const Halves bits = to_bfloat16(value);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+QUANTTUNE_INLINE Floats to_floats(Floats value) { return value; }
+QUANTTUNE_INLINE Floats to_floats(Doubles value) { return __builtin_convertvector(value, Floats); }
+QUANTTUNE_INLINE Doubles to_doubles(Floats value) { return __builtin_convertvector(value, Doubles); }
+QUANTTUNE_INLINE Doubles to_doubles(Doubles value) { return value; }
+
+QUANTTUNE_INLINE Floats magnitude(Floats value) {
+  return bit_cast<Floats>(bit_cast<Words>(value) & 0x7FFFFFFFu);
+}
+QUANTTUNE_INLINE Doubles magnitude(Doubles value) { return value < 0 ? -value : value; }
+
+// Calls body(T{}) with the element type that `type` names.
+template <class Body>
+void dispatch(Type type, Body body) {
+  switch (type) {
+    case Type::float32: return body(float{});
+    case Type::float64: return body(double{});
+    case Type::float16: return body(Float16{});
+    case Type::bfloat16: return body(BFloat16{});
+  }
+}
+
+// Calls body(offset, count): count is kLanes, but for the last call of a size that is no multiple of it.
+template <class Body>
+QUANTTUNE_INLINE void for_lanes(std::int64_t size, Body body) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, kLanes);
+  if (i < size) body(i, size - i);
+}
+
+}  // namespace quanttune

@@ -1,0 +1,13 @@
+"""Outlier-driven fine-tuning that makes Transformers ready for plain integer quantization.
+
+observe (kernels) -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
+"""
+
+import torch as _torch  # first: the C++ kernels run on the OpenMP threads that torch loads  # noqa: F401
+
+from . import fused_observer as fused_observer
+from . import reference as reference
+from .fake_quantizer import fake_quant as fake_quant
+from .ops import backends as backends
+from .tuning.tuner import Tuner as Tuner
+from .tuning.tuner import attach as attach

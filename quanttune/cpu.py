@@ -1,0 +1,67 @@
+"""The C++ kernels behind the signatures of reference.py. ops.py hands over dense CPU tensors."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _C, reference
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def fake_quant(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    y = torch.empty_like(x)
+    _C.fake_quant(
+        x.data_ptr(), scale.data_ptr(), y.data_ptr(), _TYPES[x.dtype], *_channels(x, axis),
+        qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
+    grad_x = torch.empty_like(grad)
+    _C.fake_quant_backward(
+        grad.data_ptr(), x.data_ptr(), scale.data_ptr(), grad_x.data_ptr(), _TYPES[x.dtype],
+        *_channels(x, axis), qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = torch.empty((samples, reference.COLUMNS), dtype=dtype)
+    if samples:
+        _C.outlier_statistics(
+            x.data_ptr(), statistics.data_ptr(), _TYPES[x.dtype], samples, x.numel() // samples,
+            exact, torch.get_num_threads(),
+        )  # fmt: skip
+    return statistics
+
+
+def outlier_statistics_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    ratio_grad: Tensor,
+    exact: bool,
+    detach_deviation: bool,
+) -> Tensor:
+    grad_x = torch.empty_like(grad)
+    if x.numel():
+        ratio_grad = ratio_grad.to(statistics.dtype).contiguous()
+        _C.outlier_statistics_backward(
+            grad.data_ptr(), x.data_ptr(), statistics.data_ptr(), ratio_grad.data_ptr(),
+            grad_x.data_ptr(), _TYPES[x.dtype], len(statistics), x.numel() // len(statistics),
+            exact, detach_deviation, torch.get_num_threads(),
+        )  # fmt: skip
+    return grad_x
+
+
+def _channels(x: Tensor, axis: int | None) -> tuple[int, int, int]:
+    """View x as (outer, channels, inner), with one step per channel."""
+    if axis is None:
+        return 1, 1, x.numel()
+    return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])

@@ -1,0 +1,80 @@
+"""Symmetric uniform fake quantization: the function, and the grid it rounds to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+def integer_range(bits: int, narrow: bool = False) -> tuple[int, int]:
+    """Return (qmin, qmax) of `bits`-bit signed integers; `narrow` leaves the lowest one out."""
+    if not 2 <= bits <= 16:
+        raise ValueError(f"bits must be from 2 to 16, got {bits}")
+    qmax = 2 ** (bits - 1) - 1
+    return (-qmax if narrow else -qmax - 1), qmax
+
+
+def scale_of(absmax: Tensor, bits: int) -> Tensor:
+    """Return the step that puts `absmax` on the highest level, in float32; 1 where absmax is 0."""
+    _, qmax = integer_range(bits)
+    scale = absmax.float() / qmax
+    # an absmax near the smallest float would make a step of 0
+    return torch.where(absmax == 0, 1.0, scale.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+class _FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.grid = qmin, qmax, axis
+        return ops.fake_quant(x, scale, qmin, qmax, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        return ops.fake_quant_backward(grad, x, scale, *ctx.grid), None, None, None, None
+
+
+def fake_quant(
+    x: Tensor, scale: Tensor, bits: int = 8, axis: int | None = None, narrow: bool = False
+) -> Tensor:
+    """Round x to the symmetric `bits`-bit grid of step `scale`, keeping its shape and dtype.
+
+    The codes are those of ONNX QuantizeLinear, bit for bit, on every device. The gradient is
+    straight-through: it reaches x wherever its code was not clipped, and never reaches `scale`.
+
+    Args:
+        x: floating point, any shape.
+        scale: positive float32 on the device of x; one value, or with `axis` one per index of it.
+            Its values are not checked here, since that would wait for a GPU: `scale_of` makes good ones.
+        bits: width of the integers, 2 to 16. 8 gives the codes -128 to 127.
+        axis: the dimension of x that has a scale per index, for instance 0 for a weight's outputs.
+        narrow: leave out the lowest code, so that 8 bits give -127 to 127.
+
+    Source: QuantTune, arXiv 2403.06497, section 3; docs/method.md.
+    """
+    qmin, qmax = integer_range(bits, narrow)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {_describe(x)}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be float32, got {scale.dtype}")
+    if scale.device != x.device:
+        raise ValueError(f"scale must be on the device of x, {x.device}, got {scale.device}")
+    if axis is not None:
+        if not -x.dim() <= axis < x.dim():
+            raise ValueError(f"axis must be a dimension of x, which has {x.dim()}, got {axis}")
+        axis %= x.dim()
+    wanted = 1 if axis is None else x.shape[axis]
+    if scale.numel() != wanted:
+        raise ValueError(f"scale must hold {wanted} value(s), got shape {tuple(scale.shape)}")
+    return _FakeQuant.apply(x, scale, qmin, qmax, axis)
+
+
+def _describe(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,0 +1,104 @@
+"""The ops: one schema each, one kernel per kind of device, gradients on top.
+
+A call goes fused_observer.observe (checks) -> _Observe (gradient) -> torch.ops.quanttune.outlier_statistics
+(device) -> the kernel. The ops are functional: they neither change nor return what they are given.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+class Backend(NamedTuple):
+    """Which implementation serves a kind of device, and why."""
+
+    name: str
+    reason: str
+
+
+def _load_cpu() -> tuple[Any, Backend]:
+    try:
+        from . import cpu
+    except ImportError as error:
+        reason = f"the C++ extension does not load: {error}"
+        advice = "CPU tensors take the slower PyTorch reference. Reinstall quanttune with a compiler."
+        warnings.warn(f"{reason}. {advice}", stacklevel=2)
+        return reference, Backend("reference", reason)
+    return cpu, Backend("C++", "the extension is built")
+
+
+def _load_gpu() -> tuple[Any, Backend]:
+    try:
+        import quanttune.triton_kernels as gpu
+    except ImportError as error:
+        reason = f"Triton does not load: {error}"
+        if torch.version.cuda or torch.version.hip:  # elsewhere nobody misses it
+            advice = "GPU tensors take the slower PyTorch reference. pip install triton mends it."
+            warnings.warn(f"{reason}. {advice}", stacklevel=2)
+        return reference, Backend("reference", reason)
+    return gpu, Backend("Triton", "Triton is installed")
+
+
+_cpu, _cpu_backend = _load_cpu()
+_gpu, _gpu_backend = _load_gpu()
+
+
+def backends() -> dict[str, Backend]:
+    """Tell which implementation serves which kind of device, and why."""
+    others = Backend("reference", "no kernels for other devices")
+    return {"cpu": _cpu_backend, "cuda": _gpu_backend, "other": others}
+
+
+def _register(name: str, arguments: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Define torch.ops.quanttune.<name>; each module of kernels has a function of that name."""
+    op = f"quanttune::{name}"
+    torch.library.define(op, f"({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(op, "CompositeExplicitAutograd")(getattr(reference, name))
+    torch.library.impl(op, "CPU")(_dense(getattr(_cpu, name)))
+    torch.library.impl(op, "CUDA")(_dense(getattr(_gpu, name)))
+    torch.library.register_fake(op)(fake)
+    return getattr(torch.ops.quanttune, name).default
+
+
+def _dense(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Hand contiguous tensors to the kernel: sample positions count along the logical order."""
+
+    def call(*arguments: Any) -> Tensor:
+        return kernel(*[a.contiguous() if isinstance(a, Tensor) else a for a in arguments])
+
+    return call
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((samples, reference.COLUMNS), dtype=dtype)
+
+
+fake_quant = _register(
+    "fake_quant",
+    "Tensor x, Tensor scale, int qmin, int qmax, int? axis",
+    fake=lambda x, scale, qmin, qmax, axis: _dense_like(x),
+)
+fake_quant_backward = _register(
+    "fake_quant_backward",
+    "Tensor grad, Tensor x, Tensor scale, int qmin, int qmax, int? axis",
+    fake=lambda grad, x, scale, qmin, qmax, axis: _dense_like(grad),
+)
+outlier_statistics = _register(
+    "outlier_statistics", "Tensor x, SymInt samples, bool exact", fake=_fake_statistics
+)
+outlier_statistics_backward = _register(
+    "outlier_statistics_backward",
+    "Tensor grad, Tensor x, Tensor statistics, Tensor ratio_grad, bool exact, "
+    "bool detach_deviation",
+    fake=lambda grad, x, statistics, ratio_grad, exact, detach_deviation: _dense_like(grad),
+)

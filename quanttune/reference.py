@@ -1,0 +1,245 @@
+"""Every op of quanttune in plain PyTorch: the definition, the fallback and the oracle.
+
+The C++ (csrc/, through cpu.py) and Triton (triton_kernels/) kernels have the same four functions with the
+same signatures and return the same bits for codes, maxima and medians. Symbols: A is the activation of one
+sample, flattened over tokens and channels; N is its number of elements; s is a quantization step.
+
+`observe`, `outlier_ratio` and `FusedObserver` mirror `quanttune.fused_observer` on autograd alone, so that
+`from quanttune.reference import observe` is all it takes to compare the two.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE_SIZE = 65536  # above this many elements per row, the median is that of a stratified sample
+
+# the columns of what `outlier_statistics` returns
+MAXIMUM, MEDIAN, MEAN, DEVIATION, RATIO, MAXIMUM_COUNT, MEDIAN_COUNT = range(7)
+COLUMNS = 7
+
+
+class Statistics(NamedTuple):
+    """The outlier statistics of every sample, each of shape (samples,). Only `ratio` has a gradient."""
+
+    maximum: Tensor  # max|A|
+    median: Tensor  # lower median of |A|
+    mean: Tensor  # of the signed A
+    deviation: Tensor  # of the signed A, with N - 1
+    ratio: Tensor  # (maximum - median) / deviation, one term of eq. 2
+
+
+# ---------------------------------------------------------------------------- fake quantization
+
+
+def fake_quant(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    """Snap x to the grid of step s: code = clamp(rint(x / s), qmin, qmax), y = code * s.
+
+    x goes to float32 first and y is cast once. rint rounds halves to even, x / s is the correctly
+    rounded quotient and there is no negative zero: ONNX QuantizeLinear, bit for bit. NaN stays NaN.
+    """
+    step = _along(axis, scale, x)
+    code = torch.round(x.float() / step).clamp(qmin, qmax) + 0.0  # + 0.0 turns -0 into 0
+    return (code * step).to(x.dtype)
+
+
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
+    """Pass the gradient straight through wherever qmin <= rint(x / s) <= qmax, else zero."""
+    code = torch.round(x.float() / _along(axis, scale, x))
+    return torch.where((code >= qmin) & (code <= qmax), grad, 0.0)
+
+
+def _along(axis: int | None, scale: Tensor, x: Tensor) -> Tensor:
+    if axis is None:
+        return scale.reshape(())
+    return scale.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+
+
+# ---------------------------------------------------------------------------- outlier statistics
+
+
+def sample_positions(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return which elements of a row of `size` elements make its median, as increasing int64 indices.
+
+    Up to SAMPLE_SIZE elements that is all of them. Above, one element of every stratum [i*k, (i+1)*k)
+    with k = ceil(size / SAMPLE_SIZE), picked by a fixed hash of i (the 32-bit mixer "lowbias32"). The
+    picks are as good as independent, so by Hoeffding a rank error above e has a probability below
+    2 exp(-2 n e^2) on any data: 4e-6 for 1 % at n = 65,536.
+    """
+    stride = -(-size // SAMPLE_SIZE)
+    stratum = torch.arange(size // stride, device=device)
+    low_bits = 0xFFFFFFFF
+    mixed = (stratum * 0x9E3779B1) & low_bits
+    mixed = mixed ^ (mixed >> 16)
+    mixed = (mixed * 0x7FEB352D) & low_bits
+    mixed = mixed ^ (mixed >> 15)
+    mixed = (mixed * 0x846CA68B) & low_bits  # int64 wraps, which leaves the low 32 bits right
+    mixed = mixed ^ (mixed >> 16)
+    return stratum * stride + ((mixed * stride) >> 32)
+
+
+def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+    """Return the statistics of each sample, (samples, COLUMNS): max|A|, lower median of |A|, mean,
+    deviation (N - 1), the ratio r = (maximum - median) / deviation, and how many elements attain the
+    maximum and, among the sampled ones, the median.
+
+    A constant sample has deviation 0 and r = 0; a sample that holds NaN or inf has NaN everywhere.
+    Float32, for float64 input float64.
+    """
+    if samples == 0:
+        return x.new_empty((0, COLUMNS), dtype=_result_dtype(x))
+    rows = x.reshape(samples, -1)
+    size = rows.shape[1]
+    magnitude = rows.abs()
+    maximum = magnitude.amax(1, keepdim=True)
+    sampled = magnitude if exact else magnitude[:, sample_positions(size, x.device)]
+    median = sampled.median(1, keepdim=True).values
+    wide = rows.to(_accumulator_dtype(x))
+    mean = wide.mean(1, keepdim=True)
+    deviation = ((wide - mean).square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
+    spread = maximum.to(wide.dtype) - median.to(wide.dtype)
+    # where a division by zero would be, divide by one: its numerator is zero as well
+    ratio = spread / torch.where(deviation == 0, 1, deviation)
+    counts = [(magnitude == maximum).sum(1, keepdim=True), (sampled == median).sum(1, keepdim=True)]
+    columns = [maximum, median, mean, deviation, ratio, *counts]
+    result = torch.cat([column.to(wide.dtype) for column in columns], 1)
+    result = torch.where(deviation.isfinite(), result, torch.nan)
+    return result.to(_result_dtype(x))
+
+
+def outlier_statistics_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    ratio_grad: Tensor,
+    exact: bool,
+    detach_deviation: bool,
+) -> Tensor:
+    """Add to `grad` the gradient of sum(ratio_grad * r) with respect to x.
+
+    dr/da = sign(a) / (count * deviation) on every element at the maximum, the same negated on every
+    sampled element at the median, and -r (a - mean) / ((N - 1) deviation^2) everywhere, which
+    `detach_deviation` leaves out. A sample with deviation 0 or ratio_grad 0 keeps `grad` as it is.
+    """
+    if x.numel() == 0:
+        return grad.clone()
+    rows = x.reshape(len(statistics), -1).to(_result_dtype(x))
+    size = rows.shape[1]
+    column = statistics.unbind(1)
+    upstream = ratio_grad.to(rows.dtype)
+    live = (column[DEVIATION] != 0) & (upstream != 0)
+    unit = upstream / torch.where(live, column[DEVIATION], 1)
+    slope = -unit * column[RATIO] / (torch.where(live, column[DEVIATION], 1) * max(size - 1, 1))
+    magnitude, sign = rows.abs(), rows.sign()
+
+    added = torch.zeros_like(rows)
+    if not detach_deviation:
+        added += slope[:, None] * (rows - column[MEAN][:, None])
+    at_maximum = magnitude == column[MAXIMUM][:, None]
+    added += (unit / column[MAXIMUM_COUNT])[:, None] * sign * at_maximum
+    at_median = magnitude == column[MEDIAN][:, None]
+    if not exact:
+        sampled = torch.zeros(size, dtype=torch.bool, device=x.device)
+        at_median &= sampled.index_fill_(0, sample_positions(size, x.device), True)
+    added -= (unit / column[MEDIAN_COUNT])[:, None] * sign * at_median
+
+    rows_grad = grad.reshape(rows.shape)
+    total = (rows_grad.to(rows.dtype) + added).to(grad.dtype)
+    return torch.where(live[:, None], total, rows_grad).reshape(x.shape)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _accumulator_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+# ------------------------------------------------------------- the same names as quanttune.fused_observer
+
+
+def rows_of(x: Tensor, samples: int | None) -> int:
+    """Check that x holds `samples` rows (its first dimension if None), and return their number."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {got}")
+    if samples is None:
+        if x.dim() == 0:
+            raise ValueError("x has no dimension to take the samples from: give samples=1")
+        samples = x.shape[0]
+    if samples < 0 or (samples == 0) != (x.numel() == 0) or (samples and x.numel() % samples):
+        raise ValueError(f"{samples} samples do not divide x of shape {tuple(x.shape)}")
+    return samples
+
+
+def observe(
+    x: Tensor,
+    samples: int | None = None,
+    *,
+    exact: bool = False,
+    detach_deviation: bool = False,
+) -> tuple[Tensor, Statistics]:
+    """Return x and the outlier statistics of each sample, on plain autograd."""
+    samples = rows_of(x, samples)
+    constants = outlier_statistics(x.detach(), samples, exact)
+    if samples == 0:
+        return x, Statistics(*constants[:, : RATIO + 1].unbind(1))
+    rows = x.reshape(samples, -1).to(constants.dtype)
+    magnitude = rows.abs()
+    sampled = magnitude if exact else magnitude[:, sample_positions(rows.shape[1], x.device)]
+    at_median = sampled.detach() == constants[:, MEDIAN, None]
+    # ties share the gradient, as they do in amax
+    median = torch.where(at_median, sampled, 0).sum(1) / constants[:, MEDIAN_COUNT]
+    deviation = constants[:, DEVIATION] if detach_deviation else _standard_deviation(rows)
+    constant = constants[:, DEVIATION] == 0
+    ratio = (magnitude.amax(1) - median) / torch.where(constant, 1, deviation)
+    ratio = torch.where(constant, 0, ratio)
+    return x, Statistics(*constants[:, :RATIO].unbind(1), ratio)
+
+
+def _standard_deviation(rows: Tensor) -> Tensor:
+    centred = rows - rows.mean(1, keepdim=True)
+    variance = centred.square().sum(1) / max(rows.shape[1] - 1, 1)
+    # the root of zero has no gradient; where the variance is zero the ratio is replaced anyway
+    return torch.where(variance == 0, 1, variance).sqrt()
+
+
+def outlier_ratio(
+    x: Tensor,
+    samples: int | None = None,
+    *,
+    exact: bool = False,
+    detach_deviation: bool = False,
+) -> Tensor:
+    """Return (max|A| - median|A|) / deviation(A) of each sample: a term of eq. 2, on plain autograd."""
+    return observe(x, samples, exact=exact, detach_deviation=detach_deviation)[1].ratio
+
+
+class FusedObserver(nn.Module):
+    """Pass x through and keep the ratio of each of its samples in `ratio`, on plain autograd.
+
+    `ratio` is None after a forward in evaluation mode or under no_grad, which observes nothing.
+    """
+
+    _observe = staticmethod(observe)
+
+    def __init__(self, *, exact: bool = False, detach_deviation: bool = False) -> None:
+        super().__init__()
+        self.exact, self.detach_deviation = exact, detach_deviation
+        self.ratio: Tensor | None = None
+
+    def forward(self, x: Tensor, samples: int | None = None) -> Tensor:
+        self.ratio = None
+        if not (self.training and torch.is_grad_enabled()):
+            return x
+        options = {"exact": self.exact, "detach_deviation": self.detach_deviation}
+        x, statistics = self._observe(x, samples, **options)
+        self.ratio = statistics.ratio
+        return x
+
+    def extra_repr(self) -> str:
+        return f"exact={self.exact}, detach_deviation={self.detach_deviation}"

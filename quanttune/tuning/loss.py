@@ -1,0 +1,69 @@
+"""The outlier loss (eq. 2), and its sum with the task's (eq. 3)."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.function import once_differentiable
+
+from .observers import Observation, Observers
+
+
+def outlier_loss(observations: list[Observation], device: torch.device) -> Tensor:
+    """Return L_out = mean over instances and samples of the ratio (eq. 2), without a graph."""
+    groups: dict[tuple[int, torch.Size, torch.device], list[Tensor]] = defaultdict(list)
+    for observation in observations:
+        ratio = observation.ratio
+        assert ratio is not None
+        groups[observation.multiplicity, ratio.shape, ratio.device].append(ratio)
+    # few sums of stacks instead of a small operation per tensor
+    sums = [
+        multiplicity * len(ratios) * torch.stack(ratios).mean().to(device)
+        for (multiplicity, _, _), ratios in groups.items()
+    ]
+    return torch.stack(sums).sum() / instances(observations)
+
+
+def instances(observations: list[Observation]) -> int:
+    """Return n of eq. 2: a tensor that two modules see counts twice."""
+    return sum(observation.multiplicity for observation in observations)
+
+
+class _Combine(torch.autograd.Function):
+    """Eq. 3. Its backward runs before that of any observed tensor, and tells them their weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        task: Tensor,
+        outlier: Tensor,
+        task_weight: float,
+        outlier_weight: Tensor,
+        observers: Observers,
+        count: int,
+    ) -> Tensor:
+        ctx.weights = task_weight, outlier_weight, observers, count
+        return task_weight * task + outlier_weight * outlier
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task_weight, outlier_weight, observers, count = ctx.weights
+        observers.coefficient.copy_(grad * outlier_weight / count)
+        # a later backward that has nothing to do with the tuner must find no weight
+        Variable._execution_engine.queue_callback(observers.end_backward)
+        return grad * task_weight, None, None, None, None, None
+
+
+def combine(
+    task: Tensor,
+    outlier: Tensor,
+    task_weight: float,
+    outlier_weight: Tensor,
+    observers: Observers,
+    count: int,
+) -> Tensor:
+    """Return task_weight * task + outlier_weight * outlier, whose backward weighs the taps as well."""
+    return _Combine.apply(task, outlier, task_weight, outlier_weight, observers, count)

@@ -1,0 +1,204 @@
+"""Attach outlier-driven tuning to a model, and mix its loss into the task's."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schedule
+from .loss import combine, instances, outlier_loss
+from .observers import Hook, Observation, Observers
+from .sites import find_heads, find_sites
+
+BALANCES = ("none", "initial")
+LOUD = 3.0  # warn when the outlier term's gradient is this many times the task's
+
+
+class Tuner:
+    """What `attach` returns: `combine` the loss, `step` after the optimizer, `detach` at the end.
+
+    `task_loss` and `outlier_loss` hold the two terms of the last `combine`, as tensors without a graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observers: Observers,
+        alpha: float,
+        decay: str,
+        total_steps: int | None,
+        balance: str,
+    ) -> None:
+        self.model = model
+        self.steps = 0
+        self.task_loss: Tensor | None = None
+        self.outlier_loss: Tensor | None = None
+        self._observers = observers
+        self._schedule = alpha, decay, total_steps
+        self._balance = balance
+        self._factor: Tensor | None = None
+        self._checked_gradients = self._checked_reach = False
+        observers.enabled = self.alpha != 0
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the outlier loss at the current optimizer step."""
+        return schedule.alpha_at(self.steps, *self._schedule)
+
+    def combine(self, loss: Tensor) -> Tensor:
+        """Return (1 - alpha) * loss + alpha * L_out (eq. 3) over all forwards since the last call.
+
+        With alpha = 0, or without gradients, that is `loss` itself.
+
+        Raises:
+            RuntimeError: no activation was observed.
+        """
+        observations = self._observers.take()
+        alpha = self.alpha
+        if alpha == 0 or not (torch.is_grad_enabled() and loss.requires_grad):
+            return loss
+        if not observations:
+            raise RuntimeError(
+                "no activation was observed since the last combine: the attached model must be in "
+                "training mode (model.train()) and be called itself, not through its submodules"
+            )
+        outlier = outlier_loss(observations, loss.device)
+        weight = alpha * self._balance_factor(loss.detach(), outlier)
+        self.task_loss, self.outlier_loss = loss.detach(), outlier
+        arguments = (self._observers, instances(observations))
+        if not self._checked_gradients:
+            self._compare_gradients(loss, outlier, 1 - alpha, weight, *arguments)
+        self._watch_reach(observations)
+        return combine(loss, outlier, 1 - alpha, weight, *arguments)
+
+    def step(self) -> None:
+        """Advance the schedule of alpha; call it after each optimizer step."""
+        self.steps += 1
+        self._observers.enabled = self.alpha != 0
+
+    def detach(self) -> None:
+        """Take every hook off the model, which is then exactly what it was."""
+        self._observers.remove()
+
+    def _balance_factor(self, task: Tensor, outlier: Tensor) -> Tensor:
+        if self._balance == "none":
+            return torch.ones_like(outlier)
+        if self._factor is None:
+            self._factor = task / outlier
+            if not (math.isfinite(self._factor) and self._factor > 0):
+                raise ValueError(
+                    'balance="initial" needs positive first losses, got '
+                    f"{task.item():.4g} for the task and {outlier.item():.4g} for the outliers: "
+                    'use balance="none"'
+                )
+        return self._factor
+
+    def _compare_gradients(
+        self,
+        task: Tensor,
+        outlier: Tensor,
+        task_weight: float,
+        outlier_weight: Tensor,
+        observers: Observers,
+        count: int,
+    ) -> None:
+        """Warn, once, if the outlier term would drown the task; this costs two backward passes.
+
+        Left out where a second backward is not possible or would be collective: under reentrant
+        checkpoints and in a process group.
+        """
+        self._checked_gradients = True
+        if observers.reentrant or torch.distributed.is_initialized():
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norms = []
+        for weights in ((task_weight, 0 * outlier_weight), (0.0, outlier_weight)):
+            total = combine(task, outlier, *weights, observers, count)
+            gradients = torch.autograd.grad(
+                total, parameters, retain_graph=True, allow_unused=True
+            )
+            parts = [g.detach().float().norm() for g in gradients if g is not None]
+            norms.append(torch.stack(parts).norm().item() if parts else 0.0)
+        if norms[1] > LOUD * norms[0]:
+            warnings.warn(
+                f"the outlier term's gradient norm is {norms[1]:.3g} at the first step, the task's "
+                f"{norms[0]:.3g}: the task may be lost. Lower alpha, or pass balance='initial'",
+                stacklevel=3,
+            )
+
+    def _watch_reach(self, observations: list[Observation]) -> None:
+        """After the first backward, name the sites that do not reach the loss and so got no gradient."""
+        if self._checked_reach:
+            return
+        self._checked_reach = True
+
+        def report() -> None:
+            self._observers.on_end_backward = None
+            lost = [o.site for o in observations if o.awaits_gradient]
+            if lost:
+                warnings.warn(
+                    f"{len(lost)} observed tensor(s) do not reach the loss and are counted in it "
+                    f"without a gradient: {', '.join(lost[:5])}. Leave them out with exclude=[...]",
+                    stacklevel=2,
+                )
+
+        self._observers.on_end_backward = report
+
+
+def attach(
+    model: nn.Module,
+    alpha: float = 0.5,
+    decay: str = "linear",
+    total_steps: int | None = None,
+    *,
+    balance: str = "none",
+    detach_deviation: bool = False,
+    exact: bool = False,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Tuner:
+    """Observe the inputs and outputs of every Linear and LayerNorm of a model while it trains.
+
+    Only hooks are added: no module is replaced and nothing enters the state_dict. The model is observed
+    when it is called in training mode with gradients enabled; a copy of it is not attached. Samples are
+    counted along the first dimension of its first input; padded tokens count like any other.
+
+    Args:
+        model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm.
+        alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0 training is
+            bit for bit what it is without quanttune.
+        decay: how alpha falls to 0 over `total_steps` optimizer steps: "linear", "cosine", or
+            "constant" for not at all.
+        balance: "none", as in the paper, or "initial": L_out counts relative to its first value, times
+            the first task loss. Use it where the two losses are far apart.
+        detach_deviation: hold the deviation constant in the gradient of the ratio. It lowers large
+            outliers faster than the paper's form, which stays the default.
+        exact: take medians over all elements, not over a sample, of tensors with more than 65,536
+            elements per sample.
+        include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
+            logits are left out in any case.
+
+    Raises:
+        ValueError: an argument is out of range, nothing matches, or the model is attached already.
+
+    Source: QuantTune, arXiv 2403.06497, eqs. 2 and 3; `balance` and `detach_deviation` are ours.
+    """
+    schedule.check(alpha, decay, total_steps)
+    if balance not in BALANCES:
+        raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
+    if is_attached(model):
+        raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
+    sites = find_sites(model, include, exclude)
+    observers = Observers(model, sites, find_heads(model), exact, detach_deviation)
+    return Tuner(model, observers, alpha, decay, total_steps, balance)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Tell whether the model, or a part of it, has a tuner."""
+    hooks: list[Any] = []
+    for module in model.modules():
+        hooks += module._forward_pre_hooks.values()
+    return any(isinstance(hook, Hook) and hook.method for hook in hooks)

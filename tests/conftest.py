@@ -1,0 +1,32 @@
+"""Fixtures for all tests, and two things that must happen before anything is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Test the installed package, never the checkout that happens to be the working directory.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+# Without a GPU the Triton kernels still run, one program at a time, on CPU tensors.
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialized_memory(monkeypatch):
+    """Let torch.empty hand out NaN, so that an output element nobody wrote fails the test."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
