@@ -11,3 +11,4 @@ from .fake_quantizer import fake_quant as fake_quant
 from .ops import backends as backends
 from .tuning.tuner import Tuner as Tuner
 from .tuning.tuner import attach as attach
+from .quantization.simulation import quantize as quantize

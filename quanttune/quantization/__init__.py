@@ -1,0 +1,1 @@
+"""Post-training quantization: what is quantized (coverage), with which ranges (calibrators), how (simulation)."""

@@ -1,0 +1,36 @@
+"""Which tensors are quantized: named presets, since every number depends on them.
+
+| kind        | tensors |
+|---|---|
+| input       | inputs of Linear and Conv1D |
+| convolution | inputs of Conv2d |
+| output      | outputs of Linear, Conv1D and Conv2d, before a nonlinearity too |
+| norm        | outputs of LayerNorm |
+| residual    | inputs of LayerNorm, and sums of two activations of one shape |
+| embedding   | embedding tables |
+| operand     | q, k and v of attention; both operands of any other product of activations |
+| score       | products of activations that go into a softmax |
+| probability | outputs of a softmax that go into a product |
+
+Weights are quantized in every preset, biases in none; LayerNorm and softmax are computed in float.
+"""
+
+_ALL = frozenset(
+    "input convolution output norm residual embedding operand score probability".split()
+)
+
+PRESETS: dict[str, frozenset[str]] = {
+    # PTQ4ViT, RepQ-ViT, ERQ: inputs of Linear layers and both operands of attention's products
+    "linear": frozenset({"input", "operand", "probability"}),
+    # our reading of QuantTune's "whole model except softmax and layer normalization"
+    "full_no_softmax": _ALL - {"probability"},
+    # FQ-ViT without its integer softmax
+    "full": _ALL,
+}
+
+
+def kinds_of(preset: str, residual: bool) -> frozenset[str]:
+    """Return the kinds of tensors that a preset quantizes, with or without the residual stream."""
+    if preset not in PRESETS:
+        raise ValueError(f"coverage must be one of {', '.join(PRESETS)}, got {preset!r}")
+    return PRESETS[preset] if residual else PRESETS[preset] - {"residual"}

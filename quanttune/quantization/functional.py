@@ -1,0 +1,155 @@
+"""Quantize what no module holds: the products of attention and the sums of the residual stream.
+
+While the model's forward runs, a TorchFunctionMode sees these calls. A site is named by the path of the
+module that calls, the operation, and how many of its kind came before in that call.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .scheme import Scheme
+
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__}
+_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
+_KEEPERS = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as}  # what these return is still a softmax
+
+
+class FunctionalQuantizers(nn.Module):
+    """The quantizers of a model's functional sites, made when a site is first reached."""
+
+    def __init__(self, model: nn.Module, scheme: Scheme, device: torch.device) -> None:
+        super().__init__()
+        self.scheme, self.device = scheme, device
+        self.frozen = False
+        self.quantizers = nn.ModuleDict()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._leaves = {module for module in self._names if not any(module.children())}
+        self._calls: list[tuple[nn.Module, Counter[str]]] = []
+        self._mode: _Mode | None = None
+        model.register_forward_pre_hook(self._start)
+        for module in self._names:
+            module.register_forward_pre_hook(self._push)
+            module.register_forward_hook(self._pop, always_call=True)
+        model.register_forward_hook(self._stop, always_call=True)
+
+    def quantize(self, kind: str, site: str, x: Tensor) -> Tensor:
+        """Round x, or let it pass if its kind is not covered."""
+        if kind not in self.scheme.kinds:
+            return x
+        module, _ = self._calls[-1]
+        key = f"{self._names[module]}:{site}".replace(".", "/")  # a ModuleDict takes no dots
+        if key not in self.quantizers:
+            if self.frozen:
+                raise RuntimeError(f"{key} was never reached during calibration: give more data")
+            self.quantizers[key] = self.scheme.activation_quantizer(self.device)
+        return self.quantizers[key](x)
+
+    def number(self, operation: str) -> str:
+        """Name an operation of the current module call: add0, add1, ..."""
+        _, counts = self._calls[-1]
+        counts[operation] += 1
+        return f"{operation}{counts[operation] - 1}"
+
+    @property
+    def in_leaf(self) -> bool:
+        """Whether the call comes from a module without children, such as an activation function."""
+        return not self._calls or self._calls[-1][0] in self._leaves
+
+    def _start(self, *_: Any) -> None:
+        self._calls.clear()
+        self._mode = _Mode(self)
+        self._mode.__enter__()
+
+    def _push(self, module: nn.Module, _: Any) -> None:
+        self._calls.append((module, Counter()))
+
+    def _pop(self, *_: Any) -> None:
+        self._calls.pop()
+
+    def _stop(self, *_: Any) -> None:
+        if self._mode:
+            self._mode.__exit__(None, None, None)
+        self._mode = None
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, sites: FunctionalQuantizers) -> None:
+        super().__init__()
+        self.sites = sites
+        self.probabilities = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not self.sites.in_leaf:
+            return self._attention(*args, **kwargs)
+        if func in _PRODUCTS and self._are_activations(args[:2]) and not self.sites.in_leaf:
+            return self._product(func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _SOFTMAX or (func in _KEEPERS and args[0] in self.probabilities):
+            self.probabilities[result] = True
+        elif func in _SUMS and self._is_residual(args) and not self.sites.in_leaf:
+            return self.sites.quantize("residual", self.sites.number("add"), result)
+        return result
+
+    def _product(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+        site = self.sites.number("product")
+        after_softmax = a in self.probabilities
+        a = self.sites.quantize(
+            "probability" if after_softmax else "operand", f"{site}_left", a
+        )
+        product = func(a, self.sites.quantize("operand", f"{site}_right", b), **kwargs)
+        if after_softmax:
+            return product
+        return self.sites.quantize("score", f"{site}_score", product)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Spell out scaled_dot_product_attention, to quantize what it multiplies."""
+        site, quantize = self.sites.number("attention"), self.sites.quantize
+        query = quantize("operand", f"{site}_query", query)
+        key = quantize("operand", f"{site}_key", key)
+        value = quantize("operand", f"{site}_value", value)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        scores = quantize("score", f"{site}_score", query @ key.transpose(-2, -1))
+        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -torch.inf)
+            else:
+                scores = scores + attn_mask
+        probability = F.dropout(scores.softmax(-1), dropout_p)
+        return quantize("probability", f"{site}_probability", probability) @ value
+
+    @staticmethod
+    def _are_activations(tensors: Any) -> bool:
+        return len(tensors) == 2 and all(
+            isinstance(x, Tensor) and x.is_floating_point() and not isinstance(x, nn.Parameter)
+            for x in tensors
+        )
+
+    def _is_residual(self, args: Any) -> bool:
+        return self._are_activations(args[:2]) and args[0].dim() > 1 and args[0].shape == args[1].shape

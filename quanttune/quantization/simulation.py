@@ -1,0 +1,153 @@
+"""Turn a float model into one that computes on integer grids, simulated in floating point."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+from .calibrators import Calibrator
+from .functional import FunctionalQuantizers
+from .quantizer import ActivationQuantizer
+from .scheme import Scheme
+from .twins import QuantizedConv2d, QuantizedEmbedding, twin_of
+
+FUNCTIONAL = "functional_quantizers"  # the name of the quantizers that belong to no module
+
+
+def quantize(
+    model: nn.Module,
+    bits: int = 8,
+    *,
+    calibrator: str | Callable[[], Calibrator] = "minmax",
+    coverage: str = "full_no_softmax",
+    weights: str = "channel",
+    residual: bool = True,
+    data: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Quantize a model in place, to symmetric uniform integers with one scale per activation, and return it.
+
+    Its Linear, Conv1D, Conv2d and Embedding modules become their quantized twins, under the same names
+    and with the same parameters; attention's products and residual sums are reached while it runs. The
+    ranges of activations come from one pass of `data` in evaluation mode.
+
+    Args:
+        model: a float model; `copy.deepcopy` it first to keep it.
+        bits: of weights and activations, 2 to 16.
+        calibrator: "minmax", "percentile" (99.9 % of the magnitudes), a function that makes a
+            `Calibrator`, or "dynamic", which needs no data and can be trained through (each activation
+            takes its range from itself, gradients pass straight through).
+        coverage: a preset of quanttune.quantization.coverage; `residual=False` leaves the residual
+            stream in float.
+        weights: "channel", one scale per output channel, or "tensor". Biases stay float.
+        data: batches of inputs: tensors, mappings (passed as keywords), or tuples and lists such as
+            (inputs, labels), whose first element is taken.
+
+    Raises:
+        ValueError: an argument is out of range, `data` is missing or empty, an activation is not finite,
+            the model has nothing to quantize or is quantized already.
+    """
+    scheme = Scheme(bits, calibrator, coverage, weights, residual)
+    if hasattr(model, FUNCTIONAL):
+        raise ValueError(f"{type(model).__name__} is quantized already")
+    if data is None and not scheme.dynamic:
+        raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
+    _swap_modules(model, scheme)
+    if not scheme.dynamic:
+        assert data is not None
+        _run(model, data)
+        _freeze(model)
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return the quantizers of a quantized model's activations by site, for instance to read scales."""
+    return {
+        name.removeprefix(f"{FUNCTIONAL}.quantizers.").replace("/", "."): module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+def forward_batch(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a tensor, a mapping of keywords, or (inputs, ...)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _swap_modules(model: nn.Module, scheme: Scheme) -> None:
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    modules = [(module, twin_of(module)) for module in model.modules()]
+    if not any(twin for _, twin in modules):
+        raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
+    # before the twins, whose quantizers are none of its sites
+    functional = FunctionalQuantizers(model, scheme, device)
+    for module, twin in modules:
+        if twin:
+            _become(module, twin, scheme, device)
+        elif isinstance(module, nn.LayerNorm):
+            _wrap_norm(module, scheme, device)
+    model.add_module(FUNCTIONAL, functional)
+
+
+def _become(module: nn.Module, twin: Any, scheme: Scheme, device: torch.device) -> None:
+    module.__class__ = twin  # in place: whoever holds the module, shares it or ties its weight sees the twin
+    module.weight_quantizer = scheme.weight_quantizer(twin.output_axis)
+    if twin is QuantizedEmbedding:
+        if "embedding" not in scheme.kinds:
+            module.weight_quantizer = nn.Identity()
+            module.weight_quantizer.axis = None
+        return
+    kind = "convolution" if twin is QuantizedConv2d else "input"
+    for name, covered in (("input_quantizer", kind), ("output_quantizer", "output")):
+        has = covered in scheme.kinds
+        module.add_module(name, scheme.activation_quantizer(device) if has else nn.Identity())
+
+
+def _wrap_norm(module: nn.Module, scheme: Scheme, device: torch.device) -> None:
+    """Quantize what goes into a LayerNorm (a residual sum) and what comes out; it computes in float."""
+    if "residual" in scheme.kinds:
+        module.input_quantizer = scheme.activation_quantizer(device)
+        module.register_forward_pre_hook(_quantize_input)
+    if "norm" in scheme.kinds:
+        module.output_quantizer = scheme.activation_quantizer(device)
+        module.register_forward_hook(_quantize_output)
+
+
+def _quantize_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.input_quantizer(args[0]), *args[1:])
+
+
+def _quantize_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module.output_quantizer(output)
+
+
+def _run(model: nn.Module, data: Iterable[Any]) -> None:
+    was_training = model.training
+    model.eval()
+    batches = 0
+    with torch.no_grad():
+        for batch in data:
+            forward_batch(model, batch)
+            batches += 1
+    model.train(was_training)
+    if not batches:
+        raise ValueError("data is empty: calibration needs at least one batch of inputs")
+
+
+def _freeze(model: nn.Module) -> None:
+    sites = quantizers(model)
+    for name, quantizer in sites.items():
+        quantizer.freeze(name)
+    getattr(model, FUNCTIONAL).frozen = True
+    unreached = [name for name, quantizer in sites.items() if not quantizer.reached]
+    if unreached:
+        warnings.warn(
+            f"{len(unreached)} site(s) were not reached during calibration and are not quantized: "
+            f"{', '.join(unreached[:5])}. Their modules may be used without being called",
+            stacklevel=3,
+        )
