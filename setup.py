@@ -61,7 +61,7 @@ setup(
         "quanttune.tuning",
     ],
     package_dir={"quanttune": "quanttune", "quanttune.triton_kernels": "triton_kernels"},
-    package_data={"quanttune": ["py.typed", "*.pyi"]},
+    package_data={"quanttune": ["py.typed", "*.pyi", "analysis/*.jinja"]},
     ext_modules=[
         Extension(
             "quanttune._C", sorted(map(str, Path("csrc").glob("*.cpp"))), optional=True

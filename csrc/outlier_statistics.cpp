@@ -164,8 +164,10 @@ Partial merge(const Partial* partials, std::int64_t chunks, std::int64_t size) {
   const auto length = [&](std::int64_t chunk) {
     return double(std::min(kChunk, size - chunk * kChunk));
   };
-  for (std::int64_t i = 0; i < chunks; ++i) row.mean += partials[i].mean * length(i);
-  row.mean /= double(size);
+  // by way of the first mean, so that the mean of a constant is that constant exactly
+  for (std::int64_t i = 0; i < chunks; ++i)
+    row.mean += (partials[i].mean - partials[0].mean) * length(i);
+  row.mean = partials[0].mean + row.mean / double(size);
   for (std::int64_t i = 0; i < chunks; ++i) {
     const Partial& part = partials[i];
     const double distance = part.mean - row.mean;

@@ -9,18 +9,13 @@
 namespace quanttune {
 
 // A forked child (a DataLoader worker) has none of its parent's threads, and GNU OpenMP waits for them
-// forever; such a process works alone.
-inline bool& in_forked_child() {
-  static bool forked = false;
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
-  (void)registered;
-  return forked;
-}
+// forever; such a process works alone. Registered at load: torch may use the threads before we do.
+inline bool is_forked_child = false;
+inline const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 template <class Body>
 void parallel_for(std::int64_t tasks, int threads, Body body) {
-  if (threads <= 1 || tasks <= 1 || in_forked_child()) {
+  if (threads <= 1 || tasks <= 1 || is_forked_child) {
     for (std::int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }

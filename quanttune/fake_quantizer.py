@@ -76,5 +76,36 @@ def fake_quant(
     return _FakeQuant.apply(x, scale, qmin, qmax, axis)
 
 
+class _DynamicFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, axis: int | None) -> Tensor:
+        others = None if axis is None else [dim for dim in range(x.dim()) if dim != axis]
+        scale = scale_of(absmax(x, others), bits)
+        return ops.fake_quant(x, scale, *integer_range(bits), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None  # the range is that of x itself, so nothing was clipped
+
+
+def dynamic_fake_quant(x: Tensor, bits: int = 8, axis: int | None = None) -> Tensor:
+    """Round x to the symmetric grid that its own largest magnitude spans.
+
+    Nothing is clipped, so the straight-through gradient is the incoming one. Min-max weights, and
+    activations in quantization-aware training, are quantized like this.
+
+    Args: see `fake_quant`.
+    """
+    integer_range(bits)
+    return _DynamicFakeQuant.apply(x, bits, axis)
+
+
+def absmax(x: Tensor, dims: list[int] | None = None) -> Tensor:
+    """Return max|x| over `dims` (all if None), without a copy of |x|."""
+    low, high = torch.aminmax(x) if dims is None else (x.amin(dims), x.amax(dims))
+    return torch.maximum(-low, high)
+
+
 def _describe(x: object) -> str:
     return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

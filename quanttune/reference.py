@@ -99,6 +99,7 @@ def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
     median = sampled.median(1, keepdim=True).values
     wide = rows.to(_accumulator_dtype(x))
     mean = wide.mean(1, keepdim=True)
+    mean = mean + (wide - mean).mean(1, keepdim=True)  # of a constant: that constant exactly
     deviation = ((wide - mean).square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
     spread = maximum.to(wide.dtype) - median.to(wide.dtype)
     # where a division by zero would be, divide by one: its numerator is zero as well

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..fake_quantizer import absmax
+
 
 class Calibrator(Protocol):
     def update(self, x: Tensor) -> None:
@@ -26,8 +28,8 @@ class MinMax:
         self._absmax: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        absmax = x.abs().amax().float()
-        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
+        seen = absmax(x).float()
+        self._absmax = seen if self._absmax is None else torch.maximum(self._absmax, seen)
 
     def absmax(self) -> Tensor:
         assert self._absmax is not None

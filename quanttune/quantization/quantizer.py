@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..fake_quantizer import fake_quant, scale_of
+from ..fake_quantizer import absmax, dynamic_fake_quant, fake_quant, scale_of
 from .calibrators import Calibrator
 
 
@@ -14,6 +14,7 @@ class ActivationQuantizer(nn.Module):
     `dynamic` quantizer takes the range of each tensor from itself.
     """
 
+    absmax: Tensor  # what the grid covers
     scale: Tensor
 
     def __init__(self, bits: int, calibrator: Calibrator | None, device: torch.device) -> None:
@@ -22,6 +23,7 @@ class ActivationQuantizer(nn.Module):
         self.calibrator = calibrator
         self.dynamic = calibrator is None
         self.reached = False
+        self.register_buffer("absmax", torch.zeros((), device=device), persistent=False)
         self.register_buffer("scale", torch.ones((), device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ class ActivationQuantizer(nn.Module):
                 self.reached = True
             return x
         if self.dynamic:
-            return fake_quant(x, scale_of(x.detach().abs().amax(), self.bits), self.bits)
+            return dynamic_fake_quant(x, self.bits)
         if not self.reached:
             raise RuntimeError("this tensor was never reached during calibration: give more data")
         return fake_quant(x, self.scale, self.bits)
@@ -39,11 +41,16 @@ class ActivationQuantizer(nn.Module):
     def freeze(self, site: str) -> None:
         """Compute the scale from what the calibrator saw, and quantize from now on."""
         if self.reached and self.calibrator is not None:
-            absmax = self.calibrator.absmax()
-            if not absmax.isfinite():
-                raise ValueError(f"{site} held NaN or inf during calibration: absmax {absmax}")
-            self.scale = scale_of(absmax, self.bits).to(self.scale.device)
+            seen = self.calibrator.absmax()
+            if not seen.isfinite():
+                raise ValueError(f"{site} held NaN or inf during calibration: absmax {seen}")
+            self.absmax = seen.to(self.scale.device)
+            self.set_bits(self.bits)
         self.calibrator = None
+
+    def set_bits(self, bits: int) -> None:
+        """Cover the same range with integers of another width."""
+        self.bits, self.scale = bits, scale_of(self.absmax, bits)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, " + ("dynamic" if self.dynamic else f"scale={self.scale:.4g}")
@@ -61,14 +68,11 @@ class WeightQuantizer(nn.Module):
 
     def scale(self, weight: Tensor) -> Tensor:
         """Return the step, or the steps along `axis`, of a weight."""
-        magnitude = weight.detach().abs()
-        if self.axis is None:
-            return scale_of(magnitude.amax(), self.bits)
         others = [dim for dim in range(weight.dim()) if dim != self.axis]
-        return scale_of(magnitude.amax(others), self.bits)
+        return scale_of(absmax(weight.detach(), None if self.axis is None else others), self.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quant(weight, self.scale(weight), self.bits, self.axis)
+        return dynamic_fake_quant(weight, self.bits, self.axis)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .calibrators import Calibrator
 from .functional import FunctionalQuantizers
-from .quantizer import ActivationQuantizer
+from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
 from .twins import QuantizedConv2d, QuantizedEmbedding, twin_of
 
@@ -61,6 +61,20 @@ def quantize(
         _run(model, data)
         _freeze(model)
     return model
+
+
+def requantize(model: nn.Module, bits: int, weights: str) -> None:
+    """Give a quantized model another width and granularity of weights, with the ranges it was given.
+
+    What minmax and percentile cover does not depend on the width, so one calibration serves all of them.
+    """
+    scheme = Scheme(bits, weights=weights)
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.set_bits(bits)
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(quantizer, WeightQuantizer):
+            module.weight_quantizer = scheme.weight_quantizer(module.output_axis)
 
 
 def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:

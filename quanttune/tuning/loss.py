@@ -1,6 +1,7 @@
 """The outlier loss (eq. 2), and its sum with the task's (eq. 3)."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ class _Combine(torch.autograd.Function):
         outlier_weight: Tensor,
         observers: Observers,
         count: int,
+        on_end_backward: Callable[[], None] | None,
     ) -> Tensor:
         ctx.weights = task_weight, outlier_weight, observers, count
+        ctx.on_end_backward = on_end_backward
         return task_weight * task + outlier_weight * outlier
 
     @staticmethod
@@ -54,7 +57,9 @@ class _Combine(torch.autograd.Function):
         observers.coefficient.copy_(grad * outlier_weight / count)
         # a later backward that has nothing to do with the tuner must find no weight
         Variable._execution_engine.queue_callback(observers.end_backward)
-        return grad * task_weight, None, None, None, None, None
+        if ctx.on_end_backward:
+            Variable._execution_engine.queue_callback(ctx.on_end_backward)
+        return grad * task_weight, None, None, None, None, None, None
 
 
 def combine(
@@ -64,6 +69,8 @@ def combine(
     outlier_weight: Tensor,
     observers: Observers,
     count: int,
+    on_end_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return task_weight * task + outlier_weight * outlier, whose backward weighs the taps as well."""
-    return _Combine.apply(task, outlier, task_weight, outlier_weight, observers, count)
+    arguments = task_weight, outlier_weight, observers, count, on_end_backward
+    return _Combine.apply(task, outlier, *arguments)

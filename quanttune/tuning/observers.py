@@ -7,7 +7,7 @@ accumulation, loss scaling and both kinds of activation checkpointing need no bo
 checkpoint recomputes finds the coefficient published already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Observation:
     module: nn.Module
     version: int  # of the tensor's storage: a change in place makes another tensor of it
     recomputed: bool  # by a checkpoint, during backward
+    graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
     ratio: Tensor | None = None  # (samples,), without a graph
     awaits_gradient: bool = False
@@ -79,10 +80,10 @@ class Observers:
         self.enabled = True
         first = next(iter(model.parameters()), torch.empty(0))
         self.coefficient = torch.zeros((), device=first.device)
-        self.on_end_backward: Callable[[], None] | None = None
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
         self._inside = False
         self._samples = 1
+        self._samples_of: dict[torch.Size, int] = {}  # what a recomputation finds
         self._pending: list[Observation] = []
         self._observations: list[Observation] = []
         self._known = WeakTensorKeyDictionary()
@@ -106,8 +107,6 @@ class Observers:
     def end_backward(self) -> None:
         """Forget the weight of the loss whose backward has just ended."""
         self.coefficient.zero_()
-        if self.on_end_backward:
-            self.on_end_backward()
 
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was."""
@@ -120,6 +119,8 @@ class Observers:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
         self._pending = []
+        if not _recomputing():
+            self.coefficient.zero_()  # a backward that failed halfway left it
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
 
@@ -151,21 +152,26 @@ class Observers:
         return None if y is output else y
 
     def _observe(self, x: Any, site: str, module: nn.Module) -> Any:
-        recomputing = torch._C._current_graph_task_id() != -1
-        if not (self._inside or (recomputing and self.enabled)):
+        recomputing, graph = _recomputing(), torch.is_grad_enabled()
+        if not (self._inside or (recomputing and self.enabled and self.model.training)):
             return x
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return x
         known = self._known.get(x)
-        if known is not None and known.version == x._version:
+        # without a graph, the gradient of what a region sees is that of its recomputation
+        if known is not None and known.version == x._version and known.graph == graph:
             # a tensor from before a checkpoint's region was counted when it first came by
             known.multiplicity += known.recomputed == recomputing
             return x
-        observation = Observation(site, module, x._version, recomputing)
-        observation.awaits_gradient = x.requires_grad
-        self.reentrant |= not (recomputing or torch.is_grad_enabled())
-        # batch-major if the samples divide it; else it does not depend on the batch, and is one sample
-        samples = self._samples if x.shape[0] % self._samples == 0 else 1
+        if not recomputing:
+            # batch-major if the samples divide it; else it is one sample, apart from the batch
+            self._samples_of[x.shape] = self._samples if x.shape[0] % self._samples == 0 else 1
+        samples = self._samples_of.get(x.shape)
+        if samples is None:  # recomputed, but its forward was not observed
+            return x
+        observation = Observation(site, module, x._version, recomputing, graph)
+        observation.awaits_gradient = x.requires_grad and graph
+        self.reentrant |= not graph
         y, observation.ratio = _Tap.apply(x, samples, observation, self)
         self._known[y] = observation
         if not recomputing:
@@ -178,6 +184,11 @@ class Observers:
             if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
                 known.multiplicity = 0
                 self.heads.add(known.module)
+
+
+def _recomputing() -> bool:
+    """Tell whether a backward pass is under way: a forward within it is that of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Hook:

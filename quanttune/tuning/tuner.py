@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class Tuner:
         arguments = (self._observers, instances(observations))
         if not self._checked_gradients:
             self._compare_gradients(loss, outlier, 1 - alpha, weight, *arguments)
-        self._watch_reach(observations)
-        return combine(loss, outlier, 1 - alpha, weight, *arguments)
+        report = self._report_of_reach(observations)
+        return combine(loss, outlier, 1 - alpha, weight, *arguments, report)
 
     def step(self) -> None:
         """Advance the schedule of alpha; call it after each optimizer step."""
@@ -129,14 +129,13 @@ class Tuner:
                 stacklevel=3,
             )
 
-    def _watch_reach(self, observations: list[Observation]) -> None:
-        """After the first backward, name the sites that do not reach the loss and so got no gradient."""
-        if self._checked_reach:
-            return
-        self._checked_reach = True
+    def _report_of_reach(self, observations: list[Observation]) -> Callable[[], None] | None:
+        """Return what names, after the first backward, the sites that got no gradient in it."""
 
         def report() -> None:
-            self._observers.on_end_backward = None
+            if self._checked_reach:
+                return
+            self._checked_reach = True
             lost = [o.site for o in observations if o.awaits_gradient]
             if lost:
                 warnings.warn(
@@ -145,7 +144,7 @@ class Tuner:
                     stacklevel=2,
                 )
 
-        self._observers.on_end_backward = report
+        return None if self._checked_reach else report
 
 
 def attach(

@@ -1,0 +1,44 @@
+"""Choose the learning rates of a demo's arms on its validation rows: each at the width it is meant for.
+
+python benchmarks/choose_settings.py minilm --json benchmarks/results/settings-minilm.json
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from quanttune.analysis.environment import environment
+from quanttune.quantization.simulation import quantize, requantize
+from quanttune.recipes import recipe
+
+RATES = {"minilm": (1e-4, 3e-4, 5e-4), "digits": (3e-4, 1e-3, 2e-3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=RATES)
+    parser.add_argument("--arms", nargs="*", help="only these")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    job = recipe(options.task)(seed=0)
+    rows = []
+    for arm in job.arms:
+        if not arm.learning_rate or (options.arms and arm.name not in options.arms):
+            continue
+        for rate in RATES[options.task]:
+            model = job.prepare(replace(arm, learning_rate=rate), lambda: None)
+            row = {"arm": arm.name, "learning_rate": rate, "fp32": job.evaluate(model, "validation")}
+            quantized = quantize(copy.deepcopy(model), data=job.calibration())
+            for bits in job.bits:
+                requantize(quantized, bits, "channel")
+                row[f"W{bits}A{bits}"] = job.evaluate(quantized, "validation")
+            print(row, flush=True)
+            rows.append(row)
+    result = {"task": options.task, "seed": 0, "rows": rows, "environment": environment()}
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Look at a model before and after: ranges, plots, the report."""

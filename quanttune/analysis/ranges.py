@@ -1,0 +1,34 @@
+"""The dynamic range of a model's residual stream, layer by layer (Fig. 6 of the paper)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.simulation import forward_batch
+
+
+@torch.no_grad()
+def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
+    """Return max|x| of the input of every LayerNorm, in the order of the forward pass, over `data`."""
+    ranges: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            ranges[name] = max(ranges.get(name, 0.0), args[0].abs().max().item())
+
+        return hook
+
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in data:
+            forward_batch(model, batch)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return ranges

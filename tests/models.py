@@ -1,0 +1,104 @@
+"""Four small Transformers with random weights and no dropout, each with a batch and a loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
+
+BATCH = 4
+CLASSES = 5
+TOKENS = 7
+WORDS = 60
+
+
+@dataclass
+class Example:
+    """A model in training mode, its data, and the modules whose outputs are logits."""
+
+    model: nn.Module
+    inputs: Tensor  # (BATCH, ...)
+    labels: Tensor  # (BATCH,) or (BATCH, TOKENS)
+    heads: tuple[str, ...]
+
+    def logits(self, model: nn.Module | None = None, rows: slice = slice(None)) -> Tensor:
+        """Call the model, or another one in its place, on some rows of the batch."""
+        output = (self.model if model is None else model)(self.inputs[rows])
+        return output if isinstance(output, Tensor) else output.logits
+
+    def task_loss(self, model: nn.Module | None = None, rows: slice = slice(None)) -> Tensor:
+        """Return the cross-entropy, a mean over the rows (and their tokens)."""
+        logits = self.logits(model, rows)
+        return F.cross_entropy(logits.flatten(0, -2), self.labels[rows].flatten())
+
+
+def vit() -> Example:
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=CLASSES
+    )
+    return Example(model, torch.randn(BATCH, 3, 16, 16), _classes(), ("head",))
+
+
+def swin() -> Example:
+    """Return a Swin whose Linear modules see (windows * BATCH, tokens, channels)."""
+    model = SwinTransformer(
+        img_size=32,
+        patch_size=4,
+        window_size=4,
+        embed_dim=12,
+        depths=(2, 1),
+        num_heads=(1, 2),
+        num_classes=CLASSES,
+        drop_path_rate=0.0,
+    )
+    return Example(model, torch.randn(BATCH, 3, 32, 32), _classes(), ("head.fc",))
+
+
+def bert() -> Example:
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
+    return Example(
+        BertForSequenceClassification(config).train(), _words(), _classes(), ("classifier",)
+    )
+
+
+def opt() -> Example:
+    """Return an OPT, whose feed-forward modules see (BATCH * TOKENS, channels)."""
+    config = OPTConfig(
+        vocab_size=WORDS,
+        hidden_size=24,
+        word_embed_proj_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=48,
+        max_position_embeddings=16,
+        dropout=0.0,
+        attention_dropout=0.0,
+        use_cache=False,
+    )
+    words = _words()
+    return Example(OPTForCausalLM(config).train(), words, words.roll(-1, 1), ("lm_head",))
+
+
+MODELS: dict[str, Callable[[], Example]] = {"vit": vit, "swin": swin, "bert": bert, "opt": opt}
+
+
+def _classes() -> Tensor:
+    return torch.randint(CLASSES, (BATCH,))
+
+
+def _words() -> Tensor:
+    return torch.randint(2, WORDS, (BATCH, TOKENS))

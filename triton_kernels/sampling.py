@@ -1,0 +1,34 @@
+"""Which elements of a row make its median: `reference.sample_positions`, stratum by stratum."""
+
+import triton
+import triton.language as tl
+
+from quanttune import reference
+
+
+def strata(size: int, exact: bool) -> tuple[int, int]:
+    """Return how many elements a stratum holds, and how many strata a row of `size` elements."""
+    stride = 1 if exact else -(-size // reference.SAMPLE_SIZE)
+    return stride, size // stride
+
+
+@triton.jit
+def position(stratum, stride):
+    """Return the index, within its row, of the element that each stratum contributes."""
+    mixed = stratum.to(tl.uint32) * 0x9E3779B1
+    mixed ^= mixed >> 16
+    mixed *= 0x7FEB352D
+    mixed ^= mixed >> 15
+    mixed *= 0x846CA68B
+    mixed ^= mixed >> 16
+    wide_stride = tl.full(mixed.shape, stride, tl.uint32)
+    return stratum * stride + tl.umulhi(mixed, wide_stride).to(tl.int32)
+
+
+@triton.jit
+def gather(row_ptr, sample_row_ptr, start, stop, stride, STRATA: tl.constexpr):
+    """Copy the elements of the strata that end within [start, stop), at most STRATA of them."""
+    stratum = start // stride + tl.arange(0, STRATA)
+    inside = stratum < stop // stride
+    value = tl.load(row_ptr + position(stratum, stride), mask=inside)
+    tl.store(sample_row_ptr + stratum, value, mask=inside)
