@@ -11,8 +11,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# No -ffast-math and no contraction: a fused multiply-add rounds once where the definition rounds twice.
-COMPILE = "-std=c++17 -O3 -fopenmp -ffp-contract=off -fno-math-errno -fvisibility=hidden".split()
+# No -ffast-math and no contraction: a fused multiply-add rounds once where the definition rounds
+# twice.
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+]
 COMPILE += ["-Wall", "-Wno-psabi"]
 
 
@@ -36,13 +44,14 @@ class NinjaBuild(build_ext):
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         flags = shlex.join([*COMPILE, "-fPIC", *(f"-I{path}" for path in includes)])
         objects = {Path(source).stem + ".o": Path(source).resolve() for source in extension.sources}
+        compiler, linker = map(shlex.join, (self.compiler.compiler_cxx, self.compiler.linker_so))
         return "\n".join(
             [
                 "rule compile",
-                f"  command = {shlex.join(self.compiler.compiler_cxx)} {flags} -MD -MF $out.d -c $in -o $out",
+                f"  command = {compiler} {flags} -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "rule link",
-                f"  command = {shlex.join(self.compiler.linker_so)} $in -fopenmp -lstdc++ -lm -s -o $out",
+                f"  command = {linker} $in -fopenmp -lstdc++ -lm -s -o $out",
                 *(f"build {name}: compile {source}" for name, source in objects.items()),
                 f"build {target}: link {' '.join(objects)}",
                 "",
@@ -51,7 +60,8 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    # A top-level `triton_kernels` is another project's import name, so the folder lives in this package.
+    # A top-level `triton_kernels` is another project's import name, so the folder lives in this
+    # package.
     packages=[
         "quanttune",
         "quanttune.analysis",
@@ -63,9 +73,7 @@ setup(
     package_dir={"quanttune": "quanttune", "quanttune.triton_kernels": "triton_kernels"},
     package_data={"quanttune": ["py.typed", "*.pyi", "analysis/*.jinja"]},
     ext_modules=[
-        Extension(
-            "quanttune._C", sorted(map(str, Path("csrc").glob("*.cpp"))), optional=True
-        )
+        Extension("quanttune._C", sorted(map(str, Path("csrc").glob("*.cpp"))), optional=True)
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,4 +1,5 @@
-"""Choose the learning rates of a demo's arms on its validation rows: each at the width it is meant for.
+"""Choose the learning rates of a demo's arms on its validation rows: each at the width it is meant
+for.
 
 python benchmarks/choose_settings.py minilm --json benchmarks/results/settings-minilm.json
 """
@@ -29,7 +30,11 @@ def main() -> None:
             continue
         for rate in RATES[options.task]:
             model = job.prepare(replace(arm, learning_rate=rate), lambda: None)
-            row = {"arm": arm.name, "learning_rate": rate, "fp32": job.evaluate(model, "validation")}
+            row = {
+                "arm": arm.name,
+                "learning_rate": rate,
+                "fp32": job.evaluate(model, "validation"),
+            }
             quantized = quantize(copy.deepcopy(model), data=job.calibration())
             for bits in job.bits:
                 requantize(quantized, bits, "channel")

@@ -1,18 +1,44 @@
 def fake_quant(
-    x: int, scale: int, y: int, type: int,
-    outer: int, channels: int, inner: int, qmin: int, qmax: int, threads: int,
+    x: int,
+    scale: int,
+    y: int,
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
     /,
 ) -> None: ...
 def fake_quant_backward(
-    grad: int, x: int, scale: int, grad_x: int, type: int,
-    outer: int, channels: int, inner: int, qmin: int, qmax: int, threads: int,
+    grad: int,
+    x: int,
+    scale: int,
+    grad_x: int,
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
     /,
 ) -> None: ...
 def outlier_statistics(
     x: int, statistics: int, type: int, rows: int, size: int, exact: bool, threads: int, /
 ) -> None: ...
 def outlier_statistics_backward(
-    grad: int, x: int, statistics: int, ratio_grad: int, grad_x: int, type: int,
-    rows: int, size: int, exact: bool, detach_deviation: bool, threads: int,
+    grad: int,
+    x: int,
+    statistics: int,
+    ratio_grad: int,
+    grad_x: int,
+    type: int,
+    rows: int,
+    size: int,
+    exact: bool,
+    detach_deviation: bool,
+    threads: int,
     /,
 ) -> None: ...

@@ -3,12 +3,13 @@
 observe (kernels) -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
 """
 
-import torch as _torch  # first: the C++ kernels run on the OpenMP threads that torch loads  # noqa: F401
+# torch first: the C++ kernels run on the OpenMP threads that it loads
+import torch as _torch  # noqa: F401
 
 from . import fused_observer as fused_observer
 from . import reference as reference
 from .fake_quantizer import fake_quant as fake_quant
 from .ops import backends as backends
+from .quantization.simulation import quantize as quantize
 from .tuning.tuner import Tuner as Tuner
 from .tuning.tuner import attach as attach
-from .quantization.simulation import quantize as quantize

@@ -62,7 +62,8 @@ def demo(
 
 @app.command()
 def doctor(json: Json = None) -> None:
-    """Print versions, which kernels serve which device and why, and what would mend what is missing.
+    """Print versions, which kernels serve which device and why, and what would mend what is
+    missing.
 
     Example: quanttune doctor
     """
@@ -119,20 +120,18 @@ def _print_results(results: Any) -> None:
 
     summary = tabulate(results.rows)
     table = Table(title=f"{results.task}: {results.metric} on the test rows", box=box.SIMPLE_HEAD)
-    table.add_column("arm", no_wrap=True)
-    for column in summary.columns:
-        table.add_column(f"{_SHORT.get(column.group, column.group)}\n{column.label}", justify="right")
-    for arm, cells in summary.cells.items():
+    table.add_column("")
+    for arm in summary.arms:
+        table.add_column(arm, justify="right", no_wrap=True)
+    group = ""
+    for way, cells in summary.cells.items():
+        if way.group != group:
+            group = way.group
+            table.add_section()
+            table.add_row(f"[dim]{group}[/dim]")
         texts = [cell.text(DIGITS[results.metric]) for cell in cells]
         marked = [f"[bold]{t}[/bold]" if c.best else t for t, c in zip(texts, cells, strict=True)]
-        table.add_row(arm, *marked)
+        table.add_row(way.label, *marked)
     console.print(table)
     for caveat in results.caveats:
         console.print(f"- {caveat}", highlight=False)
-
-
-_SHORT = {
-    "minmax, weights per channel": "minmax",
-    "minmax, weights per tensor": "per tensor",
-    "percentile 99.9, weights per channel": "99.9 %",
-}

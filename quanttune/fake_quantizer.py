@@ -52,7 +52,7 @@ def fake_quant(
     Args:
         x: floating point, any shape.
         scale: positive float32 on the device of x; one value, or with `axis` one per index of it.
-            Its values are not checked here, since that would wait for a GPU: `scale_of` makes good ones.
+            The values are not checked, since that would wait for a GPU: `scale_of` makes good ones.
         bits: width of the integers, 2 to 16. 8 gives the codes -128 to 127.
         axis: the dimension of x that has a scale per index, for instance 0 for a weight's outputs.
         narrow: leave out the lowest code, so that 8 bits give -127 to 127.
@@ -60,16 +60,11 @@ def fake_quant(
     Source: QuantTune, arXiv 2403.06497, section 3; docs/method.md.
     """
     qmin, qmax = integer_range(bits, narrow)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {_describe(x)}")
+    axis = _check(x, axis)
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if scale.device != x.device:
         raise ValueError(f"scale must be on the device of x, {x.device}, got {scale.device}")
-    if axis is not None:
-        if not -x.dim() <= axis < x.dim():
-            raise ValueError(f"axis must be a dimension of x, which has {x.dim()}, got {axis}")
-        axis %= x.dim()
     wanted = 1 if axis is None else x.shape[axis]
     if scale.numel() != wanted:
         raise ValueError(f"scale must hold {wanted} value(s), got shape {tuple(scale.shape)}")
@@ -98,13 +93,28 @@ def dynamic_fake_quant(x: Tensor, bits: int = 8, axis: int | None = None) -> Ten
     Args: see `fake_quant`.
     """
     integer_range(bits)
-    return _DynamicFakeQuant.apply(x, bits, axis)
+    return _DynamicFakeQuant.apply(x, bits, _check(x, axis))
 
 
 def absmax(x: Tensor, dims: list[int] | None = None) -> Tensor:
-    """Return max|x| over `dims` (all if None), without a copy of |x|."""
+    """Return max|x| over `dims` (all if None), without a copy of |x|. Of nothing it is 0."""
+    if dims == []:  # amax takes that for all dimensions
+        return x.abs()
+    if x.numel() == 0:
+        return x.sum(dims)
     low, high = torch.aminmax(x) if dims is None else (x.amin(dims), x.amax(dims))
     return torch.maximum(-low, high)
+
+
+def _check(x: object, axis: int | None) -> int | None:
+    """Check that x can be quantized along `axis`, and return it counted from the front."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {_describe(x)}")
+    if axis is None:
+        return None
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis must be a dimension of x, which has {x.dim()}, got {axis}")
+    return axis % x.dim()
 
 
 def _describe(x: object) -> str:

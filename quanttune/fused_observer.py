@@ -47,15 +47,17 @@ def observe(
     pass. It shares storage with x, and changing either in place is an error.
 
     Args:
-        x: activations of any shape, batch-major: viewed as (samples, N). A copy is made if x is strided.
+        x: activations of any shape, batch-major: viewed as (samples, N). A copy is made if x is
+            strided.
         samples: how many samples x holds; by default its first dimension.
         exact: take the median of all elements, not of a sample, where N exceeds 65,536.
         detach_deviation: hold the deviation constant in the gradient. With the paper's loss a huge
             outlier hardly feels a gradient, since it makes most of the deviation itself.
 
     Returns:
-        x, and `Statistics` of float32 tensors (float64 for float64) of shape (samples,); only `ratio` has
-        a gradient. A sample that holds NaN or inf has NaN statistics, a constant one the ratio 0.
+        x, and `Statistics` of float32 tensors (float64 for float64) of shape (samples,); only
+        `ratio` has a gradient. A sample that holds NaN or inf has NaN statistics, a constant one
+        the ratio 0.
 
     Raises:
         TypeError: x is not floating point. ValueError: the samples do not divide x.
@@ -64,7 +66,7 @@ def observe(
     """
     samples = rows_of(x, samples)
     x, statistics, ratio = _Observe.apply(x, samples, exact, detach_deviation)
-    return x, Statistics(*statistics[:, :RATIO].unbind(1), ratio)
+    return x, Statistics._make((*statistics[:, :RATIO].unbind(1), ratio))
 
 
 def outlier_ratio(
@@ -81,9 +83,9 @@ def outlier_ratio(
 class FusedObserver(reference.FusedObserver):
     """Pass x through and keep the ratio of each of its samples in `ratio`, with fused kernels.
 
-    Put it wherever a model's activations are to be observed, and add `observer.ratio.mean()`, times a
-    weight, to the loss. `ratio` is None after a forward in evaluation mode or under no_grad, which
-    observes nothing. `quanttune.attach` does all of this for every Linear and LayerNorm.
+    Put it wherever a model's activations are to be observed, and add `observer.ratio.mean()`, times
+    a weight, to the loss. `ratio` is None after a forward in evaluation mode or under no_grad,
+    which observes nothing. `quanttune.attach` does all of this for every Linear and LayerNorm.
 
     Args: see `observe`.
     """

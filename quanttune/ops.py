@@ -1,7 +1,8 @@
 """The ops: one schema each, one kernel per kind of device, gradients on top.
 
-A call goes fused_observer.observe (checks) -> _Observe (gradient) -> torch.ops.quanttune.outlier_statistics
-(device) -> the kernel. The ops are functional: they neither change nor return what they are given.
+A call goes fused_observer.observe (checks) -> _Observe (gradient) ->
+torch.ops.quanttune.outlier_statistics (device) -> the kernel. The ops are functional: they neither
+change nor return what they are given.
 """
 
 import warnings
@@ -26,7 +27,7 @@ def _load_cpu() -> tuple[Any, Backend]:
         from . import cpu
     except ImportError as error:
         reason = f"the C++ extension does not load: {error}"
-        advice = "CPU tensors take the slower PyTorch reference. Reinstall quanttune with a compiler."
+        advice = "CPU tensors take the slower PyTorch reference. Reinstall with a C++ compiler."
         warnings.warn(f"{reason}. {advice}", stacklevel=2)
         return reference, Backend("reference", reason)
     return cpu, Backend("C++", "the extension is built")

@@ -1,11 +1,12 @@
 """Every op of quanttune in plain PyTorch: the definition, the fallback and the oracle.
 
-The C++ (csrc/, through cpu.py) and Triton (triton_kernels/) kernels have the same four functions with the
-same signatures and return the same bits for codes, maxima and medians. Symbols: A is the activation of one
-sample, flattened over tokens and channels; N is its number of elements; s is a quantization step.
+The C++ (csrc/, through cpu.py) and Triton (triton_kernels/) kernels have the same four functions
+with the same signatures and return the same bits for codes, maxima and medians. Symbols: A is the
+activation of one sample, flattened over tokens and channels; N is its number of elements; s is a
+quantization step.
 
-`observe`, `outlier_ratio` and `FusedObserver` mirror `quanttune.fused_observer` on autograd alone, so that
-`from quanttune.reference import observe` is all it takes to compare the two.
+`observe`, `outlier_ratio` and `FusedObserver` mirror `quanttune.fused_observer` on autograd alone,
+so that `from quanttune.reference import observe` is all it takes to compare the two.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,9 @@ COLUMNS = 7
 
 
 class Statistics(NamedTuple):
-    """The outlier statistics of every sample, each of shape (samples,). Only `ratio` has a gradient."""
+    """The outlier statistics of every sample, each of shape (samples,). Only `ratio` has a
+    gradient.
+    """
 
     maximum: Tensor  # max|A|
     median: Tensor  # lower median of |A|
@@ -62,12 +65,13 @@ def _along(axis: int | None, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def sample_positions(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return which elements of a row of `size` elements make its median, as increasing int64 indices.
+    """Return which elements of a row of `size` elements make its median, as increasing int64
+    indices.
 
-    Up to SAMPLE_SIZE elements that is all of them. Above, one element of every stratum [i*k, (i+1)*k)
-    with k = ceil(size / SAMPLE_SIZE), picked by a fixed hash of i (the 32-bit mixer "lowbias32"). The
-    picks are as good as independent, so by Hoeffding a rank error above e has a probability below
-    2 exp(-2 n e^2) on any data: 4e-6 for 1 % at n = 65,536.
+    Up to SAMPLE_SIZE elements that is all of them. Above, one element of every stratum [i*k,
+    (i+1)*k) with k = ceil(size / SAMPLE_SIZE), picked by a fixed hash of i (the 32-bit mixer
+    "lowbias32"). The picks are as good as independent, so by Hoeffding a rank error above e has a
+    probability below 2 exp(-2 n e^2) on any data: 4e-6 for 1 % at n = 65,536.
     """
     stride = -(-size // SAMPLE_SIZE)
     stratum = torch.arange(size // stride, device=device)
@@ -82,9 +86,11 @@ def sample_positions(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
-    """Return the statistics of each sample, (samples, COLUMNS): max|A|, lower median of |A|, mean,
-    deviation (N - 1), the ratio r = (maximum - median) / deviation, and how many elements attain the
-    maximum and, among the sampled ones, the median.
+    """Return the statistics of each sample, of shape (samples, COLUMNS).
+
+    max|A|, the lower median of |A|, mean and deviation (N - 1) of A, the ratio r = (maximum -
+    median) / deviation, and how many elements attain the maximum and, of the sampled ones, the
+    median.
 
     A constant sample has deviation 0 and r = 0; a sample that holds NaN or inf has NaN everywhere.
     Float32, for float64 input float64.
@@ -160,7 +166,7 @@ def _accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
 
 
-# ------------------------------------------------------------- the same names as quanttune.fused_observer
+# ---------------------------------------------------- the names of quanttune.fused_observer
 
 
 def rows_of(x: Tensor, samples: int | None) -> int:
@@ -188,7 +194,7 @@ def observe(
     samples = rows_of(x, samples)
     constants = outlier_statistics(x.detach(), samples, exact)
     if samples == 0:
-        return x, Statistics(*constants[:, : RATIO + 1].unbind(1))
+        return x, Statistics._make(constants[:, : RATIO + 1].unbind(1))
     rows = x.reshape(samples, -1).to(constants.dtype)
     magnitude = rows.abs()
     sampled = magnitude if exact else magnitude[:, sample_positions(rows.shape[1], x.device)]
@@ -199,7 +205,7 @@ def observe(
     constant = constants[:, DEVIATION] == 0
     ratio = (magnitude.amax(1) - median) / torch.where(constant, 1, deviation)
     ratio = torch.where(constant, 0, ratio)
-    return x, Statistics(*constants[:, :RATIO].unbind(1), ratio)
+    return x, Statistics._make((*constants[:, :RATIO].unbind(1), ratio))
 
 
 def _standard_deviation(rows: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ def outlier_ratio(
     exact: bool = False,
     detach_deviation: bool = False,
 ) -> Tensor:
-    """Return (max|A| - median|A|) / deviation(A) of each sample: a term of eq. 2, on plain autograd."""
+    """Return (max|A| - median|A|) / deviation(A) of each sample, a term of eq. 2."""
     return observe(x, samples, exact=exact, detach_deviation=detach_deviation)[1].ratio
 
 

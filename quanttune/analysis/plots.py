@@ -31,7 +31,9 @@ def plot_ranges(ranges: Mapping[int, Mapping[str, Mapping[str, float]]], path: P
             linestyle="-" if tuned else "--",
         )
     axes.set_yscale("log")
-    axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=45, ha="right")
+    axes.set_xticks(
+        range(len(layers)), [_short(layer) for layer in layers], rotation=45, ha="right"
+    )
     axes.set_ylabel("max |x| over the calibration rows")
     axes.set_title("Dynamic range of the residual stream: inputs of each LayerNorm")
     axes.grid(axis="y", which="both", alpha=0.3)

@@ -11,7 +11,7 @@ from ..quantization.simulation import forward_batch
 
 @torch.no_grad()
 def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Return max|x| of the input of every LayerNorm, in the order of the forward pass, over `data`."""
+    """Return max|x| of the input of every LayerNorm over `data`, in the order of the forward."""
     ranges: dict[str, float] = {}
 
     def watch(name: str) -> Any:

@@ -16,7 +16,9 @@ DIGITS = {"cosine": 3, "accuracy": 1}
 
 
 def write(results: Any, folder: Path) -> list[Path]:
-    """Write results.json, ranges.png and report.html of a demo into a folder, and return their paths."""
+    """Write results.json, ranges.png and report.html of a demo into a folder, and return their
+    paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / "ranges.png"
     plot_ranges(results.ranges, figure)
@@ -30,16 +32,13 @@ def write(results: Any, folder: Path) -> list[Path]:
 def render(results: Any, figure: bytes) -> str:
     """Return the page, with the figure inside it."""
     table = tabulate(results.rows)
-    groups = [(name, len(list(part))) for name, part in groupby(table.columns, lambda c: c.group)]
-    lengths = [count for _, count in groups]
     loader = PackageLoader("quanttune", "analysis")
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     return page.get_template("report.html.jinja").render(
         results=results,
         seeds=len(results.ranges),
         table=table,
-        groups=groups,
-        starts={sum(lengths[:i]) for i in range(len(lengths))},
+        groups=[(name, list(ways)) for name, ways in groupby(table.cells, lambda way: way.group)],
         digits=DIGITS[results.metric],
         image=base64.b64encode(figure).decode(),
         environment=_flat(results.environment),

@@ -1,4 +1,4 @@
-"""Results as a table: a row per arm, a column per way to quantize, means over the seeds."""
+"""Results as a table: a row per way to quantize, a column per arm, means over the seeds."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Column:
+class Way:
     """A way to quantize: bits, calibrator, granularity of weights."""
 
     bits: int
@@ -18,7 +18,7 @@ class Column:
     @property
     def group(self) -> str:
         if self.calibrator == "none":
-            return ""
+            return "not quantized"
         return f"{self.calibrator}, weights per {self.weights}"
 
     @property
@@ -30,7 +30,7 @@ class Column:
 class Cell:
     mean: float
     deviation: float | None  # over the seeds; None for a single one
-    best: bool  # of its column, the fp32 column apart
+    best: bool  # of its row
 
     def text(self, digits: int) -> str:
         spread = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
@@ -39,23 +39,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    columns: list[Column]
-    cells: dict[str, list[Cell]]  # by arm
+    arms: list[str]
+    cells: dict[Way, list[Cell]]  # in the order of the arms
 
 
 def tabulate(rows: Iterable[Any]) -> Table:
-    """Arrange rows (seed, arm, bits, calibrator, weights, value) in the order in which they come."""
-    values: dict[tuple[str, Column], list[float]] = defaultdict(list)
+    """Arrange rows (seed, arm, bits, calibrator, weights, value) in the order they come in."""
+    values: dict[Way, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        values[row.arm, Column(row.bits, row.calibrator, row.weights)].append(row.value)
-    columns = list(dict.fromkeys(column for _, column in values))
-    arms = list(dict.fromkeys(arm for arm, _ in values))
-    best = {c: max(mean(values[arm, c]) for arm in arms) for c in columns}
-    return Table(
-        columns, {arm: [_cell(values[arm, c], c, best[c]) for c in columns] for arm in arms}
-    )
+        values[Way(row.bits, row.calibrator, row.weights)][row.arm].append(row.value)
+    arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
+    cells = {way: _cells([by_arm[arm] for arm in arms]) for way, by_arm in values.items()}
+    return Table(arms, cells)
 
 
-def _cell(values: list[float], column: Column, best: float) -> Cell:
-    deviation = stdev(values) if len(values) > 1 else None
-    return Cell(mean(values), deviation, column.calibrator != "none" and mean(values) == best)
+def _cells(values: list[list[float]]) -> list[Cell]:
+    best = max(map(mean, values))
+    return [
+        Cell(mean(seeds), stdev(seeds) if len(seeds) > 1 else None, mean(seeds) == best)
+        for seeds in values
+    ]

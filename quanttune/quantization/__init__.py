@@ -1,1 +1,3 @@
-"""Post-training quantization: what is quantized (coverage), with which ranges (calibrators), how (simulation)."""
+"""Post-training quantization: what is quantized (coverage), with which ranges (calibrators), how
+(simulation).
+"""

@@ -16,7 +16,17 @@ Weights are quantized in every preset, biases in none; LayerNorm and softmax are
 """
 
 _ALL = frozenset(
-    "input convolution output norm residual embedding operand score probability".split()
+    [
+        "input",
+        "convolution",
+        "output",
+        "norm",
+        "residual",
+        "embedding",
+        "operand",
+        "score",
+        "probability",
+    ]
 )
 
 PRESETS: dict[str, frozenset[str]] = {

@@ -1,7 +1,8 @@
 """Quantize what no module holds: the products of attention and the sums of the residual stream.
 
-While the model's forward runs, a TorchFunctionMode sees these calls. A site is named by the path of the
-module that calls, the operation, and how many of its kind came before in that call.
+While the model's forward runs, a TorchFunctionMode sees these calls. Their quantizers belong to the
+module that calls, under the name of the operation and how many of its kind came before in that
+call: `add0_quantizer`, `attention0_query_quantizer`.
 """
 
 from collections import Counter
@@ -19,17 +20,20 @@ from .scheme import Scheme
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__}
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
-_KEEPERS = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as}  # what these return is still a softmax
+_KEEPERS = {
+    F.dropout,
+    torch.dropout,
+    Tensor.to,
+    Tensor.type_as,
+}  # what these return is still a softmax
 
 
-class FunctionalQuantizers(nn.Module):
-    """The quantizers of a model's functional sites, made when a site is first reached."""
+class FunctionalSites:
+    """The functional sites of a model; their quantizers are made when a site is first reached."""
 
     def __init__(self, model: nn.Module, scheme: Scheme, device: torch.device) -> None:
-        super().__init__()
         self.scheme, self.device = scheme, device
         self.frozen = False
-        self.quantizers = nn.ModuleDict()
         self._names = {module: name for name, module in model.named_modules()}
         self._leaves = {module for module in self._names if not any(module.children())}
         self._calls: list[tuple[nn.Module, Counter[str]]] = []
@@ -45,12 +49,13 @@ class FunctionalQuantizers(nn.Module):
         if kind not in self.scheme.kinds:
             return x
         module, _ = self._calls[-1]
-        key = f"{self._names[module]}:{site}".replace(".", "/")  # a ModuleDict takes no dots
-        if key not in self.quantizers:
+        name = f"{site}_quantizer"
+        if not hasattr(module, name):
             if self.frozen:
-                raise RuntimeError(f"{key} was never reached during calibration: give more data")
-            self.quantizers[key] = self.scheme.activation_quantizer(self.device)
-        return self.quantizers[key](x)
+                where = f"{self._names[module]}.{name}".lstrip(".")
+                raise RuntimeError(f"{where} was never reached during calibration: give more data")
+            module.add_module(name, self.scheme.activation_quantizer(self.device))
+        return getattr(module, name)(x)
 
     def number(self, operation: str) -> str:
         """Name an operation of the current module call: add0, add1, ..."""
@@ -81,7 +86,7 @@ class FunctionalQuantizers(nn.Module):
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, sites: FunctionalQuantizers) -> None:
+    def __init__(self, sites: FunctionalSites) -> None:
         super().__init__()
         self.sites = sites
         self.probabilities = WeakTensorKeyDictionary()
@@ -104,9 +109,7 @@ class _Mode(TorchFunctionMode):
     def _product(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
         site = self.sites.number("product")
         after_softmax = a in self.probabilities
-        a = self.sites.quantize(
-            "probability" if after_softmax else "operand", f"{site}_left", a
-        )
+        a = self.sites.quantize("probability" if after_softmax else "operand", f"{site}_left", a)
         product = func(a, self.sites.quantize("operand", f"{site}_right", b), **kwargs)
         if after_softmax:
             return product
@@ -152,4 +155,6 @@ class _Mode(TorchFunctionMode):
         )
 
     def _is_residual(self, args: Any) -> bool:
-        return self._are_activations(args[:2]) and args[0].dim() > 1 and args[0].shape == args[1].shape
+        return (
+            self._are_activations(args[:2]) and args[0].dim() > 1 and args[0].shape == args[1].shape
+        )

@@ -59,12 +59,14 @@ class ActivationQuantizer(nn.Module):
 class WeightQuantizer(nn.Module):
     """Round a weight to min-max grids: one per index of `axis`, or (None) one for the tensor.
 
-    The scale follows the weight, so that a quantized model can be trained further.
+    The scale follows the weight, so that a quantized model can be trained further. It is not
+    `enabled` while activations are calibrated: their ranges are those of the float model.
     """
 
     def __init__(self, bits: int, axis: int | None) -> None:
         super().__init__()
         self.bits, self.axis = bits, axis
+        self.enabled = True
 
     def scale(self, weight: Tensor) -> Tensor:
         """Return the step, or the steps along `axis`, of a weight."""
@@ -72,7 +74,7 @@ class WeightQuantizer(nn.Module):
         return scale_of(absmax(weight.detach(), None if self.axis is None else others), self.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return dynamic_fake_quant(weight, self.bits, self.axis)
+        return dynamic_fake_quant(weight, self.bits, self.axis) if self.enabled else weight
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"

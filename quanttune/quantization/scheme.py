@@ -46,7 +46,11 @@ class Scheme:
 
     def activation_quantizer(self, device: torch.device) -> ActivationQuantizer:
         """Make the quantizer of one activation, ready to calibrate."""
-        make = CALIBRATORS.get(self.calibrator) if isinstance(self.calibrator, str) else self.calibrator
+        make = (
+            CALIBRATORS.get(self.calibrator)
+            if isinstance(self.calibrator, str)
+            else self.calibrator
+        )
         return ActivationQuantizer(self.bits, make() if make else None, device)
 
     def weight_quantizer(self, output_axis: int) -> WeightQuantizer:

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 from .calibrators import Calibrator
-from .functional import FunctionalQuantizers
+from .functional import FunctionalSites
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
-from .twins import QuantizedConv2d, QuantizedEmbedding, twin_of
-
-FUNCTIONAL = "functional_quantizers"  # the name of the quantizers that belong to no module
+from .twins import QuantizedConv2d, QuantizedEmbedding, Twin, twin_of
 
 
 def quantize(
@@ -28,18 +25,19 @@ def quantize(
     residual: bool = True,
     data: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Quantize a model in place, to symmetric uniform integers with one scale per activation, and return it.
+    """Quantize a model in place to symmetric uniform integers, and return it.
 
-    Its Linear, Conv1D, Conv2d and Embedding modules become their quantized twins, under the same names
-    and with the same parameters; attention's products and residual sums are reached while it runs. The
-    ranges of activations come from one pass of `data` in evaluation mode.
+    There is one scale per activation. Linear, Conv1D, Conv2d and Embedding modules become their
+    quantized twins, under the same names and with the same parameters; attention's products and
+    residual sums are reached while the model runs. The ranges of activations come from one pass of
+    `data` in evaluation mode.
 
     Args:
         model: a float model; `copy.deepcopy` it first to keep it.
         bits: of weights and activations, 2 to 16.
         calibrator: "minmax", "percentile" (99.9 % of the magnitudes), a function that makes a
-            `Calibrator`, or "dynamic", which needs no data and can be trained through (each activation
-            takes its range from itself, gradients pass straight through).
+            `Calibrator`, or "dynamic", which needs no data and can be trained through (each
+            activation takes its range from itself, gradients pass straight through).
         coverage: a preset of quanttune.quantization.coverage; `residual=False` leaves the residual
             stream in float.
         weights: "channel", one scale per output channel, or "tensor". Biases stay float.
@@ -47,40 +45,39 @@ def quantize(
             (inputs, labels), whose first element is taken.
 
     Raises:
-        ValueError: an argument is out of range, `data` is missing or empty, an activation is not finite,
-            the model has nothing to quantize or is quantized already.
+        ValueError: an argument is out of range, `data` is missing or empty, an activation is not
+            finite, the model has nothing to quantize or is quantized already.
     """
     scheme = Scheme(bits, calibrator, coverage, weights, residual)
-    if hasattr(model, FUNCTIONAL):
+    if any(isinstance(module, (Twin, ActivationQuantizer)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already")
     if data is None and not scheme.dynamic:
         raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
-    _swap_modules(model, scheme)
-    if not scheme.dynamic:
-        assert data is not None
+    functional = _swap_modules(model, scheme)
+    if data is not None and not scheme.dynamic:
         _run(model, data)
         _freeze(model)
+        functional.frozen = True
     return model
 
 
 def requantize(model: nn.Module, bits: int, weights: str) -> None:
-    """Give a quantized model another width and granularity of weights, with the ranges it was given.
+    """Give a quantized model another width and granularity of weights, but keep its ranges.
 
-    What minmax and percentile cover does not depend on the width, so one calibration serves all of them.
+    What minmax and percentile cover does not depend on the width, so one calibration serves all.
     """
     scheme = Scheme(bits, weights=weights)
+    for quantizer in quantizers(model).values():
+        quantizer.set_bits(bits)
     for module in model.modules():
-        if isinstance(module, ActivationQuantizer):
-            module.set_bits(bits)
-        quantizer = getattr(module, "weight_quantizer", None)
-        if isinstance(quantizer, WeightQuantizer):
+        if isinstance(module, Twin):
             module.weight_quantizer = scheme.weight_quantizer(module.output_axis)
 
 
 def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the quantizers of a quantized model's activations by site, for instance to read scales."""
+    """Return the quantizers of a quantized model's activations by site: they hold the scales."""
     return {
-        name.removeprefix(f"{FUNCTIONAL}.quantizers.").replace("/", "."): module
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, ActivationQuantizer)
     }
@@ -93,28 +90,31 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _swap_modules(model: nn.Module, scheme: Scheme) -> None:
+def _swap_modules(model: nn.Module, scheme: Scheme) -> FunctionalSites:
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    modules = [(module, twin_of(module)) for module in model.modules()]
+    modules = [(module, _covered_twin(module, scheme)) for module in model.modules()]
     if not any(twin for _, twin in modules):
         raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
     # before the twins, whose quantizers are none of its sites
-    functional = FunctionalQuantizers(model, scheme, device)
+    functional = FunctionalSites(model, scheme, device)
     for module, twin in modules:
         if twin:
             _become(module, twin, scheme, device)
         elif isinstance(module, nn.LayerNorm):
             _wrap_norm(module, scheme, device)
-    model.add_module(FUNCTIONAL, functional)
+    return functional
 
 
-def _become(module: nn.Module, twin: Any, scheme: Scheme, device: torch.device) -> None:
-    module.__class__ = twin  # in place: whoever holds the module, shares it or ties its weight sees the twin
+def _covered_twin(module: nn.Module, scheme: Scheme) -> Any:
+    twin = twin_of(module)
+    return None if twin is QuantizedEmbedding and "embedding" not in scheme.kinds else twin
+
+
+def _become(module: Any, twin: Any, scheme: Scheme, device: torch.device) -> None:
+    # in place: whoever holds the module, shares it or ties its weight sees the twin
+    module.__class__ = twin
     module.weight_quantizer = scheme.weight_quantizer(twin.output_axis)
     if twin is QuantizedEmbedding:
-        if "embedding" not in scheme.kinds:
-            module.weight_quantizer = nn.Identity()
-            module.weight_quantizer.axis = None
         return
     kind = "convolution" if twin is QuantizedConv2d else "input"
     for name, covered in (("input_quantizer", kind), ("output_quantizer", "output")):
@@ -123,7 +123,7 @@ def _become(module: nn.Module, twin: Any, scheme: Scheme, device: torch.device) 
 
 
 def _wrap_norm(module: nn.Module, scheme: Scheme, device: torch.device) -> None:
-    """Quantize what goes into a LayerNorm (a residual sum) and what comes out; it computes in float."""
+    """Quantize what goes into a LayerNorm (a residual sum) and what comes out of it."""
     if "residual" in scheme.kinds:
         module.input_quantizer = scheme.activation_quantizer(device)
         module.register_forward_pre_hook(_quantize_input)
@@ -144,20 +144,27 @@ def _run(model: nn.Module, data: Iterable[Any]) -> None:
     was_training = model.training
     model.eval()
     batches = 0
+    _enable_weights(model, False)
     with torch.no_grad():
         for batch in data:
             forward_batch(model, batch)
             batches += 1
+    _enable_weights(model, True)
     model.train(was_training)
     if not batches:
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
+
+
+def _enable_weights(model: nn.Module, enabled: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.enabled = enabled
 
 
 def _freeze(model: nn.Module) -> None:
     sites = quantizers(model)
     for name, quantizer in sites.items():
         quantizer.freeze(name)
-    getattr(model, FUNCTIONAL).frozen = True
     unreached = [name for name, quantizer in sites.items() if not quantizer.reached]
     if unreached:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""The quantized twins of the modules that hold weights. Each takes its float module's place and name."""
+"""The quantized twins of the modules that hold weights; a module becomes its twin in place."""
 
 import sys
 from functools import cache
@@ -10,45 +10,49 @@ from torch.nn import functional as F
 from .quantizer import WeightQuantizer
 
 
-class QuantizedLinear(nn.Linear):
-    """Linear: quantized input and weight, float bias, quantized output."""
+class Twin:
+    """What every twin has: the dimension of its weight's outputs, and quantizers."""
 
     output_axis = 0
+    weight_quantizer: WeightQuantizer
+    input_quantizer: nn.Module
+    output_quantizer: nn.Module
+
+
+class QuantizedLinear(Twin, nn.Linear):
+    """Linear: quantized input and weight, float bias, quantized output."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return self.output_quantizer(F.linear(self.input_quantizer(x), weight, self.bias))
 
 
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(Twin, nn.Conv2d):
     """Conv2d, such as a patch embedding."""
-
-    output_axis = 0
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return self.output_quantizer(self._conv_forward(self.input_quantizer(x), weight, self.bias))
 
 
-class QuantizedEmbedding(nn.Embedding):
-    """An embedding table; per channel it has one scale per row, as output channel 0 is its row."""
-
-    output_axis = 0
+class QuantizedEmbedding(Twin, nn.Embedding):
+    """An embedding table; per channel it has one scale per row."""
 
     def forward(self, indices: Tensor) -> Tensor:
-        quantizer: WeightQuantizer = self.weight_quantizer
-        if quantizer.axis is None:
-            return F.embedding(indices, quantizer(self.weight), self.padding_idx)
+        if self.weight_quantizer.axis is None:
+            return F.embedding(indices, self.weight_quantizer(self.weight), self.padding_idx)
         # rows have their own scales, so only those that are looked up need rounding
         rows = F.embedding(indices, self.weight, self.padding_idx)
-        return quantizer(rows.flatten(0, -2)).view_as(rows)
+        return self.weight_quantizer(rows.flatten(0, -2)).view_as(rows)
 
 
 def twin_of(module: nn.Module) -> Any:
     """Return the quantized class of a module, or None if it has none.
 
-    A subclass counts if it runs the same forward.
+    A subclass counts if it runs the same forward. An embedding that rescales its rows does not.
     """
+    if getattr(module, "max_norm", None) is not None:
+        return None
     for float_class, twin in _twins().items():
         if isinstance(module, float_class) and type(module).forward is float_class.forward:
             return twin
@@ -59,7 +63,7 @@ def twin_of(module: nn.Module) -> Any:
 def _quantized_conv1d(conv1d: type[nn.Module]) -> type[nn.Module]:
     """Make the twin of GPT-2's transposed Linear; transformers is an optional dependency."""
 
-    class QuantizedConv1D(conv1d):  # type: ignore[misc, valid-type]
+    class QuantizedConv1D(Twin, conv1d):  # type: ignore[misc, valid-type]
         output_axis = 1
 
         def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class Splits:
 
 
 def load(tokenizer: Any, tokens: int, validation: int = 256, test: int = 512) -> Splits:
-    """Tokenize docstrings to rows of exactly `tokens` tokens: shorter ones are left out, so none is padded."""
+    """Tokenize docstrings to rows of exactly `tokens` tokens: shorter ones are left out, so none is
+    padded.
+    """
     texts: dict[str, list[str]] = {"tuning": [], "validation": [], "test": []}
     seen: set[str] = set()
     for split, text in _docstrings():
@@ -37,7 +39,9 @@ def load(tokenizer: Any, tokens: int, validation: int = 256, test: int = 512) ->
     rows = {split: _tokenize(tokenizer, part, tokens) for split, part in texts.items()}
     for split, wanted in (("tuning", 1), ("validation", validation), ("test", test)):
         if len(rows[split]) < wanted:
-            raise ValueError(f"the docstrings make {len(rows[split])} {split} rows, {wanted} are needed")
+            raise ValueError(
+                f"the docstrings make {len(rows[split])} {split} rows, {wanted} are needed"
+            )
     return Splits(rows["tuning"], rows["validation"][:validation], rows["test"][:test])
 
 

@@ -1,24 +1,22 @@
-"""Compare the arms of a recipe: tune each, quantize it in every way, and put the numbers in rows."""
+"""Compare the arms of a recipe: tune each, quantize it in every way, keep the numbers."""
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from ..analysis.environment import environment
 from ..analysis.ranges import residual_ranges
-from ..quantization.calibrators import MinMax, Percentile
+from ..quantization.calibrators import Calibrator, MinMax, Percentile
 from ..quantization.simulation import quantize, requantize
 
-# calibrator, and with which granularities of weights it is measured
-CALIBRATORS = {
-    "minmax": (MinMax, ("channel", "tensor")),
-    "percentile 99.9": (partial(Percentile, 99.9), ("channel",)),
+CALIBRATORS: dict[str, Callable[[], Calibrator]] = {
+    "minmax": MinMax,
+    "percentile 99.9": partial(Percentile, 99.9),
 }
 FLOAT_BITS = 32
 
@@ -44,6 +42,7 @@ class Recipe(Protocol):
     caveats: Sequence[str]
     arms: Sequence[Arm]
     bits: Sequence[int]
+    ways: Mapping[str, Sequence[str]]  # calibrator -> granularities of weights
     steps: int
 
     def __init__(self, seed: int, **options: Any) -> None: ...
@@ -125,7 +124,7 @@ def units(recipe: Any, seeds: int) -> float:
 
 
 def _evaluations(recipe: Any) -> int:
-    return 1 + sum(len(weights) for _, weights in CALIBRATORS.values()) * len(recipe.bits)
+    return 1 + sum(map(len, recipe.ways.values())) * len(recipe.bits)
 
 
 def _run_seed(recipe: Recipe, seed: int, results: Results, progress: Progress) -> None:
@@ -152,8 +151,9 @@ def _measure(
         progress(f"seed {seed}: measuring {arm.name}", 1)
 
     add(FLOAT_BITS, "none", "channel", model)
-    for name, (calibrator, granularities) in CALIBRATORS.items():
-        quantized = quantize(copy.deepcopy(model), calibrator=calibrator, data=recipe.calibration())
+    for name, granularities in recipe.ways.items():
+        quantized = copy.deepcopy(model)
+        quantize(quantized, calibrator=CALIBRATORS[name], data=recipe.calibration())
         for weights in granularities:
             for bits in recipe.bits:
                 requantize(quantized, bits, weights)

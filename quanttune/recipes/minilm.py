@@ -1,13 +1,14 @@
 """A pretrained sentence encoder with natural outliers, tuned to give its own float embeddings.
 
-MiniLM-L6 (all-MiniLM-L6-v2) from a PyPI package, or any encoder that transformers can load. At alpha = 0
-the loss is zero, so the control is the base model itself.
+MiniLM-L6 (all-MiniLM-L6-v2) from a PyPI package, or any encoder that transformers can load. At
+alpha = 0 the loss is zero, so the control is the base model itself.
 """
 
 import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ CALIBRATION_ROWS, EVALUATION_BATCH = 160, 128
 
 
 class MiniLM:
-    """Self-distillation of a sentence encoder on docstrings; the metric is the mean cosine between an
-    embedding and the base model's own float embedding of the same row.
+    """Self-distillation of a sentence encoder on docstrings; the metric is the mean cosine between
+    an embedding and the base model's own float embedding of the same row.
     """
 
     name = "minilm"
     metric = "cosine"
     bits = (8, 7, 6)
+    ways = MappingProxyType({"minmax": ("channel", "tensor"), "percentile 99.9": ("channel",)})
     steps = 80
     caveats = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
@@ -55,7 +57,9 @@ class MiniLM:
         picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
         self._calibration = self._rows.tuning[picks[:CALIBRATION_ROWS]]
         self._targets: dict[int, Tensor] = {}
-        self._embeddings = {name: self._embed(self._teacher, rows) for name, rows in self._held_out()}
+        self._embeddings = {
+            name: self._embed(self._teacher, rows) for name, rows in self._held_out()
+        }
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
         model = copy.deepcopy(self._teacher)

@@ -29,8 +29,9 @@ def train(
 ) -> nn.Module:
     """Tune a model as an arm says, in place, and return it as a float model in evaluation mode.
 
-    AdamW, linear warm-up, cosine learning rate, gradients clipped to norm 1. With `qat_bits` the forward
-    runs on dynamic grids of that width, and what comes back are the float weights underneath.
+    AdamW, linear warm-up, cosine learning rate, gradients clipped to norm 1. With `qat_bits` the
+    forward runs on dynamic grids of that width, and what comes back are the float weights
+    underneath.
     """
     trained = model
     if arm.qat_bits:

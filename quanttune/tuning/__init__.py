@@ -1,1 +1,1 @@
-"""Outlier-driven fine-tuning: which tensors (sites), their hooks (observers), the loss, its weight."""
+"""Outlier-driven fine-tuning: which tensors (sites), their hooks (observers), the loss."""

@@ -71,6 +71,6 @@ def combine(
     count: int,
     on_end_backward: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Return task_weight * task + outlier_weight * outlier, whose backward weighs the taps as well."""
+    """Return the weighted sum of two losses, whose backward tells the taps their weight."""
     arguments = task_weight, outlier_weight, observers, count, on_end_backward
     return _Combine.apply(task, outlier, *arguments)

@@ -1,10 +1,10 @@
 """Hooks that observe every site of a forward pass, and what they know of it.
 
-An observed tensor passes through `_Tap`: the model goes on with a view of the same storage, and the tap's
-backward adds the gradient of the outlier loss to the one that comes in, in a single pass. How much of it,
-the combined loss says when its own backward starts (loss.py). Nothing here holds a graph, so gradient
-accumulation, loss scaling and both kinds of activation checkpointing need no bookkeeping: a tap that a
-checkpoint recomputes finds the coefficient published already.
+An observed tensor passes through `_Tap`: the model goes on with a view of the same storage, and the
+tap's backward adds the gradient of the outlier loss to the one that comes in, in a single pass. How
+much of it, the combined loss says when its own backward starts (loss.py). Nothing here holds a
+graph, so gradient accumulation, loss scaling and both kinds of activation checkpointing need no
+bookkeeping: a tap that a checkpoint recomputes finds the coefficient published already.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,8 @@ class _Tap(torch.autograd.Function):
 class Observers:
     """The hooks on a model's sites, and the observations since they were last taken.
 
-    `coefficient` is d(loss)/d(ratio) of one instance, for the backward pass that is under way, else 0.
+    `coefficient` is d(loss)/d(ratio) of one instance, for the backward pass that is under way, else
+    0.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ def _recomputing() -> bool:
 
 
 class Hook:
-    """A method, with its first arguments, as a hook; a copied or unpickled model gets an inert one."""
+    """A method with its first arguments, as a hook. A copy of the model gets an inert one."""
 
     def __init__(self, method: Any = None, *arguments: Any) -> None:
         self.method, self.arguments = method, arguments
@@ -210,4 +211,6 @@ def batch_size(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
     for leaf in tree_leaves((main, args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
-    raise ValueError(f"{type(model).__name__} was called without a tensor to take the batch size from")
+    raise ValueError(
+        f"{type(model).__name__} was called without a tensor to take the batch size from"
+    )

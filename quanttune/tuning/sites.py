@@ -10,7 +10,7 @@ from torch import nn
 def find_sites(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """Return the observed modules by qualified name. A module that is reachable twice is listed once.
+    """Return the observed modules by qualified name, each once.
 
     include, exclude: patterns of fnmatch over qualified names, such as "blocks.*.mlp.*".
     """
@@ -36,7 +36,7 @@ def observed_types() -> tuple[type[nn.Module], ...]:
 
 
 def find_heads(model: nn.Module) -> set[nn.Module]:
-    """Return the heads that the model names itself (timm's get_classifier, transformers' output embeddings).
+    """Return the heads that the model names itself, as timm and language models do.
 
     Their outputs are logits, on which a low ratio would mean an undecided model. Heads that a model
     does not name are found by their output being the model's own: see observers.py.

@@ -20,7 +20,8 @@ LOUD = 3.0  # warn when the outlier term's gradient is this many times the task'
 class Tuner:
     """What `attach` returns: `combine` the loss, `step` after the optimizer, `detach` at the end.
 
-    `task_loss` and `outlier_loss` hold the two terms of the last `combine`, as tensors without a graph.
+    `task_loss` and `outlier_loss` hold the two terms of the last `combine`, as tensors without a
+    graph.
     """
 
     def __init__(
@@ -117,9 +118,7 @@ class Tuner:
         norms = []
         for weights in ((task_weight, 0 * outlier_weight), (0.0, outlier_weight)):
             total = combine(task, outlier, *weights, observers, count)
-            gradients = torch.autograd.grad(
-                total, parameters, retain_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             parts = [g.detach().float().norm() for g in gradients if g is not None]
             norms.append(torch.stack(parts).norm().item() if parts else 0.0)
         if norms[1] > LOUD * norms[0]:
@@ -161,18 +160,19 @@ def attach(
 ) -> Tuner:
     """Observe the inputs and outputs of every Linear and LayerNorm of a model while it trains.
 
-    Only hooks are added: no module is replaced and nothing enters the state_dict. The model is observed
-    when it is called in training mode with gradients enabled; a copy of it is not attached. Samples are
-    counted along the first dimension of its first input; padded tokens count like any other.
+    Only hooks are added: no module is replaced and nothing enters the state_dict. The model is
+    observed when it is called in training mode with gradients enabled; a copy of it is not
+    attached. Samples are counted along the first dimension of its first input; padded tokens count
+    like any other.
 
     Args:
         model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm.
-        alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0 training is
-            bit for bit what it is without quanttune.
+        alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0
+            training is bit for bit what it is without quanttune.
         decay: how alpha falls to 0 over `total_steps` optimizer steps: "linear", "cosine", or
             "constant" for not at all.
-        balance: "none", as in the paper, or "initial": L_out counts relative to its first value, times
-            the first task loss. Use it where the two losses are far apart.
+        balance: "none", as in the paper, or "initial": L_out counts relative to its first value,
+            times the first task loss. Use it where the two losses are far apart.
         detach_deviation: hold the deviation constant in the gradient of the ratio. It lowers large
             outliers faster than the paper's form, which stays the default.
         exact: take medians over all elements, not over a sample, of tensors with more than 65,536
