@@ -135,3 +135,7 @@ def _print_results(results: Any) -> None:
     console.print(table)
     for caveat in results.caveats:
         console.print(f"- {caveat}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Fake quantization: every backend gives the bits that ONNX Runtime gives."""
 
 import functools
+import math
 
 import numpy as np
 import onnxruntime
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from quanttune import cpu, fake_quant, reference
-from quanttune.fake_quantizer import integer_range, scale_of
+from quanttune.fake_quantizer import absmax, dynamic_fake_quant, integer_range, scale_of
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -355,6 +356,43 @@ def test_scale_of_a_tiny_maximum_is_finite_and_positive(absmax, bits):
     scale = scale_of(absmax, bits)
     assert 0 < scale.item() < 1e-30
     assert fake_quant(absmax, scale, bits).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 1025), (4, 3, 17), (0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dynamic_grid_is_that_of_the_largest_magnitude(shape, dtype):
+    x = (torch.randn(shape) * 5).to(dtype).requires_grad_()
+    for axis in (None, *range(-x.dim(), x.dim())):
+        rows = x.detach().reshape(1, -1) if axis is None else x.detach().movedim(axis, 0)
+        rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+        largest = torch.tensor([max(row.abs().tolist(), default=0) for row in rows]).to(dtype)
+        y = dynamic_fake_quant(x, 4, axis)
+        assert_same_bits(y, fake_quant(x, scale_of(largest, 4), 4, axis))
+        upstream = torch.randn(shape).to(dtype)
+        assert torch.equal(torch.autograd.grad(y, x, upstream)[0], upstream)
+
+
+def test_the_largest_magnitude_may_be_negative():
+    x = torch.tensor([[1.0, -7.0], [2.0, 3.0]])
+    assert absmax(x).item() == 7.0
+    assert absmax(x, [0]).tolist() == [2.0, 7.0]
+    assert absmax(x, [1]).tolist() == [7.0, 3.0]
+    assert absmax(torch.tensor([-1.0, torch.nan])).isnan()
+
+
+@pytest.mark.parametrize(
+    ("x", "axis", "error", "message"),
+    [
+        (torch.arange(3), None, TypeError, "got a tensor of torch.int64"),
+        (torch.ones(2, 3), 2, ValueError, "dimension of x, which has 2, got 2"),
+        (torch.tensor(1.0), 0, ValueError, "dimension of x, which has 0, got 0"),
+    ],
+)
+def test_mistakes_with_the_dynamic_grid_are_named(x, axis, error, message):
+    with pytest.raises(error, match=message):
+        dynamic_fake_quant(x, axis=axis)
+    with pytest.raises(ValueError, match="bits must be from 2 to 16, got 1"):
+        dynamic_fake_quant(torch.ones(3), bits=1)
 
 
 @pytest.mark.parametrize("bits", [1, 17, 0, -8])

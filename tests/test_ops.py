@@ -156,7 +156,7 @@ BROKEN = {
         ("quanttune._C", "12.8"),
         "reference Triton reference",
         [NO_EXTENSION, "Triton is installed"],
-        [f"{NO_EXTENSION}. CPU tensors {SLOW} Reinstall quanttune with a compiler."],
+        [f"{NO_EXTENSION}. CPU tensors {SLOW} Reinstall with a C++ compiler."],
     ),
     "triton": (
         ("triton", "12.8"),

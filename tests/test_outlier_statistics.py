@@ -400,7 +400,7 @@ def test_huge_and_tiny_values_have_finite_statistics(dtype, unit):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 0.1, 1e-45, 65504.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constants_have_no_ratio_and_no_gradient(dtype, value, module):
-    for size in (1, 2, 5, 1025, 16385, 70001):
+    for size in (1, 2, 3, 1025, 16385, 200001):
         x = torch.full((2, size), value, dtype=dtype)
         columns = module.outlier_statistics(x, 2, False)
         assert columns[:, [DEVIATION, RATIO]].tolist() == [[0, 0], [0, 0]]
@@ -461,7 +461,7 @@ def assert_within_gradient_gate(actual, expected):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [3, 255, 1025, 36864, 70001])
+@pytest.mark.parametrize("size", [31, 255, 1025, 36864, 70001])
 def test_the_gradient_is_that_of_float64_autograd(size, dtype, exact):
     for mean, deviation in ((0, 1), (2, 0.5), (-100, 1)):
         x = (torch.randn(3, size) * deviation + mean).to(dtype)

@@ -227,6 +227,21 @@ def test_logits_are_left_out_of_a_model_that_does_not_name_its_head():
             assert sites == ["0.input", "0.output", "2.input"]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_head_that_the_model_names_is_left_out_whatever_becomes_of_its_output(several):
+    class Tempered(Shared):
+        def get_classifier(self):
+            return (self.head, nn.Identity()) if several else self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 10
+
+    with observing(Tempered()) as observers:
+        observers.model(torch.randn(BATCH, 8))
+        sites = [observation.site for observation in observers.take()]
+        assert sites[-2:] == ["norm.input", "norm.output"]  # which is the input of the head
+
+
 @pytest.mark.parametrize(
     ("name", "site", "rows"),
     [
@@ -618,6 +633,10 @@ def test_backward_of_a_loss_that_was_not_combined_is_plain():
     combined = gradients(example.model, tuner.combine(example.task_loss()))
     assert not torch.equal(combined["blocks.0.attn.qkv.weight"], plain["blocks.0.attn.qkv.weight"])
     assert_same_bits(gradients(example.model, example.task_loss()), plain)
+    # also where its forward came first
+    task = example.task_loss()
+    gradients(example.model, tuner.combine(example.task_loss()))
+    assert_same_bits(gradients(example.model, task), plain)
 
 
 @quiet

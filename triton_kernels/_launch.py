@@ -1,4 +1,4 @@
-"""How every kernel is launched: on the device of its data, with the same number of threads anywhere."""
+"""How every kernel is launched: on the device of its data, with as many threads on any GPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,5 +14,5 @@ def on_device_of(x: Tensor) -> AbstractContextManager:
 
 
 def options(threads: int) -> dict[str, int | bool]:
-    """Return the launch options. A fused multiply-add rounds once where the definition rounds twice."""
+    """Return the launch options. A fused multiply-add would round once where two are defined."""
     return {"num_warps": threads // _LANES, "enable_fp_fusion": False}

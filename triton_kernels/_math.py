@@ -20,16 +20,19 @@ def quotient_rounded(x, scale, lowest, highest):
 def magnitude_bits(x):
     """Return the bits of |x| as int32: they sort as |x| does, with inf and then NaN on top."""
     if x.dtype.primitive_bitwidth == 32:
-        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
-        return x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return bits
 
 
 @triton.jit
 def magnitude_of_bits(bits, DTYPE: tl.constexpr):
     """Return the float32 value of what `magnitude_bits` made of a value of type DTYPE."""
-    if DTYPE == tl.float16:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if DTYPE.is_fp16():
+        magnitude = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif DTYPE.is_bf16():
+        magnitude = (bits << 16).to(tl.float32, bitcast=True)
     else:
-        wide = bits if DTYPE == tl.float32 else bits << 16
-        return wide.to(tl.float32, bitcast=True)
+        magnitude = bits.to(tl.float32, bitcast=True)
+    return magnitude

@@ -1,4 +1,4 @@
-"""Symmetric fake quantization of a contiguous tensor, with one scale or one per index of an axis."""
+"""Symmetric fake quantization of a contiguous tensor: one scale, or one per index of an axis."""
 
 import math
 

@@ -108,9 +108,7 @@ def _partial_kernel(
     whole = length // TILE * TILE
     for tile in range(0, whole, TILE):
         x = tl.load(part_ptr + tile + offsets).to(tl.float32)
-        sums, squares, maximum, count = _fold(
-            x - pivot, tl.abs(x), sums, squares, maximum, count
-        )
+        sums, squares, maximum, count = _fold(x - pivot, tl.abs(x), sums, squares, maximum, count)
         if STRATA > 0:
             # right after their neighbours were read, so that they come from the cache
             first = start + tile
@@ -180,9 +178,7 @@ def _merge_kernel(
     partial_row_ptr = partial_ptr + row * _PARTIALS * parts
     sample_row_ptr = sample_ptr + row * sample_pitch
 
-    mean, deviation, maximum, maximum_count = _merge(
-        partial_row_ptr, size, parts, part_size, PARTS
-    )
+    mean, deviation, maximum, maximum_count = _merge(partial_row_ptr, size, parts, part_size, PARTS)
     bits, median_count = median_bits(sample_row_ptr, sample_size, HALF, BLOCK)
     median = magnitude_of_bits(bits, sample_ptr.dtype.element_ty)
     spread = maximum.to(tl.float64) - median.to(tl.float64)

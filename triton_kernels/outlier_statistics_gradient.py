@@ -39,11 +39,10 @@ def _peak_term(x, peak, weight):
 @triton.jit
 def _dense_terms(x, mean, slope, maximum, weight, DETACHED: tl.constexpr):
     """Return what elements outside the sample get: the terms of deviation and maximum."""
-    peak_term = _peak_term(x, maximum, weight)
-    if DETACHED:
-        return peak_term
-    else:
-        return slope * (x - mean) + peak_term
+    added = _peak_term(x, maximum, weight)
+    if not DETACHED:
+        added = slope * (x - mean) + added
+    return added
 
 
 @triton.jit(do_not_specialize=["tiles", "stride", "sample_size"])

@@ -1,8 +1,9 @@
 """Compile what the launchers of quanttune.triton_kernels would launch, without a GPU, and audit it.
 
-`python ahead_of_time.py sm_90 gfx942` prints a JSON list with an entry per kernel. The launchers get
-tensors of the "meta" device; what they would have launched is compiled for the target instead, by the
-rules after which Triton specializes a kernel to its arguments. TRITON_INTERPRET must not be set.
+`python ahead_of_time.py sm_90 gfx942` prints a JSON list with an entry per kernel. The launchers
+get tensors of the "meta" device; what they would have launched is compiled for the target instead,
+by the rules after which Triton specializes a kernel to its arguments. TRITON_INTERPRET must not be
+set.
 """
 
 import json
@@ -28,7 +29,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 # strata of 128 and of 3 elements, a row that is its own sample, and arguments that are all 1
@@ -124,7 +125,7 @@ def compile_launch(kernel, arguments, options, target):
 
 
 def audit(compiled):
-    """Return registers, spills, and the memory and arithmetic instructions in the order of the code."""
+    """Return what the code needs, and its instructions in their order."""
     common = {
         "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
         "shared": compiled.metadata.shared,
@@ -139,17 +140,14 @@ def audit(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run_tool("-res-usage", file.name)
-        machine_code = [
-            (int(address, 16), text)
-            for address, text in re.findall(
-                r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", run_tool("-sass", file.name), re.M
-            )
-        ]
+        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump, re.M)
+    machine_code = [(int(address, 16), text) for address, text in lines]
     spills = [at for at, text in machine_code if re.search(r"\b(?:LDL|STL)\b", text)]
     loops = list(find_loops(machine_code))
     return common | {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
         "spills": len(spills),
         "loops": len(loops),
         "loop_spills": sum(any(begin <= at <= end for begin, end in loops) for at in spills),
@@ -166,11 +164,6 @@ def find_loops(machine_code):
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch and int(branch[1], 16) < address:
             yield int(branch[1], 16), address
-
-
-def run_tool(*arguments):
-    command = [TOOLS / "cuobjdump", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(targets):

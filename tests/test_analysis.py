@@ -1,0 +1,116 @@
+"""Tables, figures, the report: numbers in, the same numbers on the page."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from quanttune.analysis import report
+from quanttune.analysis.environment import environment
+from quanttune.analysis.plots import plot_ranges
+from quanttune.analysis.ranges import residual_ranges
+from quanttune.analysis.table import Way, tabulate
+from quanttune.recipes.experiment import Results, Row
+
+RANGES = {
+    seed: {arm: {"a.norm1": 3.0, "b.norm2": 200.0} for arm in ("base", "paper")} for seed in (0, 1)
+}
+
+
+@pytest.fixture
+def results():
+    rows = [
+        Row(
+            seed,
+            arm,
+            bits,
+            "none" if bits == 32 else "minmax",
+            "channel",
+            "cosine",
+            value + seed / 10,
+        )
+        for seed in (0, 1)
+        for arm, bits, value in (
+            ("base", 32, 0.8),
+            ("base", 8, 0.512),
+            ("paper", 32, 0.7),
+            ("paper", 8, 0.612),
+        )
+    ]
+    recipe = {
+        "steps": 80,
+        "arms": [{"name": "base", "summary": "<b>", "learning_rate": 0.0, "alpha": 0}],
+    }
+    return Results("minilm", "cosine", ["a caveat"], recipe, environment(), 1.5, rows, RANGES)
+
+
+def test_table_has_means_deviations_and_the_best_of_each_row(results):
+    table = tabulate(results.rows)
+    assert table.arms == ["base", "paper"]
+    base, paper = table.cells[Way(8, "minmax", "channel")]
+    assert (base.text(3), paper.text(3)) == ("0.562 ±0.071", "0.662 ±0.071")
+    assert (base.best, paper.best) == (False, True)
+    assert [way.label for way in table.cells] == ["fp32", "W8A8"]
+    single = tabulate([row for row in results.rows if row.seed == 0])
+    assert single.cells[Way(8, "minmax", "channel")][0].text(2) == "0.51"
+
+
+def test_report_shows_every_number_and_holds_its_figure(results, tmp_path):
+    files = report.write(results, tmp_path / "new" / "folder")
+    assert [path.name for path in files] == ["results.json", "ranges.png", "report.html"]
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    page = files[2].read_text()
+    for text in ("0.562 ±0.071", "0.662 ±0.071", "a caveat", "&lt;b&gt;", "data:image/png;base64,"):
+        assert text in page
+    assert not list(tmp_path.rglob(".*"))  # the partial files are gone
+
+
+def test_results_file_keeps_its_promised_shape(results, tmp_path):
+    data = json.loads(report.write(results, tmp_path)[0].read_text())
+    assert {"task", "seconds", "environment", "rows"} <= data.keys()
+    assert data["rows"][1] == {
+        "seed": 0,
+        "arm": "base",
+        "bits": 8,
+        "calibrator": "minmax",
+        "weights": "channel",
+        "metric": "cosine",
+        "value": 0.512,
+    }
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    report.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"new": object()})
+    monkeypatch.setattr(report.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_figure_is_drawn_for_one_seed_and_many(tmp_path):
+    for count in (1, 2):
+        plot_ranges({seed: RANGES[seed] for seed in range(count)}, tmp_path / f"{count}.png")
+        assert (tmp_path / f"{count}.png").stat().st_size > 10_000
+
+
+def test_ranges_are_those_of_the_norms_inputs():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)).train()
+    batches = [torch.randn(3, 4), 5 * torch.randn(3, 4)]
+    ranges = residual_ranges(model, batches)
+    both = torch.cat(batches)
+    assert ranges["0"] == both.abs().max().item()
+    assert ranges["2"] == pytest.approx(model[1](model[0](both)).abs().max().item(), rel=1e-6)
+    assert list(ranges) == ["0", "2"]
+    assert model.training
+    assert not model[0]._forward_pre_hooks
+
+
+def test_environment_names_what_the_numbers_depend_on():
+    facts = environment()
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["backends"].keys() == {"cpu", "cuda", "other"}
+    assert facts["processor"]

@@ -1,0 +1,75 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from quanttune import cli
+from quanttune.recipes.digits import Digits
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def short_digits(monkeypatch):
+    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
+        monkeypatch.setattr(f"quanttune.recipes.digits.{name}", 2)
+    monkeypatch.setattr(Digits, "steps", 1)
+    monkeypatch.setattr(Digits, "bits", (8,))
+
+
+def test_demo_writes_its_files_and_prints_the_table(short_digits, tmp_path):
+    arguments = ["demo", "--task", "digits", "--out", str(tmp_path / "out")]
+    result = runner.invoke(cli.app, [*arguments, "--json", str(tmp_path / "sub" / "a.json")])
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["ranges.png", "report.html", "results.json"]
+    copied = json.loads((tmp_path / "sub" / "a.json").read_text())
+    assert copied == json.loads((tmp_path / "out" / "results.json").read_text())
+    for text in ("accuracy on the test rows", "W8A8", "detached", "Synthetic"):
+        assert text in result.output
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    result = runner.invoke(cli.app, ["demo", "--dry-run", "--out", str(out)])
+    assert result.exit_code == 0
+    assert "base, control, qat8, qat6, paper, detached" in result.output
+    assert not out.exists()
+
+
+def test_doctor_names_backends_and_versions(tmp_path):
+    path = tmp_path / "doctor.json"
+    result = runner.invoke(cli.app, ["doctor", "--json", str(path)])
+    assert result.exit_code == 0
+    assert "C++: the extension is built" in result.output
+    assert json.loads(path.read_text())["versions"]["torch"]
+
+
+def test_every_verb_has_help_with_an_example():
+    for command in cli.app.registered_commands:
+        name = command.callback.__name__
+        result = runner.invoke(cli.app, [name, "--help"])
+        assert f"Example: quanttune {name}" in result.output
+
+
+def test_a_wrong_task_is_one_line_and_status_two():
+    command = [sys.executable, "-m", "quanttune.cli", "demo", "--task", "imagenet"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "error: task must be one of minilm, digits, got 'imagenet'" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().out

@@ -1,0 +1,175 @@
+"""The recipes on few steps: splits, determinism, budgets, rows."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from quanttune.recipes import docstrings, experiment, recipe
+from quanttune.recipes.digits import Digits
+from quanttune.recipes.experiment import Arm
+from quanttune.recipes.minilm import MiniLM
+from quanttune.recipes.training import train
+
+CONTROL = Arm("control", "", 1e-2)
+
+
+def weights_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def regression(model: nn.Module, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 6, generator=generator)
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1))
+
+
+def test_training_lowers_the_loss_and_counts_its_steps():
+    model, steps = network(), []
+    before = regression(model, 0).item()
+    train(model, CONTROL, 60, regression, on_step=lambda: steps.append(1))
+    assert regression(model, 0).item() < before / 2
+    assert len(steps) == 60
+    assert not model.training
+
+
+def test_arms_differ_only_in_what_they_say():
+    results = {}
+    for arm in (
+        CONTROL,
+        replace(CONTROL, alpha=0.5),
+        replace(CONTROL, alpha=0.5, detach_deviation=True),
+        replace(CONTROL, qat_bits=4),
+    ):
+        results[arm] = weights_of(train(network(), arm, 10, regression))
+    tensors = list(results.values())
+    for i, first in enumerate(tensors):
+        assert torch.equal(first, weights_of(train(network(), list(results)[i], 10, regression)))
+        assert not any(torch.equal(first, other) for other in tensors[i + 1 :])
+
+
+def test_quantization_aware_training_returns_a_float_model():
+    model = train(network(), replace(CONTROL, qat_bits=4), 5, regression)
+    assert type(model[0]) is nn.Linear
+    assert model.state_dict().keys() == network().state_dict().keys()
+
+
+def test_docstring_splits_share_neither_text_nor_module(monkeypatch):
+    monkeypatch.setattr(docstrings, "FILES", 50)
+    monkeypatch.setattr(docstrings, "PACKAGES", ("numpy", "torch", "no_such_package"))
+    found = list(docstrings._docstrings())
+    assert {split for split, _ in found} == {"tuning", "validation", "test"}
+    assert found == list(docstrings._docstrings())
+
+    def tokenize(texts, truncation, max_length):
+        return {
+            "input_ids": [
+                [hash(word) % 9999 for word in text.split()[:max_length]] for text in texts
+            ]
+        }
+
+    splits = docstrings.load(tokenize, tokens=6, validation=5, test=7)
+    assert splits.validation.shape == (5, 6)
+    assert splits.test.shape == (7, 6)
+    rows = [{tuple(row) for row in part.tolist()} for part in (splits.tuning, splits.test)]
+    assert len(rows[0]) > 50
+    with pytest.raises(ValueError, match=r"the docstrings make \d+ test rows, 100000 are needed"):
+        docstrings.load(tokenize, tokens=6, validation=5, test=100_000)
+
+
+@pytest.fixture
+def short_digits(monkeypatch):
+    """Digits with a model that is hardly trained, and few ways to quantize it."""
+    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
+        monkeypatch.setattr(f"quanttune.recipes.digits.{name}", 3)
+    monkeypatch.setattr(Digits, "steps", 2)
+    monkeypatch.setattr(Digits, "bits", (8, 5))
+    monkeypatch.setattr(
+        Digits, "ways", {"minmax": ("channel", "tensor"), "percentile 99.9": ("channel",)}
+    )
+
+
+def test_digits_rows_are_complete_and_repeatable(short_digits):
+    reports = []
+    results = experiment.run(Digits, 1, lambda text, units: reports.append(units))
+    expected = {
+        (arm.name, *way)
+        for arm in Digits.arms
+        for way in [(32, "none", "channel")]
+        + [
+            (b, c, w)
+            for c, granularities in Digits.ways.items()
+            for w in granularities
+            for b in Digits.bits
+        ]
+    }
+    assert {(r.arm, r.bits, r.calibrator, r.weights) for r in results.rows} == expected
+    assert len(results.rows) == len(expected)
+    assert all(0 <= row.value <= 100 for row in results.rows)
+    assert sum(reports) == experiment.units(Digits, 1)
+    again = experiment.run(Digits, 1, lambda text, units: None)
+    assert again.rows == results.rows
+    assert json.dumps(results.as_dict())
+
+
+def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):
+    first, second = Digits(0), Digits(1)
+    parts = [part.flatten(1) for part in first._images.values()]
+    assert [len(part) for part in parts] == [850, 150, 797]
+    assert sum(len(part) for part in parts) == 1797
+    assert not torch.equal(first._images["test"], second._images["test"])
+    with pytest.raises(ValueError, match="the digits demo makes its own model"):
+        Digits(0, model="x")
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    """A folder with a BERT that save_pretrained wrote, dropout and pooler included."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = sorted(set(re.findall(r"[a-z]+", (docstrings.__doc__ + experiment.__doc__).lower())))
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=5 + len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
+    monkeypatch.setattr(docstrings, "FILES", 90)
+    monkeypatch.setattr(MiniLM, "steps", 2)
+    monkeypatch.setattr("quanttune.recipes.minilm.EVALUATION_BATCH", 512)
+    job = MiniLM(0, model=tiny_encoder)
+    arms = {arm.name: arm for arm in job.arms}
+    base = job.prepare(arms["base"], lambda: None)
+    assert job.evaluate(base) == pytest.approx(1, abs=1e-6)
+    assert len(job._rows.test) == 512
+    tuned = job.prepare(arms["paper"], lambda: None)
+    assert job.evaluate(tuned) < 1 - 1e-6
+    # the base is the teacher: no arm may have changed it, and the table of words is frozen
+    assert job.evaluate(job.prepare(arms["base"], lambda: None)) == pytest.approx(1, abs=1e-6)
+    assert torch.equal(base.get_input_embeddings().weight, tuned.get_input_embeddings().weight)
+    # at alpha = 0 self-distillation is exactly zero: the control is the base
+    loss = job._distillation_loss(base, 0)
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="task must be one of minilm, digits, got 'imagenet'"):
+        recipe("imagenet")
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        experiment.run(Digits, 0, lambda text, units: None)

@@ -1,0 +1,19 @@
+"""Fixtures for the tests that run the Triton kernels."""
+
+import numpy as np
+import pytest
+
+from quanttune import reference
+
+
+@pytest.fixture(autouse=True)
+def _let_numpy_meet_nan():
+    """NumPy, which is the interpreter, warns of arithmetic with NaN and inf; a GPU does not."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """Let small rows have strata of several elements."""
+    monkeypatch.setattr(reference, "SAMPLE_SIZE", 512)
