@@ -52,7 +52,7 @@ def fake_quant(
     Args:
         x: floating point, any shape.
         scale: positive float32 on the device of x; one value, or with `axis` one per index of it.
-            The values are not checked, since that would wait for a GPU: `scale_of` makes good ones.
+            Values on other devices than the CPU are not checked, since that would wait for them.
         bits: width of the integers, 2 to 16. 8 gives the codes -128 to 127.
         axis: the dimension of x that has a scale per index, for instance 0 for a weight's outputs.
         narrow: leave out the lowest code, so that 8 bits give -127 to 127.
@@ -61,13 +61,17 @@ def fake_quant(
     """
     qmin, qmax = integer_range(bits, narrow)
     axis = _check(x, axis)
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scale must be float32, got {scale.dtype}")
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+        raise TypeError(f"scale must be a float32 tensor, got {_describe(scale)}")
     if scale.device != x.device:
         raise ValueError(f"scale must be on the device of x, {x.device}, got {scale.device}")
     wanted = 1 if axis is None else x.shape[axis]
     if scale.numel() != wanted:
         raise ValueError(f"scale must hold {wanted} value(s), got shape {tuple(scale.shape)}")
+    if type(scale) is Tensor and scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        good = scale.isfinite() & (scale > 0)
+        if not good.all():
+            raise ValueError(f"scale must be finite and positive, got {scale[~good][0].item()}")
     return _FakeQuant.apply(x, scale, qmin, qmax, axis)
 
 

@@ -108,8 +108,7 @@ def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
     mean = mean + (wide - mean).mean(1, keepdim=True)  # of a constant: that constant exactly
     deviation = ((wide - mean).square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
     spread = maximum.to(wide.dtype) - median.to(wide.dtype)
-    # where a division by zero would be, divide by one: its numerator is zero as well
-    ratio = spread / torch.where(deviation == 0, 1, deviation)
+    ratio = torch.where(deviation == 0, 0, spread / torch.where(deviation == 0, 1, deviation))
     counts = [(magnitude == maximum).sum(1, keepdim=True), (sampled == median).sum(1, keepdim=True)]
     columns = [maximum, median, mean, deviation, ratio, *counts]
     result = torch.cat([column.to(wide.dtype) for column in columns], 1)
@@ -229,7 +228,8 @@ def outlier_ratio(
 class FusedObserver(nn.Module):
     """Pass x through and keep the ratio of each of its samples in `ratio`, on plain autograd.
 
-    `ratio` is None after a forward in evaluation mode or under no_grad, which observes nothing.
+    `ratio` is None after a forward in evaluation mode or under no_grad, which observes nothing;
+    reentrant checkpoints run their first forward like that.
     """
 
     _observe = staticmethod(observe)

@@ -1,0 +1,96 @@
+"""Make docs/results.md, and the README's table, from the committed results files.
+
+python benchmarks/summarize.py
+"""
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from quanttune.analysis.report import DIGITS
+from quanttune.analysis.table import tabulate
+from quanttune.recipes.experiment import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
+MARK = "<!-- table: made by benchmarks/summarize.py -->"
+
+
+def main() -> None:
+    demos = {name: _read(f"{name}.json") for name in ("minilm", "digits")}
+    settings = {name: _read(f"settings-{name}.json") for name in demos}
+    readme = ROOT / "README.md"
+    table = _results_table(demos["minilm"], weights="channel")
+    parts = re.split(f"({MARK})", readme.read_text())
+    parts[2] = f"\n{table}\n"
+    readme.write_text("".join(parts))
+    page = ROOT / "docs" / "results.md"
+    head = page.read_text().split(MARK)[0]
+    sections = [f"{head}{MARK}\n"]
+    for name, demo in demos.items():
+        sections += [_demo_section(name, demo), _settings_section(settings[name])]
+    page.write_text("\n".join(sections))
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _results_table(demo: Any, weights: str | None = None) -> str:
+    digits = DIGITS[demo["metric"]]
+    table = tabulate(Row(**row) for row in demo["rows"])
+    lines = [_line("", *table.arms), _line("---", *["---:"] * len(table.arms))]
+    for group, ways in groupby(table.cells, lambda way: way.group):
+        for way in ways:
+            if weights and way.weights != weights:
+                continue
+            label = way.label if way.calibrator == "none" else f"{way.label}, {group}"
+            cells = [cell.text(digits) for cell in table.cells[way]]
+            best = [c.best for c in table.cells[way]]
+            bold = [f"**{t}**" if b else t for t, b in zip(cells, best, strict=True)]
+            lines.append(_line(label, *bold))
+    return "\n".join(lines)
+
+
+def _demo_section(name: str, demo: Any) -> str:
+    seeds = len({row["seed"] for row in demo["rows"]})
+    facts = demo["environment"]
+    versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items() if value)
+    caveats = "\n".join(f"- {caveat}" for caveat in demo["caveats"])
+    arms = "\n".join(f"- {arm['name']}: {arm['summary']}" for arm in demo["recipe"]["arms"])
+    machine = f"{facts['processor']}, {facts['threads']} threads"
+    return f"""## {name}: {demo["metric"]} on the test rows
+
+Mean ± standard deviation of {seeds} seeds; {demo["seconds"]:.0f} s on {machine}; {versions}.
+
+{_results_table(demo)}
+
+{arms}
+
+{caveats}
+"""
+
+
+def _settings_section(settings: Any) -> str:
+    columns = [key for key in settings["rows"][0] if key not in ("arm", "learning_rate")]
+    lines = [_line("arm", "learning rate", *columns), _line("---", *["---:"] * (len(columns) + 1))]
+    for row in settings["rows"]:
+        values = [f"{row[column]:.3f}" for column in columns]
+        lines.append(_line(row["arm"], f"{row['learning_rate']:g}", *values))
+    table = "\n".join(lines)
+    return f"""### Choice of its settings
+
+Validation rows, seed {settings["seed"]}, min-max, weights per channel.
+
+{table}
+"""
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
