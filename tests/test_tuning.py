@@ -390,9 +390,10 @@ def test_a_model_without_a_site_is_refused_and_left_alone():
 def test_detached_tuner_observes_nothing():
     example = MODELS["vit"]()
     tuner = constant(example.model)
+    loss = example.task_loss()
     tuner.detach()
     with pytest.raises(RuntimeError, match="no activation was observed since the last combine"):
-        tuner.combine(example.task_loss())
+        tuner.combine(loss)
 
 
 # ---------------------------------------------------------------------------------------- alpha = 0
@@ -568,6 +569,17 @@ def test_a_change_in_place_of_an_observed_tensor_is_never_silent():
     constant(model)
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         model(torch.randn(BATCH, 8))
+
+
+@quiet
+def test_a_frozen_tensor_that_is_changed_in_place_is_another_instance():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    example = Example(model, torch.randn(BATCH, 8), torch.arange(BATCH) % 3, ("3",))
+    loss, expected = expected_step(example, 0.3)
+    total = constant(model).combine(example.task_loss())
+    torch.testing.assert_close(total.double(), loss, rtol=1e-6, atol=0)
+    assert_near(gradients(model, total), expected)
 
 
 class Shared(nn.Module):

@@ -39,8 +39,8 @@ class MinMax:
 class Percentile:
     """Cover `percent` of the magnitudes of each batch, on average over the batches.
 
-    Linear interpolation between the two neighbouring values, like numpy.percentile. The default is
-    the best one on MiniLM without tuning (docs/results.md); FQ-ViT's is 99.999.
+    Linear interpolation between the two neighbouring values, like numpy.percentile. The default
+    beats min-max on an untuned MiniLM (docs/results.md); FQ-ViT takes 99.999.
     """
 
     def __init__(self, percent: float = 99.9) -> None:

@@ -36,11 +36,11 @@ class Digits:
     )
     arms = (
         Arm("base", "the model with outliers"),
-        Arm("control", "alpha = 0, same budget", 1e-3),
-        Arm("qat8", "8-bit fake quantization in the loop", 1e-3, qat_bits=8),
-        Arm("qat6", "6-bit fake quantization in the loop", 1e-3, qat_bits=6),
-        Arm("paper", "QuantTune as published", 1e-3, alpha=0.3),
-        Arm("detached", "its deviation held constant", 1e-3, alpha=0.3, detach_deviation=True),
+        Arm("control", "alpha = 0, same budget", 2e-3),
+        Arm("qat8", "8-bit fake quantization in the loop", 2e-3, qat_bits=8),
+        Arm("qat6", "6-bit fake quantization in the loop", 2e-3, qat_bits=6),
+        Arm("paper", "QuantTune as published", 2e-3, alpha=0.3),
+        Arm("detached", "its deviation held constant", 2e-3, alpha=0.3, detach_deviation=True),
     )
 
     def __init__(self, seed: int, model: str | None = None) -> None:

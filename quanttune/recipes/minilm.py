@@ -44,7 +44,7 @@ class MiniLM:
         Arm("base", "the pretrained model"),
         Arm("control", "alpha = 0, same budget: equals base", same_as="base"),
         Arm("qat8", "8-bit fake quantization in the loop", 5e-4, qat_bits=8),
-        Arm("qat6", "6-bit fake quantization in the loop", 1e-4, qat_bits=6),
+        Arm("qat6", "6-bit fake quantization in the loop", 3e-4, qat_bits=6),
         Arm("paper", "QuantTune as published", 5e-4, alpha=0.5),
         Arm("detached", "its deviation held constant", 5e-4, alpha=0.5, detach_deviation=True),
     )
