@@ -93,6 +93,22 @@ def opt() -> Example:
     return Example(OPTForCausalLM(config).train(), words, words.roll(-1, 1), ("lm_head",))
 
 
+class Shared(nn.Module):
+    """One Linear that is called three times, and has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.alias = self.shared
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.shared(x).tanh()
+        return self.head(self.norm(x))
+
+
 MODELS: dict[str, Callable[[], Example]] = {"vit": vit, "swin": swin, "bert": bert, "opt": opt}
 
 

@@ -55,8 +55,11 @@ class Tuner:
         With alpha = 0, or without gradients, that is `loss` itself.
 
         Raises:
-            RuntimeError: no activation was observed.
+            ValueError: the loss is no scalar tensor. RuntimeError: no activation was observed.
         """
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be a tensor without dimensions, got {got}")
         observations = self._observers.take()
         alpha = self.alpha
         if alpha == 0 or not (torch.is_grad_enabled() and loss.requires_grad):
@@ -64,7 +67,8 @@ class Tuner:
         if not observations:
             raise RuntimeError(
                 "no activation was observed since the last combine: the attached model must be in "
-                "training mode (model.train()) and be called itself, not through its submodules"
+                "training mode (model.train()) and be called itself, not through its submodules, "
+                "with a batch that is not empty"
             )
         outlier = outlier_loss(observations, loss.device)
         weight = alpha * self._balance_factor(loss.detach(), outlier)
@@ -163,7 +167,8 @@ def attach(
     Only hooks are added: no module is replaced and nothing enters the state_dict. The model is
     observed when it is called in training mode with gradients enabled; a copy of it is not
     attached. Samples are counted along the first dimension of its first input; padded tokens count
-    like any other.
+    like any other, and so do all forwards between two `combine`. PyTorch refuses modules that
+    change an observed output in place, such as ReLU(inplace=True) after a Linear.
 
     Args:
         model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm.
