@@ -120,18 +120,17 @@ def _print_results(results: Any) -> None:
 
     summary = tabulate(results.rows)
     table = Table(title=f"{results.task}: {results.metric} on the test rows", box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for arm in summary.arms:
         table.add_column(arm, justify="right", no_wrap=True)
-    group = ""
+    group = None
     for way, cells in summary.cells.items():
         if way.group != group:
             group = way.group
             table.add_section()
-            table.add_row(f"[dim]{group}[/dim]")
-        texts = [cell.text(DIGITS[results.metric]) for cell in cells]
+        texts = [f"{cell.mean:.{DIGITS[results.metric]}f}" for cell in cells]
         marked = [f"[bold]{t}[/bold]" if c.best else t for t, c in zip(texts, cells, strict=True)]
-        table.add_row(way.label, *marked)
+        table.add_row(f"{way.label} {way.short}", *marked)
     console.print(table)
     for caveat in results.caveats:
         console.print(f"- {caveat}", highlight=False)

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import _C, reference
+import quanttune._C as _C
+
+from . import reference
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 

@@ -22,6 +22,10 @@ class Way:
         return f"{self.calibrator}, weights per {self.weights}"
 
     @property
+    def short(self) -> str:
+        return "" if self.calibrator == "none" else f"{self.calibrator}/{self.weights}"
+
+    @property
     def label(self) -> str:
         return "fp32" if self.calibrator == "none" else f"W{self.bits}A{self.bits}"
 
