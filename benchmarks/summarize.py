@@ -74,11 +74,14 @@ Mean ± standard deviation of {seeds} seeds; {demo["seconds"]:.0f} s on {machine
 
 
 def _settings_section(settings: Any) -> str:
-    columns = [key for key in settings["rows"][0] if key not in ("arm", "learning_rate")]
-    lines = [_line("arm", "learning rate", *columns), _line("---", *["---:"] * (len(columns) + 1))]
+    columns = [key for key in settings["rows"][0] if key not in ("arm", "steps", "learning_rate")]
+    lines = [
+        _line("arm", "steps", "learning rate", *columns),
+        _line("---", *["---:"] * (len(columns) + 2)),
+    ]
     for row in settings["rows"]:
         values = [f"{row[column]:.3f}" for column in columns]
-        lines.append(_line(row["arm"], f"{row['learning_rate']:g}", *values))
+        lines.append(_line(row["arm"], str(row["steps"]), f"{row['learning_rate']:g}", *values))
     table = "\n".join(lines)
     return f"""### Choice of its settings
 

@@ -119,7 +119,11 @@ def _print_results(results: Any) -> None:
     from .analysis.table import tabulate
 
     summary = tabulate(results.rows)
-    table = Table(title=f"{results.task}: {results.metric} on the test rows", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{results.task}: {results.metric} on the test rows",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     for arm in summary.arms:
         table.add_column(arm, justify="right", no_wrap=True)

@@ -6,7 +6,10 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-_COLORS = {"base": "black", "control": "0.6", "paper": "tab:blue", "detached": "tab:red"}
+_COLORS = {
+    "base": "black", "control": "0.6", "qat8": "tab:green", "qat6": "tab:olive",
+    "paper": "tab:blue", "detached": "tab:red",
+}  # fmt: skip
 _MARKERS = {"base": "o", "paper": "s", "detached": "D"}
 
 
@@ -37,7 +40,7 @@ def plot_ranges(ranges: Mapping[int, Mapping[str, Mapping[str, float]]], path: P
     axes.set_ylabel("max |x| over the calibration rows")
     axes.set_title("Dynamic range of the residual stream: inputs of each LayerNorm")
     axes.grid(axis="y", which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -23,7 +23,11 @@ class Way:
 
     @property
     def short(self) -> str:
-        return "" if self.calibrator == "none" else f"{self.calibrator}/{self.weights}"
+        return (
+            ""
+            if self.calibrator == "none"
+            else f"{self.calibrator} /{self.weights}".replace("percentile ", "p")
+        )
 
     @property
     def label(self) -> str:
