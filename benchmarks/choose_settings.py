@@ -32,6 +32,7 @@ def main() -> None:
             model = job.prepare(replace(arm, learning_rate=rate), lambda: None)
             row = {
                 "arm": arm.name,
+                "steps": job.steps,
                 "learning_rate": rate,
                 "fp32": job.evaluate(model, "validation"),
             }
