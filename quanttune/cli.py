@@ -132,7 +132,7 @@ def _print_results(results: Any) -> None:
         if way.group != group:
             group = way.group
             table.add_section()
-        texts = [f"{cell.mean:.{DIGITS[results.metric]}f}" for cell in cells]
+        texts = [cell.text(DIGITS[results.metric], spread=False) for cell in cells]
         marked = [f"[bold]{t}[/bold]" if c.best else t for t, c in zip(texts, cells, strict=True)]
         table.add_row(f"{way.label} {way.short}", *marked)
     console.print(table)

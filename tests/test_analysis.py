@@ -54,6 +54,12 @@ def test_table_has_means_deviations_and_the_best_of_each_row(results):
     assert [way.label for way in table.cells] == ["fp32", "W8A8"]
     single = tabulate([row for row in results.rows if row.seed == 0])
     assert single.cells[Way(8, "minmax", "channel")][0].text(2) == "0.51"
+    some = tabulate([row for row in results.rows if row.arm == "base" or row.bits == 32])
+    cells = some.cells[Way(8, "minmax", "channel")]
+    assert [(cell.text(2, spread=False), cell.best) for cell in cells] == [
+        ("0.56", True),
+        ("-", False),
+    ]
 
 
 def test_report_shows_every_number_and_holds_its_figure(results, tmp_path):

@@ -329,6 +329,21 @@ def test_a_model_without_weights_and_a_quantized_one_are_refused():
         quantize(model, data=[torch.randn(3, 6)])
 
 
+@pytest.mark.parametrize("data", [[], [torch.randn(2, 5, 8), broken(float("nan")).expand(1, 3, 6)]])
+def test_an_error_leaves_the_model_as_it_was(data):
+    model, x = Attention(True).train(), torch.randn(2, 5, 8)
+    before = {name: (type(m), len(m._forward_hooks)) for name, m in model.named_modules()}
+    keys, output = list(model.state_dict()), model(x)
+    with pytest.raises((ValueError, RuntimeError)):
+        quantize(model, data=data)
+    after = {name: (type(m), len(m._forward_hooks)) for name, m in model.named_modules()}
+    assert after == before
+    assert list(model.state_dict()) == keys
+    assert model.training
+    assert torch.equal(model(x), output)
+    quantize(model, data=[x])
+
+
 def test_zeros_stay_zeros():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

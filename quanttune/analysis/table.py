@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -40,9 +41,11 @@ class Cell:
     deviation: float | None  # over the seeds; None for a single one
     best: bool  # of its row
 
-    def text(self, digits: int) -> str:
-        spread = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
+    def text(self, digits: int, spread: bool = True) -> str:
+        if isnan(self.mean):
+            return "-"
+        deviation = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{deviation if spread else ''}"
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ def tabulate(rows: Iterable[Any]) -> Table:
 
 
 def _cells(values: list[list[float]]) -> list[Cell]:
-    best = max(map(mean, values))
-    return [
-        Cell(mean(seeds), stdev(seeds) if len(seeds) > 1 else None, mean(seeds) == best)
-        for seeds in values
-    ]
+    means = [mean(seeds) if seeds else nan for seeds in values]  # nan: not measured
+    best = max(value for value in means if not isnan(value))
+    deviations = [stdev(seeds) if len(seeds) > 1 else None for seeds in values]
+    return [Cell(m, deviation, m == best) for m, deviation in zip(means, deviations, strict=True)]

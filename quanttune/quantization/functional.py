@@ -7,6 +7,7 @@ call: `add0_quantizer`, `attention0_query_quantizer`.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,18 +32,22 @@ _KEEPERS = {
 class FunctionalSites:
     """The functional sites of a model; their quantizers are made when a site is first reached."""
 
-    def __init__(self, model: nn.Module, scheme: Scheme, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, scheme: Scheme, device: torch.device, undo: ExitStack
+    ) -> None:
         self.scheme, self.device = scheme, device
         self.frozen = False
         self._names = {module: name for name, module in model.named_modules()}
         self._leaves = {module for module in self._names if not any(module.children())}
         self._calls: list[tuple[nn.Module, Counter[str]]] = []
         self._mode: _Mode | None = None
-        model.register_forward_pre_hook(self._start)
+        handles = [model.register_forward_pre_hook(self._start)]
         for module in self._names:
-            module.register_forward_pre_hook(self._push)
-            module.register_forward_hook(self._pop, always_call=True)
-        model.register_forward_hook(self._stop, always_call=True)
+            handles.append(module.register_forward_pre_hook(self._push))
+            handles.append(module.register_forward_hook(self._pop, always_call=True))
+        handles.append(model.register_forward_hook(self._stop, always_call=True))
+        for handle in handles:
+            undo.callback(handle.remove)
 
     def quantize(self, kind: str, site: str, x: Tensor) -> Tensor:
         """Round x, or let it pass if its kind is not covered."""

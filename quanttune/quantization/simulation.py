@@ -1,12 +1,14 @@
 """Turn a float model into one that computes on integer grids, simulated in floating point."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .calibrators import Calibrator
 from .functional import FunctionalSites
@@ -53,11 +55,13 @@ def quantize(
         raise ValueError(f"{type(model).__name__} is quantized already")
     if data is None and not scheme.dynamic:
         raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
-    functional = _swap_modules(model, scheme)
-    if data is not None and not scheme.dynamic:
-        _run(model, data)
-        _freeze(model)
-        functional.frozen = True
+    with ExitStack() as undo:  # an error leaves the model as it was
+        functional = _swap_modules(model, scheme, undo)
+        if data is not None and not scheme.dynamic:
+            _run(model, data)
+            _freeze(model)
+            functional.frozen = True
+        undo.pop_all()
     return model
 
 
@@ -90,18 +94,21 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _swap_modules(model: nn.Module, scheme: Scheme) -> FunctionalSites:
+def _swap_modules(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     modules = [(module, _covered_twin(module, scheme)) for module in model.modules()]
     if not any(twin for _, twin in modules):
         raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
+    undo.callback(_drop_quantizers, model)
     # before the twins, whose quantizers are none of its sites
-    functional = FunctionalSites(model, scheme, device)
+    functional = FunctionalSites(model, scheme, device, undo)
     for module, twin in modules:
         if twin:
+            undo.callback(setattr, module, "__class__", type(module))
             _become(module, twin, scheme, device)
         elif isinstance(module, nn.LayerNorm):
-            _wrap_norm(module, scheme, device)
+            for handle in _wrap_norm(module, scheme, device):
+                undo.callback(handle.remove)
     return functional
 
 
@@ -122,14 +129,16 @@ def _become(module: Any, twin: Any, scheme: Scheme, device: torch.device) -> Non
         module.add_module(name, scheme.activation_quantizer(device) if has else nn.Identity())
 
 
-def _wrap_norm(module: nn.Module, scheme: Scheme, device: torch.device) -> None:
+def _wrap_norm(
+    module: nn.Module, scheme: Scheme, device: torch.device
+) -> Iterator[RemovableHandle]:
     """Quantize what goes into a LayerNorm (a residual sum) and what comes out of it."""
     if "residual" in scheme.kinds:
         module.input_quantizer = scheme.activation_quantizer(device)
-        module.register_forward_pre_hook(_quantize_input)
+        yield module.register_forward_pre_hook(_quantize_input)
     if "norm" in scheme.kinds:
         module.output_quantizer = scheme.activation_quantizer(device)
-        module.register_forward_hook(_quantize_output)
+        yield module.register_forward_hook(_quantize_output)
 
 
 def _quantize_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -145,14 +154,22 @@ def _run(model: nn.Module, data: Iterable[Any]) -> None:
     model.eval()
     batches = 0
     _enable_weights(model, False)
-    with torch.no_grad():
-        for batch in data:
-            forward_batch(model, batch)
-            batches += 1
-    _enable_weights(model, True)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for batch in data:
+                forward_batch(model, batch)
+                batches += 1
+    finally:
+        _enable_weights(model, True)
+        model.train(was_training)
     if not batches:
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
+
+
+def _drop_quantizers(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name in [name for name in module._modules if name.endswith("_quantizer")]:
+            delattr(module, name)
 
 
 def _enable_weights(model: nn.Module, enabled: bool) -> None:

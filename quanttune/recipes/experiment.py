@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 from torch import nn
@@ -119,12 +120,19 @@ def run(make: Callable[..., Recipe], seeds: int, progress: Progress, **options: 
 def units(recipe: Any, seeds: int) -> float:
     """Return how much work `run` will report: one unit is about one training step."""
     trained = sum(arm.learning_rate > 0 for arm in recipe.arms)
-    measured = sum(arm.same_as is None for arm in recipe.arms)
-    return seeds * (trained * recipe.steps + measured * _evaluations(recipe))
+    measured = [arm for arm in recipe.arms if arm.same_as is None]
+    evaluations = sum(1 + len(_ways(recipe, arm)) * len(recipe.bits) for arm in measured)
+    return seeds * (trained * recipe.steps + evaluations)
 
 
-def _evaluations(recipe: Any) -> int:
-    return 1 + sum(map(len, recipe.ways.values())) * len(recipe.bits)
+def _ways(recipe: Any, arm: Arm) -> list[tuple[str, str]]:
+    """Return (calibrator, granularity of weights); fake quantization trained with channels only."""
+    return [
+        (calibrator, weights)
+        for calibrator, granularities in recipe.ways.items()
+        for weights in granularities
+        if weights == "channel" or not arm.qat_bits
+    ]
 
 
 def _run_seed(recipe: Recipe, seed: int, results: Results, progress: Progress) -> None:
@@ -151,10 +159,10 @@ def _measure(
         progress(f"seed {seed}: measuring {arm.name}", 1)
 
     add(FLOAT_BITS, "none", "channel", model)
-    for name, granularities in recipe.ways.items():
+    for name, ways in groupby(_ways(recipe, arm), lambda way: way[0]):
         quantized = copy.deepcopy(model)
         quantize(quantized, calibrator=CALIBRATORS[name], data=recipe.calibration())
-        for weights in granularities:
+        for _, weights in ways:
             for bits in recipe.bits:
                 requantize(quantized, bits, weights)
                 add(bits, name, weights, quantized)

@@ -57,9 +57,7 @@ class MiniLM:
         picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
         self._calibration = self._rows.tuning[picks[:CALIBRATION_ROWS]]
         self._targets: dict[int, Tensor] = {}
-        self._embeddings = {
-            name: self._embed(self._teacher, rows) for name, rows in self._held_out()
-        }
+        self._embeddings: dict[str, Tensor] = {}
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
         model = copy.deepcopy(self._teacher)
@@ -73,7 +71,10 @@ class MiniLM:
         return [{"input_ids": rows} for rows in self._calibration.split(32)]
 
     def evaluate(self, model: nn.Module, split: str = "test") -> float:
-        embeddings = self._embed(model.eval(), getattr(self._rows, split))
+        rows = getattr(self._rows, split)
+        if split not in self._embeddings:
+            self._embeddings[split] = self._embed(self._teacher, rows)
+        embeddings = self._embed(model.eval(), rows)
         return F.cosine_similarity(embeddings, self._embeddings[split]).mean().item()
 
     def _held_out(self) -> list[tuple[str, Tensor]]:
