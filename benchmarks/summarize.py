@@ -4,7 +4,6 @@ python benchmarks/summarize.py
 """
 
 import json
-import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from quanttune.recipes.experiment import Row
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
+END = "<!-- end of table -->"
 
 
 def main() -> None:
@@ -23,9 +23,8 @@ def main() -> None:
     settings = {name: _read(f"settings-{name}.json") for name in demos}
     readme = ROOT / "README.md"
     table = _results_table(demos["minilm"], weights="channel")
-    parts = re.split(f"({MARK})", readme.read_text())
-    parts[2] = f"\n{table}\n"
-    readme.write_text("".join(parts))
+    head, rest = readme.read_text().split(MARK)
+    readme.write_text(f"{head}{MARK}\n\n{table}\n\n{END}{rest.split(END)[1]}")
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n"]
