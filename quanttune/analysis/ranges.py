@@ -3,13 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..quantization.simulation import forward_batch
+from ..quantization.simulation import forward_batches
 
 
-@torch.no_grad()
 def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
     """Return max|x| of the input of every LayerNorm over `data`, in the order of the forward."""
     ranges: dict[str, float] = {}
@@ -22,13 +20,9 @@ def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
 
     norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in data:
-            forward_batch(model, batch)
+        forward_batches(model, data)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return ranges

@@ -16,9 +16,7 @@ DIGITS = {"cosine": 3, "accuracy": 1}
 
 
 def write(results: Any, folder: Path) -> list[Path]:
-    """Write results.json, ranges.png and report.html of a demo into a folder, and return their
-    paths.
-    """
+    """Write results.json, ranges.png and report.html of a demo, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / "ranges.png"
     plot_ranges(results.ranges, figure)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..fake_quantizer import absmax, dynamic_fake_quant, fake_quant, scale_of
+from ..fake_quantizer import dynamic_fake_quant, fake_quant, scale_of
 from .calibrators import Calibrator
 
 
@@ -67,11 +67,6 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.axis = bits, axis
         self.enabled = True
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """Return the step, or the steps along `axis`, of a weight."""
-        others = [dim for dim in range(weight.dim()) if dim != self.axis]
-        return scale_of(absmax(weight.detach(), None if self.axis is None else others), self.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         return dynamic_fake_quant(weight, self.bits, self.axis) if self.enabled else weight

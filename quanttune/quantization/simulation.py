@@ -58,7 +58,7 @@ def quantize(
     with ExitStack() as undo:  # an error leaves the model as it was
         functional = _swap_modules(model, scheme, undo)
         if data is not None and not scheme.dynamic:
-            _run(model, data)
+            _calibrate(model, data)
             _freeze(model)
             functional.frozen = True
         undo.pop_all()
@@ -92,6 +92,21 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+@torch.no_grad()
+def forward_batches(model: nn.Module, data: Iterable[Any]) -> int:
+    """Run a model over batches in evaluation mode, for its hooks; return how many there were."""
+    was_training = model.training
+    model.eval()
+    batches = 0
+    try:
+        for batch in data:
+            forward_batch(model, batch)
+            batches += 1
+    finally:
+        model.train(was_training)
+    return batches
 
 
 def _swap_modules(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
@@ -149,27 +164,19 @@ def _quantize_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tens
     return module.output_quantizer(output)
 
 
-def _run(model: nn.Module, data: Iterable[Any]) -> None:
-    was_training = model.training
-    model.eval()
-    batches = 0
+def _calibrate(model: nn.Module, data: Iterable[Any]) -> None:
     _enable_weights(model, False)
-    try:
-        with torch.no_grad():
-            for batch in data:
-                forward_batch(model, batch)
-                batches += 1
-    finally:
-        _enable_weights(model, True)
-        model.train(was_training)
-    if not batches:
+    if not forward_batches(model, data):
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
+    _enable_weights(model, True)
 
 
 def _drop_quantizers(model: nn.Module) -> None:
+    ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)
     for module in list(model.modules()):
-        for name in [name for name in module._modules if name.endswith("_quantizer")]:
-            delattr(module, name)
+        for name, child in list(module.named_children()):
+            if name.endswith("_quantizer") and isinstance(child, ours):
+                delattr(module, name)
 
 
 def _enable_weights(model: nn.Module, enabled: bool) -> None:
