@@ -26,6 +26,12 @@ void fake_quant(Address x, Address scale, Address y, int type, std::int64_t oute
   qt::fake_quant(at(x), at(y), qt::Type(type), grid, threads);
 }
 
+void dynamic_fake_quant(Address x, Address y, int type, std::int64_t outer, std::int64_t channels,
+                        std::int64_t inner, int qmin, int qmax, int threads) {
+  const qt::Grid grid{nullptr, outer, channels, inner, qmin, qmax};
+  qt::dynamic_fake_quant(at(x), at(y), qt::Type(type), grid, threads);
+}
+
 void fake_quant_backward(Address grad, Address x, Address scale, Address grad_x, int type,
                          std::int64_t outer, std::int64_t channels, std::int64_t inner, int qmin,
                          int qmax, int threads) {
@@ -51,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of quanttune on raw addresses; the last address is written.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("fake_quant", &fake_quant, unlocked);
+  m.def("dynamic_fake_quant", &dynamic_fake_quant, unlocked);
   m.def("fake_quant_backward", &fake_quant_backward, unlocked);
   m.def("outlier_statistics", &outlier_statistics, unlocked);
   m.def("outlier_statistics_backward", &outlier_statistics_backward, unlocked);

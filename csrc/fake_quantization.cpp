@@ -1,6 +1,11 @@
 #include "fake_quantization.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
 
 #include "parallel.h"
 
@@ -8,6 +13,7 @@ namespace quanttune {
 
 namespace {
 
+constexpr std::int64_t kAhead = 4096;     // bytes: the machine does not look beyond a page by itself
 constexpr std::int64_t kChunk = 1 << 15;  // elements of a task: below this, waking a thread costs more
 
 // Ties to even for |x| < 2^22: 1.5 * 2^23 leaves a float no fraction bits. The result is never -0.
@@ -36,26 +42,32 @@ QUANTTUNE_INLINE Masks is_inside(Floats x, Floats step, Bounds bounds) {
   return (code >= bounds.low) & (code <= bounds.high);
 }
 
-QUANTTUNE_INLINE void store_any(float* to, Floats value) { store(to, value); }
-QUANTTUNE_INLINE void store_any(Float16* to, Floats value) { store(to, value); }
-QUANTTUNE_INLINE void store_any(BFloat16* to, Floats value) { store(to, value); }
-QUANTTUNE_INLINE void store_any(double* to, Floats value) { store(to, to_doubles(value)); }
+template <class Vector>
+QUANTTUNE_INLINE Vector snap_any(Vector x, Floats step, Bounds bounds) {
+  return convert<Vector>(snap(convert<Floats>(x), step, bounds));
+}
 
 // A run shares one step, or (PER_LANE) has one step per element.
 template <class T, bool PER_LANE>
 QUANTTUNE_CLONES void quantize_run(const T* x, T* y, const float* scale, std::int64_t size,
                                    Bounds bounds) {
-  for_lanes(size, [&](std::int64_t i, std::int64_t count) QUANTTUNE_BODY {
+  std::int64_t start = 0;
+  if (!PER_LANE) {
+    const Floats step = splat(*scale);
+    for (; start + 2 * kLanes <= size; start += 2 * kLanes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + start) + kAhead);
+      const Pair<T> pair = load_pair(x + start);
+      store_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
+                                    snap_any(pair.second, step, bounds)});
+    }
+  }
+  for_lanes(size - start, [&](std::int64_t offset, std::int64_t count) QUANTTUNE_BODY {
+    const std::int64_t i = start + offset;
     T values[kLanes] = {};
     Floats step = splat(PER_LANE ? 1.0f : *scale);
-    if (count == kLanes) {
-      if (PER_LANE) step = load(scale + i);
-      store_any(y + i, snap(to_floats(load(x + i)), step, bounds));
-      return;
-    }
     std::memcpy(values, x + i, count * sizeof(T));
     if (PER_LANE) std::memcpy(&step, scale + i, count * sizeof(float));
-    store_any(values, snap(to_floats(load(values)), step, bounds));
+    store(values, snap_any(load(values), step, bounds));
     std::memcpy(y + i, values, count * sizeof(T));
   });
 }
@@ -69,7 +81,7 @@ QUANTTUNE_CLONES void mask_run(const T* grad, const T* x, T* grad_x, const float
     Floats step = splat(PER_LANE ? 1.0f : *scale);
     std::memcpy(values, x + i, count * sizeof(T));
     if (PER_LANE) std::memcpy(&step, scale + i, count * sizeof(float));
-    const Masks inside = is_inside(to_floats(load(values)), step, bounds);
+    const Masks inside = is_inside(convert<Floats>(load(values)), step, bounds);
     Bits bits[kLanes] = {};
     std::memcpy(bits, grad + i, count * sizeof(T));
     for (int lane = 0; lane < kLanes; ++lane) bits[lane] = inside[lane] ? bits[lane] : Bits(0);
@@ -102,6 +114,96 @@ void fake_quant_typed(const T* x, T* y, const Grid& grid, int threads) {
   });
 }
 
+void check_scale(const Grid& grid) {
+  for (std::int64_t channel = 0; channel < grid.channels; ++channel) {
+    const float step = grid.scale[channel];
+    if (std::isfinite(step) && step > 0) continue;
+    std::ostringstream message;
+    message << "scale must be finite and positive, got " << (std::isnan(step) ? NAN : step);
+    throw std::invalid_argument(message.str());
+  }
+}
+
+// ------------------------------------------------------------------------------- dynamic ranges
+
+// Magnitudes are compared as bits: those of NaN are above all others.
+template <class T>
+using Bits = decltype(magnitude_bits(typename Traits<T>::Vector{}));
+template <class T>
+using Word = std::decay_t<decltype(Bits<T>{}[0])>;
+
+template <class T>
+QUANTTUNE_INLINE Bits<T> magnitudes(const T* x, std::int64_t count) {
+  T values[kLanes] = {};
+  std::memcpy(values, x, count * sizeof(T));
+  return magnitude_bits(load(values));
+}
+
+template <class T>
+QUANTTUNE_CLONES Word<T> max_magnitude(const T* x, std::int64_t size) {
+  Bits<T> first{}, second{};
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    const Pair<T> pair = load_pair(x + i);
+    const Bits<T> a = magnitude_bits(pair.first), b = magnitude_bits(pair.second);
+    first = a > first ? a : first;
+    second = b > second ? b : second;
+  }
+  for_lanes(size - i, [&](std::int64_t offset, std::int64_t count) QUANTTUNE_BODY {
+    const Bits<T> a = magnitudes(x + i + offset, count);
+    first = a > first ? a : first;
+  });
+  first = first > second ? first : second;
+  Word<T> most = first[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = std::max<Word<T>>(most, first[lane]);
+  return most;
+}
+
+// Raises `most`, one per channel, to the magnitudes of a row of channels.
+template <class T>
+QUANTTUNE_CLONES void raise_to(const T* x, Word<T>* most, std::int64_t channels) {
+  for_lanes(channels, [&](std::int64_t i, std::int64_t count) QUANTTUNE_BODY {
+    Bits<T> seen{};
+    std::memcpy(&seen, most + i, count * sizeof(Word<T>));
+    const Bits<T> bits = magnitudes(x + i, count);
+    seen = bits > seen ? bits : seen;
+    std::memcpy(most + i, &seen, count * sizeof(Word<T>));
+  });
+}
+
+template <class T>
+std::vector<Word<T>> absmax_of_channels(const T* x, const Grid& grid, int threads) {
+  std::vector<Word<T>> most(grid.channels, 0);
+  const std::int64_t size = grid.outer * grid.channels * grid.inner;
+  if (size < 2 * kChunk) threads = 1;
+  if (grid.channels == 1) {
+    std::vector<Word<T>> parts((size + kChunk - 1) / kChunk, 0);
+    parallel_for(parts.size(), threads, [&](std::int64_t part) {
+      parts[part] = max_magnitude(x + part * kChunk, std::min(kChunk, size - part * kChunk));
+    });
+    for (Word<T> part : parts) most[0] = std::max(most[0], part);
+  } else if (grid.inner == 1) {
+    for (std::int64_t row = 0; row < grid.outer; ++row)
+      raise_to(x + row * grid.channels, most.data(), grid.channels);
+  } else {
+    parallel_for(grid.channels, threads, [&](std::int64_t channel) {
+      for (std::int64_t row = 0; row < grid.outer; ++row) {
+        const T* run = x + (row * grid.channels + channel) * grid.inner;
+        most[channel] = std::max(most[channel], max_magnitude(run, grid.inner));
+      }
+    });
+  }
+  return most;
+}
+
+// See fake_quantizer.scale_of.
+template <class Scalar>
+float scale_of(Scalar absmax, int qmax) {
+  if (absmax == 0) return 1;
+  const float step = float(absmax) / float(qmax);
+  return step < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : step;
+}
+
 template <class T>
 void fake_quant_backward_typed(const T* grad, const T* x, T* grad_x, const Grid& grid,
                                int threads) {
@@ -116,9 +218,23 @@ void fake_quant_backward_typed(const T* grad, const T* x, T* grad_x, const Grid&
 }  // namespace
 
 void fake_quant(const void* x, void* y, Type type, const Grid& grid, int threads) {
+  check_scale(grid);
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     fake_quant_typed(static_cast<const T*>(x), static_cast<T*>(y), grid, threads);
+  });
+}
+
+void dynamic_fake_quant(const void* x, void* y, Type type, const Grid& grid, int threads) {
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    const auto absmax = absmax_of_channels(static_cast<const T*>(x), grid, threads);
+    std::vector<float> scales;
+    for (const auto bits : absmax)
+      scales.push_back(scale_of(bit_cast<typename Traits<T>::Scalar>(bits), grid.qmax));
+    Grid dynamic = grid;
+    dynamic.scale = scales.data();
+    fake_quant_typed(static_cast<const T*>(x), static_cast<T*>(y), dynamic, threads);
   });
 }
 

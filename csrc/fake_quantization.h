@@ -13,8 +13,13 @@ struct Grid {
   int qmin, qmax;
 };
 
-// y = clamp(rint(x / scale), qmin, qmax) * scale; y may be x. See reference.fake_quant.
+// y = clamp(rint(x / scale), qmin, qmax) * scale; y may be x. See reference.fake_quant. Throws
+// std::invalid_argument if a step is not finite and positive.
 void fake_quant(const void* x, void* y, Type type, const Grid& grid, int threads);
+
+// The same with the steps that put the largest magnitude of each channel on qmax; grid.scale is not read. See
+// reference.dynamic_fake_quant.
+void dynamic_fake_quant(const void* x, void* y, Type type, const Grid& grid, int threads);
 
 // grad_x = grad where qmin <= rint(x / scale) <= qmax, else 0; grad_x may be grad.
 void fake_quant_backward(const void* grad, const void* x, void* grad_x, Type type,

@@ -6,8 +6,13 @@
 
 namespace quanttune {
 
-// Per row of x (rows, size): maximum, median, mean, deviation, ratio, maximum_count, median_count, into
-// `statistics` (rows, 7), float64 if x is, else float32. See reference.outlier_statistics.
+// The columns of `statistics`; reference.py has the same.
+enum Column { kMaximum, kMedian, kMean, kDeviation, kRatio, kMaximumCount, kMedianCount };
+constexpr int kColumns = 7;
+constexpr std::int64_t kSerial = 1 << 15;  // elements up to which waking threads costs more
+
+// The statistics of each row of x (rows, size), into (rows, kColumns), float64 if x is, else float32. See
+// reference.outlier_statistics.
 void outlier_statistics(const void* x, void* statistics, Type type, std::int64_t rows,
                         std::int64_t size, bool exact, int threads);
 

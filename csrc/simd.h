@@ -13,7 +13,7 @@
 #define QUANTTUNE_BODY __attribute__((always_inline))
 
 // The loader picks the best clone for the machine it runs on. A clone covers what is inlined into it.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(QUANTTUNE_PORTABLE)
 #define QUANTTUNE_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -28,6 +28,7 @@ typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t Masks __attribute__((vector_size(kLanes * 4)));
 typedef double Doubles __attribute__((vector_size(kLanes * 8)));
+typedef std::uint64_t LongWords __attribute__((vector_size(kLanes * 8)));
 typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 enum class Type : int { float32, float64, float16, bfloat16 };
@@ -103,11 +104,15 @@ QUANTTUNE_INLINE Floats from_float16(Halves bits) {
   return bit_cast<Floats>(result | ((wide & 0x8000u) << 16));
 }
 
-QUANTTUNE_INLINE Halves to_bfloat16(Floats value) {
+// The upper half of each word is the bfloat16.
+QUANTTUNE_INLINE Words round_to_bfloat16(Floats value) {
   const Words bits = bit_cast<Words>(value);
-  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const Words quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded, Halves);
+  const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits | 0x400000u) : rounded;  // NaN stays quiet
+}
+
+QUANTTUNE_INLINE Halves to_bfloat16(Floats value) {
+  return __builtin_convertvector(round_to_bfloat16(value) >> 16, Halves);
 }
 
 QUANTTUNE_INLINE Halves to_float16(Floats value) {
@@ -141,15 +146,56 @@ QUANTTUNE_INLINE void store(BFloat16* to, Floats value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-QUANTTUNE_INLINE Floats to_floats(Floats value) { return value; }
-QUANTTUNE_INLINE Floats to_floats(Doubles value) { return __builtin_convertvector(value, Floats); }
-QUANTTUNE_INLINE Doubles to_doubles(Floats value) { return __builtin_convertvector(value, Doubles); }
-QUANTTUNE_INLINE Doubles to_doubles(Doubles value) { return value; }
+// 2 * kLanes elements. Those of BFloat16 come in an order of their own, the even ones and the odd ones: a
+// shift and a mask take them apart, and a mask puts them together.
+template <class T>
+struct Pair {
+  typename Traits<T>::Vector first, second;
+};
 
-QUANTTUNE_INLINE Floats magnitude(Floats value) {
-  return bit_cast<Floats>(bit_cast<Words>(value) & 0x7FFFFFFFu);
+template <class T>
+QUANTTUNE_INLINE Pair<T> load_pair(const T* from) {
+  return {load(from), load(from + kLanes)};
 }
-QUANTTUNE_INLINE Doubles magnitude(Doubles value) { return value < 0 ? -value : value; }
+QUANTTUNE_INLINE Pair<BFloat16> load_pair(const BFloat16* from) {
+  const Words both = load_bits<Words>(from);
+  return {bit_cast<Floats>(both << 16), bit_cast<Floats>(both & 0xFFFF0000u)};
+}
+
+template <class T>
+QUANTTUNE_INLINE void store_pair(T* to, const Pair<T>& pair) {
+  store(to, pair.first);
+  store(to + kLanes, pair.second);
+}
+QUANTTUNE_INLINE void store_pair(BFloat16* to, const Pair<BFloat16>& pair) {
+  const Words both =
+      (round_to_bfloat16(pair.first) >> 16) | (round_to_bfloat16(pair.second) & 0xFFFF0000u);
+  std::memcpy(to, &both, sizeof(both));
+}
+
+template <class To, class From>
+QUANTTUNE_INLINE To convert(From value) {
+  return __builtin_convertvector(value, To);
+}
+
+// The bits of |value|, which are ordered like it.
+QUANTTUNE_INLINE Words magnitude_bits(Floats value) { return bit_cast<Words>(value) & 0x7FFFFFFFu; }
+QUANTTUNE_INLINE LongWords magnitude_bits(Doubles value) {
+  return bit_cast<LongWords>(value) & 0x7FFFFFFFFFFFFFFFu;
+}
+
+template <class Vector>
+QUANTTUNE_INLINE Vector magnitude(Vector value) {
+  return bit_cast<Vector>(magnitude_bits(value));
+}
+
+inline double to_double(float value) { return value; }
+inline double to_double(double value) { return value; }
+template <class T>
+double to_double(T value) {
+  const T lanes[kLanes] = {value};
+  return load(lanes)[0];
+}
 
 // Calls body(T{}) with the element type that `type` names.
 template <class Body>

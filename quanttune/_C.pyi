@@ -11,6 +11,18 @@ def fake_quant(
     threads: int,
     /,
 ) -> None: ...
+def dynamic_fake_quant(
+    x: int,
+    y: int,
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
+    /,
+) -> None: ...
 def fake_quant_backward(
     grad: int,
     x: int,

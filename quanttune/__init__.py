@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401
 from . import fused_observer as fused_observer
 from . import reference as reference
 from .fake_quantizer import fake_quant as fake_quant
+from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
 from .quantization.simulation import quantize as quantize
 from .tuning.tuner import Tuner as Tuner

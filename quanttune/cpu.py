@@ -12,11 +12,22 @@ from . import reference
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def fake_quant(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    y = torch.empty_like(x)
+def fake_quant(
+    x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, out: Tensor | None = None
+) -> Tensor:
+    y = torch.empty_like(x) if out is None else out
     _C.fake_quant(
         x.data_ptr(), scale.data_ptr(), y.data_ptr(), _TYPES[x.dtype], *_channels(x, axis),
         qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def dynamic_fake_quant(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    y = torch.empty_like(x)
+    _C.dynamic_fake_quant(
+        x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], *_channels(x, axis), qmin, qmax,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reference
 
 
 def integer_range(bits: int, narrow: bool = False) -> tuple[int, int]:
@@ -19,10 +19,7 @@ def integer_range(bits: int, narrow: bool = False) -> tuple[int, int]:
 
 def scale_of(absmax: Tensor, bits: int) -> Tensor:
     """Return the step that puts `absmax` on the highest level, in float32; 1 where absmax is 0."""
-    _, qmax = integer_range(bits)
-    scale = absmax.float() / qmax
-    # an absmax near the smallest float would make a step of 0
-    return torch.where(absmax == 0, 1.0, scale.clamp(min=torch.finfo(torch.float32).tiny))
+    return reference.scale_of(absmax, integer_range(bits)[1])
 
 
 class _FakeQuant(torch.autograd.Function):
@@ -57,8 +54,32 @@ def fake_quant(
         axis: the dimension of x that has a scale per index, for instance 0 for a weight's outputs.
         narrow: leave out the lowest code, so that 8 bits give -127 to 127.
 
+    Raises:
+        TypeError: x or scale is of the wrong kind. ValueError: an argument is out of range.
+
     Source: QuantTune, arXiv 2403.06497, section 3; docs/method.md.
     """
+    return _FakeQuant.apply(x, scale, *_check_grid(x, scale, bits, axis, narrow))
+
+
+def fake_quant_(
+    x: Tensor, scale: Tensor, bits: int = 8, axis: int | None = None, narrow: bool = False
+) -> Tensor:
+    """Round x in place, such as a weight that will not be trained any more; see `fake_quant`.
+
+    Raises:
+        RuntimeError: x requires a gradient, which would be lost, and gradients are enabled.
+    """
+    grid = _check_grid(x, scale, bits, axis, narrow)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("x requires a gradient: use fake_quant, or torch.no_grad()")
+    ops.fake_quant_(x, scale, *grid)
+    return x
+
+
+def _check_grid(
+    x: Tensor, scale: Tensor, bits: int, axis: int | None, narrow: bool
+) -> tuple[int, int, int | None]:
     qmin, qmax = integer_range(bits, narrow)
     axis = _check(x, axis)
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
@@ -68,19 +89,13 @@ def fake_quant(
     wanted = 1 if axis is None else x.shape[axis]
     if scale.numel() != wanted:
         raise ValueError(f"scale must hold {wanted} value(s), got shape {tuple(scale.shape)}")
-    if type(scale) is Tensor and scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        good = scale.isfinite() & (scale > 0)
-        if not good.all():
-            raise ValueError(f"scale must be finite and positive, got {scale[~good][0].item()}")
-    return _FakeQuant.apply(x, scale, qmin, qmax, axis)
+    return qmin, qmax, axis
 
 
 class _DynamicFakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, axis: int | None) -> Tensor:
-        others = None if axis is None else [dim for dim in range(x.dim()) if dim != axis]
-        scale = scale_of(absmax(x, others), bits)
-        return ops.fake_quant(x, scale, *integer_range(bits), axis)
+        return ops.dynamic_fake_quant(x, *integer_range(bits), axis)
 
     @staticmethod
     @once_differentiable
@@ -98,16 +113,6 @@ def dynamic_fake_quant(x: Tensor, bits: int = 8, axis: int | None = None) -> Ten
     """
     integer_range(bits)
     return _DynamicFakeQuant.apply(x, bits, _check(x, axis))
-
-
-def absmax(x: Tensor, dims: list[int] | None = None) -> Tensor:
-    """Return max|x| over `dims` (all if None), without a copy of |x|. Of nothing it is 0."""
-    if dims == []:  # amax takes that for all dimensions
-        return x.abs()
-    if x.numel() == 0:
-        return x.sum(dims)
-    low, high = torch.aminmax(x) if dims is None else (x.amin(dims), x.amax(dims))
-    return torch.maximum(-low, high)
 
 
 def _check(x: object, axis: int | None) -> int | None:

@@ -2,7 +2,7 @@
 
 A call goes fused_observer.observe (checks) -> _Observe (gradient) ->
 torch.ops.quanttune.outlier_statistics (device) -> the kernel. The ops are functional: they neither
-change nor return what they are given.
+change nor return what they are given. The one exception has a name that ends in an underscore.
 """
 
 import warnings
@@ -75,6 +75,29 @@ def _dense(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _register_in_place(name: str) -> Callable[..., None]:
+    """Define torch.ops.quanttune.<name>_, which writes what <name> returns over x."""
+    op = f"quanttune::{name}_"
+    arguments = "Tensor(a!) x, Tensor scale, int qmin, int qmax, int? axis"
+    torch.library.define(op, f"({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    for key, module in (("CompositeExplicitAutograd", reference), ("CPU", _cpu), ("CUDA", _gpu)):
+        torch.library.impl(op, key)(_in_place(getattr(module, name)))
+    torch.library.register_fake(op)(lambda *arguments: None)
+    return getattr(torch.ops.quanttune, f"{name}_").default
+
+
+def _in_place(kernel: Callable[..., Tensor]) -> Callable[..., None]:
+    def call(x: Tensor, scale: Tensor, *grid: Any) -> None:
+        if x.is_contiguous():
+            kernel(x, scale.contiguous(), *grid, out=x)
+        else:
+            x.copy_(kernel(x.contiguous(), scale.contiguous(), *grid))
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)  # whoever saved x for a backward is told
+
+    return call
+
+
 def _dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -88,6 +111,12 @@ fake_quant = _register(
     "fake_quant",
     "Tensor x, Tensor scale, int qmin, int qmax, int? axis",
     fake=lambda x, scale, qmin, qmax, axis: _dense_like(x),
+)
+fake_quant_ = _register_in_place("fake_quant")
+dynamic_fake_quant = _register(
+    "dynamic_fake_quant",
+    "Tensor x, int qmin, int qmax, int? axis",
+    fake=lambda x, qmin, qmax, axis: _dense_like(x),
 )
 fake_quant_backward = _register(
     "fake_quant_backward",

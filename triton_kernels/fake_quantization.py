@@ -124,13 +124,22 @@ def _launch(kernel, tensors: list[Tensor], axis: int | None, qmin: int, qmax: in
         )
 
 
-def fake_quant(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def fake_quant(
+    x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, out: Tensor | None = None
+) -> Tensor:
     if x.dtype == torch.float64:  # float32 arithmetic all the same: not worth a kernel
-        return reference.fake_quant(x, scale, qmin, qmax, axis)
-    y = torch.empty_like(x)
+        return reference.fake_quant(x, scale, qmin, qmax, axis, out)
+    y = torch.empty_like(x) if out is None else out
     if x.numel():
         _launch(_forward_kernel, [x, scale, y], axis, qmin, qmax)
     return y
+
+
+def dynamic_fake_quant(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    if x.dtype == torch.float64:
+        return reference.dynamic_fake_quant(x, qmin, qmax, axis)
+    scale = reference.scale_of(reference.absmax(x, axis), qmax)
+    return fake_quant(x, scale, qmin, qmax, axis)
 
 
 def fake_quant_backward(

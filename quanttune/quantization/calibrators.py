@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fake_quantizer import absmax
+from ..reference import absmax
 
 
 class Calibrator(Protocol):

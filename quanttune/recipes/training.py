@@ -40,7 +40,8 @@ def train(
     tuner = None
     if arm.alpha:
         tuner = attach(model, arm.alpha, total_steps=steps, detach_deviation=arm.detach_deviation)
-    optimizer = torch.optim.AdamW(_groups(trained, weight_decay), lr=arm.learning_rate)
+    groups = _groups(trained, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=arm.learning_rate, fused=True)
     scheduler = LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     trained.train()
     for step in range(steps):

@@ -1,0 +1,145 @@
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "outlier_statistics.h"
+#include "parallel.h"
+#include "sampling.h"
+
+namespace quanttune {
+
+namespace {
+
+constexpr std::int64_t kAhead = 4096;  // bytes: the machine does not look beyond a page by itself
+
+// d(ratio_grad * ratio)/da = slope (a - mean) +- at_maximum -+ at_median, for one row.
+template <class Scalar>
+struct RowGradient {
+  bool live;
+  Scalar mean, slope, maximum, at_maximum, median, at_median;
+
+  RowGradient(const Scalar* statistics, Scalar ratio_grad, std::int64_t size, bool detach) {
+    const Scalar deviation = statistics[kDeviation];
+    live = deviation != 0 && ratio_grad != 0;
+    const Scalar unit = ratio_grad / (live ? deviation : 1);
+    const Scalar freedom = Scalar(std::max<std::int64_t>(size - 1, 1));
+    mean = statistics[kMean];
+    slope = detach ? 0 : -unit * statistics[kRatio] / ((live ? deviation : 1) * freedom);
+    maximum = statistics[kMaximum];
+    at_maximum = unit / statistics[kMaximumCount];
+    median = statistics[kMedian];
+    at_median = unit / statistics[kMedianCount];
+  }
+};
+
+template <class Vector, class Scalar>
+QUANTTUNE_INLINE Vector add_gradient(Vector grad, Vector x, const RowGradient<Scalar>& row,
+                                     bool whole) {
+  const Vector absolute = magnitude(x), zero{};
+  const auto negative = x < zero;
+  Vector added = row.slope * (x - row.mean);
+  const Vector peak = splat(row.at_maximum), middle = splat(row.at_median);
+  added += absolute == row.maximum ? (negative ? -peak : peak) : zero;
+  if (whole) {
+    const Vector signed_middle = negative ? -middle : (x > zero ? middle : zero);
+    added -= absolute == row.median ? signed_middle : zero;
+  }
+  return grad + added;
+}
+
+// One piece of a row. `whole`: every element that equals the median counts as it.
+template <class T>
+QUANTTUNE_CLONES void add_piece(const T* grad, const T* x, T* grad_x, std::int64_t size,
+                                const RowGradient<typename Traits<T>::Scalar>& row, bool whole) {
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(grad + i) + kAhead);
+    const Pair<T> upstream = load_pair(grad + i), values = load_pair(x + i);
+    store_pair(grad_x + i, Pair<T>{add_gradient(upstream.first, values.first, row, whole),
+                                   add_gradient(upstream.second, values.second, row, whole)});
+  }
+  for_lanes(size - i, [&](std::int64_t offset, std::int64_t count) QUANTTUNE_BODY {
+    T upstream[kLanes] = {}, values[kLanes] = {};
+    std::memcpy(upstream, grad + i + offset, count * sizeof(T));
+    std::memcpy(values, x + i + offset, count * sizeof(T));
+    store(upstream, add_gradient(load(upstream), load(values), row, whole));
+    std::memcpy(grad_x + i + offset, upstream, count * sizeof(T));
+  });
+}
+
+template <class T>
+QUANTTUNE_CLONES bool holds_magnitude(const T* x, std::int64_t size, typename Traits<T>::Scalar wanted) {
+  decltype(load(x) == wanted) hits{};
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    const Pair<T> values = load_pair(x + i);
+    hits |= (magnitude(values.first) == wanted) | (magnitude(values.second) == wanted);
+  }
+  bool found = i < size;  // a short rest: let the caller look
+  for (int lane = 0; lane < kLanes; ++lane) found |= hits[lane] != 0;
+  return found;
+}
+
+// A row whose median is that of a sample: few elements are both sampled and at the median. They are taken
+// aside before their gradient may be overwritten.
+template <class T>
+void add_sampled(const T* grad, const T* x, T* grad_x, std::int64_t begin, std::int64_t end,
+                 const Sample& sample, const RowGradient<typename Traits<T>::Scalar>& row) {
+  std::vector<std::pair<std::int64_t, T>> aside;
+  // a median of zero has no sign, and no gradient
+  if (row.median != 0 && holds_magnitude(x + begin, end - begin, row.median)) {
+    sample.for_positions(begin, end, [&](std::int64_t, std::int64_t position) {
+      if (std::abs(to_double(x[position])) == double(row.median))
+        aside.emplace_back(position, grad[position]);
+    });
+  }
+  add_piece(grad + begin, x + begin, grad_x + begin, end - begin, row, false);
+  for (const auto& [position, upstream] : aside)
+    add_piece(&upstream, x + position, grad_x + position, 1, row, true);
+}
+
+template <class T>
+void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar* statistics,
+                    const typename Traits<T>::Scalar* ratio_grad, T* grad_x, std::int64_t rows,
+                    std::int64_t size, bool exact, bool detach, int threads) {
+  using Scalar = typename Traits<T>::Scalar;
+  const Geometry geometry(size, exact);
+  if (rows * size < kSerial) threads = 1;
+  parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
+    const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
+    const std::int64_t start = chunk * geometry.chunk, stop = start + geometry.length(chunk);
+    const T *upstream = grad + row * size, *values = x + row * size;
+    T* out = grad_x + row * size;
+    const RowGradient<Scalar> gradient(statistics + row * kColumns, ratio_grad[row], size, detach);
+    for (std::int64_t begin = start; begin < stop; begin += geometry.piece) {
+      const std::int64_t end = std::min(begin + geometry.piece, stop);
+      if (!gradient.live) {
+        if (upstream != out)
+          std::memcpy(out + begin, upstream + begin, (end - begin) * sizeof(T));
+      } else if (geometry.sample.is_whole_row()) {
+        add_piece(upstream + begin, values + begin, out + begin, end - begin, gradient, true);
+      } else {
+        add_sampled(upstream, values, out, begin, end, geometry.sample, gradient);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void outlier_statistics_backward(const void* grad, const void* x, const void* statistics,
+                                 const void* ratio_grad, void* grad_x, Type type,
+                                 std::int64_t rows, std::int64_t size, bool exact,
+                                 bool detach_deviation, int threads) {
+  dispatch(type, [&](auto tag) {
+    using T = decltype(tag);
+    using Scalar = typename Traits<T>::Scalar;
+    backward_typed(static_cast<const T*>(grad), static_cast<const T*>(x),
+                   static_cast<const Scalar*>(statistics), static_cast<const Scalar*>(ratio_grad),
+                   static_cast<T*>(grad_x), rows, size, exact, detach_deviation, threads);
+  });
+}
+
+}  // namespace quanttune
