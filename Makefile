@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench peers lint sanitize clean
 
 # glibc gives memory above 128 KiB back at once, and the kernel clears it anew for each activation: a
 # third of a training step here. With these it keeps what it has.
@@ -16,16 +16,37 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
+# every op beside its rivals, then the table of ratios. ARGS go to ratios.py, for instance --strict;
+# JSON=benchmarks/results/<machine>/cpu-ratios.json keeps what it measured.
+JSON ?= build/cpu-ratios.json
+BRIEF := --benchmark-max-time 0.3 --benchmark-min-rounds 5 --benchmark-group-by group,param \
+	--benchmark-columns median,iqr,rounds --benchmark-sort fullname
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(ARGS)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BRIEF)
+	$(BIN)/python benchmarks/ratios.py --device cpu --runs 3 --json $(JSON) $(ARGS)
+
+# other libraries' fake quantization, in an environment of its own
+peers:
+	$(MAKE) VENV=.venv-peers .venv-peers/.peers
+	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the kernels with checks of addresses and of undefined behaviour; the tests load this build, not the other
+CHECKS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+KERNEL_TESTS := fake_quantization outlier_statistics cpu_kernels
+sanitize: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja
+	QUANTTUNE_CXXFLAGS='$(CHECKS)' $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \
+	$(BIN)/python -m pytest $(KERNEL_TESTS:%=tests/test_%.py) $(ARGS)
+
 clean:
-	rm -rf .venv build quanttune.egg-info quanttune/*.so
+	rm -rf .venv .venv-peers build quanttune.egg-info quanttune/*.so
 
 # one stamp per extra: the package is installed again when its C++ sources or its metadata change
 $(VENV)/.%: $(SOURCES)

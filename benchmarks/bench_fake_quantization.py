@@ -1,30 +1,68 @@
 """Fake quantization of a tensor: ours, PyTorch's own operator, and the copy that bounds both."""
 
+import shutil
+
+import eager
 import pytest
 import torch
 
-from quanttune import fake_quant
+from quanttune import fake_quant, fake_quant_
 
-SHAPES = {"small": (2, 24, 384), "vit-b feed-forward": (8, 197, 3072), "8 MiB": (8, 2**20)}
+SHAPES = {"small": (2, 24, 384), "vit-b feed-forward": (8, 197, 3072), "8 x 1,048,576": (8, 2**20)}
 SCALE = torch.tensor(0.03)
+CASES = [
+    pytest.param((shape, dtype), id=f"{name}, {dtype}")
+    for name, shape in SHAPES.items()
+    for dtype in eager.DTYPES
+]
+compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 
 
-@pytest.fixture(params=SHAPES, ids=lambda name: name)
+@pytest.fixture(params=CASES)
 def x(request):
-    return torch.randn(SHAPES[request.param], generator=torch.Generator().manual_seed(0))
+    shape, dtype = request.param
+    return eager.normal(shape, eager.DTYPES[dtype])
+
+
+@pytest.fixture(params=CASES[-len(eager.DTYPES) :])
+def large(request):
+    shape, dtype = request.param
+    return eager.normal(shape, eager.DTYPES[dtype])
 
 
 def test_quanttune(benchmark, x):
-    y = benchmark(fake_quant, x, SCALE)
-    expected = torch.round(x.double() / SCALE.double()).clamp(-128, 127) * SCALE.double()
-    # float32 and float64 quotients fall on different sides of a tie now and then: one step
-    assert (y - expected).abs().max() <= 1.001 * SCALE
-    assert ((y - expected).abs() > SCALE / 2).double().mean() < 1e-5
+    eager.check_fake_quant(fake_quant(x, SCALE), x, SCALE)
+    benchmark(fake_quant, x, SCALE)
+
+
+def test_quanttune_in_place(benchmark, x):
+    y = x.clone()
+    fake_quant_(y, SCALE)
+    eager.check_fake_quant(y, x, SCALE)
+    benchmark(fake_quant_, y, SCALE)
 
 
 def test_torch(benchmark, x):
-    benchmark(torch.fake_quantize_per_tensor_affine, x, SCALE.item(), 0, -128, 127)
+    arguments = x, SCALE.item(), 0, -128, 127
+    y = torch.fake_quantize_per_tensor_affine(*arguments)
+    eager.check_fake_quant(y, x, SCALE, ours=False)
+    benchmark(torch.fake_quantize_per_tensor_affine, *arguments)
+
+
+def test_eager(benchmark, x):
+    benchmark(eager.fake_quant, x, SCALE)
+
+
+@compiler
+def test_compiled(benchmark, large):
+    compiled = torch.compile(eager.fake_quant, dynamic=False)
+    eager.check_fake_quant(compiled(large, SCALE), large, SCALE, ours=False)
+    benchmark(compiled, large, SCALE)
 
 
 def test_copy(benchmark, x):
-    benchmark(x.clone)
+    y = torch.empty_like(x)
+    benchmark(y.copy_, x)

@@ -1,4 +1,4 @@
-"""Make docs/results.md, and the README's table, from the committed results files.
+"""Make docs/results.md, and the README's tables, from the committed results files.
 
 python benchmarks/summarize.py
 """
@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bars import BARS
+
 from quanttune.analysis.report import DIGITS
 from quanttune.analysis.table import tabulate
 from quanttune.recipes.experiment import Row
@@ -16,15 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
+SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
 
 
 def main() -> None:
     demos = {name: _read(f"{name}.json") for name in ("minilm", "digits")}
     settings = {name: _read(f"settings-{name}.json") for name in demos}
     readme = ROOT / "README.md"
-    table = _results_table(demos["minilm"], weights="channel")
-    head, rest = readme.read_text().split(MARK)
-    readme.write_text(f"{head}{MARK}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+    _replace(readme, MARK, END, _results_table(demos["minilm"], weights="channel"))
+    if (RESULTS / "cpu-ratios.json").exists():
+        _replace(readme, SPEED, END_OF_SPEED, _speed_table(_read("cpu-ratios.json")))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n"]
@@ -35,6 +38,22 @@ def main() -> None:
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
+
+
+def _replace(page: Path, mark: str, end: str, table: str) -> None:
+    """Put a table between two marks of a page."""
+    head, rest = page.read_text().split(mark)
+    page.write_text(f"{head}{mark}\n\n{table}\n\n{end}{rest.split(end)[1]}")
+
+
+def _speed_table(measured: Any) -> str:
+    dtypes = ("float32", "bfloat16")
+    lines = [_line("", *dtypes, "bar"), _line("---", *["---:"] * 3)]
+    for key, bar in BARS.items():
+        ratios = measured["ratios"][key]
+        cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
+        lines.append(_line(bar.what, *cells, bar.text()))
+    return "\n".join(lines)
 
 
 def _results_table(demo: Any, weights: str | None = None) -> str:

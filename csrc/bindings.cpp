@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include "fake_quantization.h"
+#include "memory.h"
 #include "outlier_statistics.h"
 
 namespace py = pybind11;
@@ -60,5 +61,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("dynamic_fake_quant", &dynamic_fake_quant, unlocked);
   m.def("fake_quant_backward", &fake_quant_backward, unlocked);
   m.def("outlier_statistics", &outlier_statistics, unlocked);
+  m.def("prefer_large_pages", &qt::prefer_large_pages);
   m.def("outlier_statistics_backward", &outlier_statistics_backward, unlocked);
 }

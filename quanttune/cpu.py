@@ -15,7 +15,7 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 def fake_quant(
     x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, out: Tensor | None = None
 ) -> Tensor:
-    y = torch.empty_like(x) if out is None else out
+    y = _new(x) if out is None else out
     _C.fake_quant(
         x.data_ptr(), scale.data_ptr(), y.data_ptr(), _TYPES[x.dtype], *_channels(x, axis),
         qmin, qmax, torch.get_num_threads(),
@@ -24,7 +24,7 @@ def fake_quant(
 
 
 def dynamic_fake_quant(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    y = torch.empty_like(x)
+    y = _new(x)
     _C.dynamic_fake_quant(
         x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], *_channels(x, axis), qmin, qmax,
         torch.get_num_threads(),
@@ -35,7 +35,7 @@ def dynamic_fake_quant(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Ten
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    grad_x = torch.empty_like(grad)
+    grad_x = _new(grad)
     _C.fake_quant_backward(
         grad.data_ptr(), x.data_ptr(), scale.data_ptr(), grad_x.data_ptr(), _TYPES[x.dtype],
         *_channels(x, axis), qmin, qmax, torch.get_num_threads(),
@@ -62,7 +62,7 @@ def outlier_statistics_backward(
     exact: bool,
     detach_deviation: bool,
 ) -> Tensor:
-    grad_x = torch.empty_like(grad)
+    grad_x = _new(grad)
     if x.numel():
         ratio_grad = ratio_grad.to(statistics.dtype).contiguous()
         _C.outlier_statistics_backward(
@@ -71,6 +71,14 @@ def outlier_statistics_backward(
             exact, detach_deviation, torch.get_num_threads(),
         )  # fmt: skip
     return grad_x
+
+
+def _new(x: Tensor) -> Tensor:
+    """Make room for a result, and ask for large pages above malloc's largest mmap threshold."""
+    y = torch.empty_like(x)
+    if y.nbytes >= 2**25:
+        _C.prefer_large_pages(y.data_ptr(), y.nbytes)
+    return y
 
 
 def _channels(x: Tensor, axis: int | None) -> tuple[int, int, int]:

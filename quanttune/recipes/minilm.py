@@ -22,7 +22,7 @@ from .training import train
 TOKENS = 24
 BATCH = 16
 TASK_WEIGHT = 20.0  # lifts the distillation loss to the size of the outlier loss
-CALIBRATION_ROWS, EVALUATION_BATCH = 160, 128
+CALIBRATION_ROWS, EVALUATION_BATCH = 160, 256
 
 
 class MiniLM:

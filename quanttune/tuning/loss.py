@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
+from ..reference import RATIO
 from .observers import Observation, Observers
 
 
@@ -16,13 +17,13 @@ def outlier_loss(observations: list[Observation], device: torch.device) -> Tenso
     """Return L_out = mean over instances and samples of the ratio (eq. 2), without a graph."""
     groups: dict[tuple[int, torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for observation in observations:
-        ratio = observation.ratio
-        assert ratio is not None
-        groups[observation.multiplicity, ratio.shape, ratio.device].append(ratio)
+        statistics = observation.statistics
+        assert statistics is not None
+        groups[observation.multiplicity, statistics.shape, statistics.device].append(statistics)
     # few sums of stacks instead of a small operation per tensor
     sums = [
-        multiplicity * len(ratios) * torch.stack(ratios).mean().to(device)
-        for (multiplicity, _, _), ratios in groups.items()
+        multiplicity * len(group) * torch.stack(group)[..., RATIO].mean().to(device)
+        for (multiplicity, _, _), group in groups.items()
     ]
     return torch.stack(sums).sum() / instances(observations)
 
@@ -54,7 +55,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         task_weight, outlier_weight, observers, count = ctx.weights
-        observers.coefficient.copy_(grad * outlier_weight / count)
+        observers.publish(grad * outlier_weight / count)
         # a later backward that has nothing to do with the tuner must find no weight
         Variable._execution_engine.queue_callback(observers.end_backward)
         if ctx.on_end_backward:

@@ -31,32 +31,36 @@ class Observation:
     recomputed: bool  # by a checkpoint, during backward
     graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
-    ratio: Tensor | None = None  # (samples,), without a graph
+    statistics: Tensor | None = None  # of each sample, without a graph
     awaits_gradient: bool = False
+
+    @property
+    def ratio(self) -> Tensor:
+        """The terms of eq. 2, of shape (samples,)."""
+        assert self.statistics is not None
+        return self.statistics[:, RATIO]
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, samples: int, observation: Observation, observers: "Observers"
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         statistics = ops.outlier_statistics(x, samples, observers.exact)
         ctx.save_for_backward(x, statistics)
         ctx.observation, ctx.observers = observation, observers
-        ratio = statistics[:, RATIO].clone()
-        ctx.mark_non_differentiable(ratio)
-        return x.view_as(x), ratio
+        observation.statistics = statistics
+        return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics = ctx.saved_tensors
         observation, observers = ctx.observation, ctx.observers
         observation.awaits_gradient = False
-        samples = len(statistics)
-        share = observers.coefficient.to(x.device) * (observation.multiplicity / samples)
+        share = observers.share(observation.multiplicity, statistics)
         total = ops.outlier_statistics_backward(
-            grad, x, statistics, share.expand(samples), observers.exact, observers.detach_deviation
+            grad, x, statistics, share, observers.exact, observers.detach_deviation
         )
         return total, None, None, None
 
@@ -64,8 +68,8 @@ class _Tap(torch.autograd.Function):
 class Observers:
     """The hooks on a model's sites, and the observations since they were last taken.
 
-    `coefficient` is d(loss)/d(ratio) of one instance, for the backward pass that is under way, else
-    0.
+    A backward pass that is under way has `publish`ed d(loss)/d(sum of ratios / samples); else that
+    is 0.
     """
 
     def __init__(
@@ -80,7 +84,8 @@ class Observers:
         self.exact, self.detach_deviation = exact, detach_deviation
         self.enabled = True
         first = next(iter(model.parameters()), torch.empty(0))
-        self.coefficient = torch.zeros((), device=first.device)
+        self._coefficient = torch.zeros((), device=first.device)
+        self._shares: dict[tuple[Any, ...], Tensor] = {}
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
         self._inside = False
         self._samples = 1
@@ -105,9 +110,24 @@ class Observers:
         taken, self._observations = self._observations, []
         return [observation for observation in taken if observation.multiplicity]
 
+    def publish(self, coefficient: Tensor) -> None:
+        """Set the weight of one instance of eq. 2 in the backward pass that begins."""
+        self._coefficient.copy_(coefficient)
+        self._shares.clear()
+
     def end_backward(self) -> None:
-        """Forget the weight of the loss whose backward has just ended."""
-        self.coefficient.zero_()
+        """Forget the weight of the loss whose backward has ended."""
+        self._coefficient.zero_()
+        self._shares.clear()
+
+    def share(self, multiplicity: int, statistics: Tensor) -> Tensor:
+        """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
+        samples, dtype = len(statistics), statistics.dtype
+        key = multiplicity, samples, dtype, statistics.device
+        if key not in self._shares:  # few differ, and a tensor operation costs as much as a kernel
+            weight = self._coefficient.to(statistics.device, dtype) * (multiplicity / samples)
+            self._shares[key] = weight.repeat(samples)
+        return self._shares[key]
 
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was."""
@@ -121,7 +141,7 @@ class Observers:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
         self._pending = []
         if not _recomputing():
-            self.coefficient.zero_()  # a backward that failed halfway left it
+            self.end_backward()  # one that failed halfway did not
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
 
@@ -173,7 +193,7 @@ class Observers:
         observation = Observation(site, module, x._version, recomputing, graph)
         observation.awaits_gradient = x.requires_grad and graph
         self.reentrant |= not graph
-        y, observation.ratio = _Tap.apply(x, samples, observation, self)
+        y = _Tap.apply(x, samples, observation, self)
         self._known[y] = observation
         if not recomputing:
             self._pending.append(observation)

@@ -1,0 +1,33 @@
+"""The rows of the speed table on CPU: what is compared, the bar and the goal."""
+
+from typing import NamedTuple
+
+
+class Bar(NamedTuple):
+    """A ratio to reach. `at_least`: how many times faster we are; else how many times a floor."""
+
+    what: str
+    bar: float
+    goal: float
+    at_least: bool
+
+    def met(self, ratio: float, goal: bool = False) -> bool:
+        """Tell whether a ratio reaches the bar, or the goal."""
+        limit = self.goal if goal else self.bar
+        return ratio >= limit if self.at_least else ratio <= limit
+
+    def text(self, goal: bool = False) -> str:
+        """Return the bar, or the goal, as it stands in a table."""
+        return f"{'≥' if self.at_least else '≤'} {self.goal if goal else self.bar:g}x"
+
+
+BARS = {
+    "statistics_vs_eager": Bar("statistics, speed over plain PyTorch", 60, 120, True),
+    "statistics_small_vs_eager": Bar("the same on 16 x 36,864, median exact", 10, 25, True),
+    "statistics_vs_read": Bar("statistics, time in units of x.sum()", 2.5, 1.5, False),
+    "step_vs_eager": Bar("forward + backward, speed over plain PyTorch", 12, 25, True),
+    "fake_quant_vs_torch": Bar("fake quantization, speed over torch's", 2, 4, True),
+    "fake_quant_inplace_vs_copy": Bar("the same in place, in units of a copy", 1.5, 1.2, False),
+    "minilm_step_overhead": Bar("MiniLM training step, with over without", 1.35, 1.15, False),
+    "minilm_memory_overhead": Bar("its peak memory, with over without", 1.25, 1.1, False),
+}

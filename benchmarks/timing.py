@@ -1,0 +1,38 @@
+"""Time calls against each other in turns, so that a slow spell of the machine hits them all."""
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+LEAST = 7  # samples of each call
+SHORTEST = 2e-3  # seconds of one sample: a shorter call is repeated within it
+
+
+def medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Return the median time of each call in milliseconds.
+
+    The calls take turns (A B A B ...) until `seconds` are over and each has LEAST samples. Each
+    runs twice before that.
+    """
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = perf_counter() + seconds
+    rounds = 0
+    while rounds < LEAST or perf_counter() < end:
+        for name, call in calls.items():
+            samples[name].append(_time(call, repeats[name]) / repeats[name])
+        rounds += 1
+    return {name: 1e3 * median(times) for name, times in samples.items()}
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    call()
+    return max(1, int(SHORTEST / _time(call, 1)))
+
+
+def _time(call: Callable[[], Any], repeats: int) -> float:
+    start = perf_counter()
+    for _ in range(repeats):
+        call()
+    return perf_counter() - start
