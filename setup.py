@@ -1,5 +1,6 @@
 """Build script: one C++ extension without libtorch, and one folder installed under another name."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ COMPILE = [
     "-fvisibility=hidden",
 ]
 COMPILE += ["-Wall", "-Wno-psabi"]
+# For checks of the kernels: sanitizers, or other instruction sets. Such a build keeps its symbols.
+EXTRA = shlex.split(os.environ.get("QUANTTUNE_CXXFLAGS", ""))
 
 
 class NinjaBuild(build_ext):
@@ -42,8 +45,9 @@ class NinjaBuild(build_ext):
 
     def _rules(self, extension: Extension, target: Path) -> str:
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        flags = shlex.join([*COMPILE, "-fPIC", *(f"-I{path}" for path in includes)])
+        flags = shlex.join([*COMPILE, "-fPIC", *EXTRA, *(f"-I{path}" for path in includes)])
         objects = {Path(source).stem + ".o": Path(source).resolve() for source in extension.sources}
+        libraries = shlex.join(["-fopenmp", "-lstdc++", "-lm", *(EXTRA or ["-s"])])
         compiler, linker = map(shlex.join, (self.compiler.compiler_cxx, self.compiler.linker_so))
         return "\n".join(
             [
@@ -51,7 +55,7 @@ class NinjaBuild(build_ext):
                 f"  command = {compiler} {flags} -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "rule link",
-                f"  command = {linker} $in -fopenmp -lstdc++ -lm -s -o $out",
+                f"  command = {linker} $in {libraries} -o $out",
                 *(f"build {name}: compile {source}" for name, source in objects.items()),
                 f"build {target}: link {' '.join(objects)}",
                 "",

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <vector>
 
+#include "memory.h"
 #include "parallel.h"
 #include "sampling.h"
 #include "selection.h"
@@ -14,13 +14,15 @@ namespace quanttune {
 
 namespace {
 
-constexpr std::int64_t kBlock = 1024;     // elements whose sums are kept in the input's own precision
-constexpr std::int64_t kAhead = 4096;     // bytes: the machine does not look beyond a page by itself
-constexpr std::int64_t kPivot = 256;      // elements whose mean shifts the sums of a chunk
+constexpr std::int64_t kBlock = 1024;  // elements whose sums are kept in the input's own precision
+constexpr std::int64_t kAhead = 4096;  // bytes: the machine does not look beyond a page by itself
+constexpr std::int64_t kProbes = 16;   // vectors of a chunk whose mean shifts its sums
 
 // What one chunk of a row knows.
 struct Partial {
-  double mean, squares;  // squares: sum of (x - mean)^2
+  double pivot, offset;  // the mean is their sum, which would cost digits far from zero
+  double squares;        // sum of (x - mean)^2
+  double shifted;        // sum of (x - pivot)^2, from which `squares` was taken
   double maximum;
 };
 
@@ -75,47 +77,60 @@ struct Sums {
     for (const Bits& peak : peaks) maximum = peak > maximum ? peak : maximum;
   }
 
-  // after_piece(begin, end) finds those elements of the chunk in a near cache
+  // after_piece(begin) finds the elements of that piece in a near cache
   template <class T, class Body>
   QUANTTUNE_INLINE static Partial of_chunk(const T* x, std::int64_t size, std::int64_t piece,
                                            Body after_piece) {
-    Sums head, all;
-    const std::int64_t pivots = std::min(size, kPivot);
-    head.add_block(x, pivots, Scalar(0));
-    const Scalar pivot = Scalar(sum_of(head.sum) / double(pivots));
+    Sums all;
+    const Scalar pivot = mean_of_probes(x, size);
     for (std::int64_t begin = 0; begin < size; begin += piece) {
       const std::int64_t end = std::min(begin + piece, size);
       for (std::int64_t at = begin; at < end; at += kBlock)
         all.add_block(x + at, std::min(kBlock, end - at), pivot);
-      after_piece(begin, end);
+      after_piece(begin);
     }
     auto bits = all.maximum[0];
     for (int lane = 1; lane < kLanes; ++lane) bits = std::max<decltype(bits)>(bits, all.maximum[lane]);
-    const double total = sum_of(all.sum);
-    return {double(pivot) + total / double(size), sum_of(all.squares) - total * (total / double(size)),
+    const double total = sum_of(all.sum), shifted = sum_of(all.squares);
+    return {double(pivot), total / double(size), shifted - total * (total / double(size)), shifted,
             double(bit_cast<Scalar>(bits))};
+  }
+
+ private:
+  template <class T>
+  QUANTTUNE_INLINE static Scalar mean_of_probes(const T* x, std::int64_t size) {
+    if (size < kProbes * kLanes) {
+      Sums all;
+      all.add_block(x, size, Scalar(0));
+      return Scalar(sum_of(all.sum) / double(size));
+    }
+    Vector sum{};
+    for (std::int64_t probe = 0; probe < kProbes; ++probe)
+      sum += convert<Vector>(load(x + probe * (size / kProbes)));
+    return Scalar(sum_of(convert<Doubles>(sum)) / double(kProbes * kLanes));
   }
 };
 
 // Summarizes chunk `index` of a row, and gathers its part of the sample if there is one.
 template <class T>
 QUANTTUNE_CLONES Partial summarize(const T* row, const Geometry& geometry, std::int64_t index,
-                                   typename Traits<T>::Bits* sampled) {
+                                   const SampleTable& table, typename Traits<T>::Bits* sampled) {
   using Bits = typename Traits<T>::Bits;
   const std::int64_t start = index * geometry.chunk, size = geometry.length(index);
-  const auto gather = [&](std::int64_t begin, std::int64_t end) QUANTTUNE_BODY {
+  const auto gather = [&](std::int64_t begin) QUANTTUNE_BODY {
     if (!sampled) return;
-    geometry.sample.for_positions(
-        start + begin, start + end,
-        [&](std::int64_t stratum, std::int64_t position)
-            QUANTTUNE_BODY { sampled[stratum] = bit_cast<Bits>(row[position]); });
+    table.for_piece(start + begin, [&](std::int64_t stratum, std::int64_t position) QUANTTUNE_BODY {
+      sampled[stratum] = bit_cast<Bits>(row[position]);
+    });
   };
   const Partial partial =
       Sums<typename Traits<T>::Vector>::of_chunk(row + start, size, geometry.piece, gather);
-  // squares of floats that are too large or too small for a float; NaN and inf go this way too
-  const bool fits = partial.maximum < 0x1p56 && partial.squares >= double(size) * 0x1p-100;
+  // Squares of floats can be too large or too small for a float, and a pivot far from the mean would cost
+  // digits. NaN and inf go that way too.
+  const bool fits = partial.maximum < 0x1p56 && partial.squares >= double(size) * 0x1p-100 &&
+                    partial.squares >= 0.25 * partial.shifted;
   if (fits || partial.maximum == 0) return partial;
-  return Sums<Doubles>::of_chunk(row + start, size, size, [](auto, auto) QUANTTUNE_BODY {});
+  return Sums<Doubles>::of_chunk(row + start, size, size, [](auto) QUANTTUNE_BODY {});
 }
 
 template <class T>
@@ -137,15 +152,20 @@ QUANTTUNE_CLONES std::int64_t count_magnitude(const T* x, std::int64_t size,
   return count;
 }
 
+// The whole row, with the pivot of its first chunk.
 Partial merge(const Partial* partials, const Geometry& row) {
-  Partial merged{0, 0, 0};
-  // by way of the first mean, so that the mean of a constant is that constant exactly
+  Partial merged{};
+  merged.pivot = partials[0].pivot;
+  const auto distance = [&](const Partial& part) {
+    return (part.pivot - merged.pivot) + (part.offset - merged.offset);
+  };
+  double total = 0;
   for (std::int64_t i = 0; i < row.chunks; ++i)
-    merged.mean += (partials[i].mean - partials[0].mean) * double(row.length(i));
-  merged.mean = partials[0].mean + merged.mean / double(row.size);
+    total += distance(partials[i]) * double(row.length(i));
+  merged.offset = total / double(row.size);
   for (std::int64_t i = 0; i < row.chunks; ++i) {
-    const double distance = partials[i].mean - merged.mean;
-    merged.squares += partials[i].squares + double(row.length(i)) * distance * distance;
+    const double apart = distance(partials[i]);
+    merged.squares += partials[i].squares + double(row.length(i)) * apart * apart;
     merged.maximum = std::max(merged.maximum, partials[i].maximum);
   }
   return merged;
@@ -166,11 +186,11 @@ void finish_row(const T* x, const Partial* partials, const Geometry& row,
   for (std::int64_t i = 0; i < row.chunks; ++i)
     if (partials[i].maximum == merged.maximum)
       count += count_magnitude(x + i * row.chunk, row.length(i), Result(merged.maximum));
-  const auto median = select_magnitude(sampled, row.sample.count(), (row.sample.count() - 1) / 2);
+  const auto median = select_magnitude(sampled, row.samples, (row.samples - 1) / 2);
   const double middle = to_double(bit_cast<T>(median.bits));
   out[kMaximum] = Result(merged.maximum);
   out[kMedian] = Result(middle);
-  out[kMean] = Result(merged.mean);
+  out[kMean] = Result(merged.pivot + merged.offset);
   out[kDeviation] = Result(deviation);
   out[kRatio] = Result(deviation == 0 ? 0 : (merged.maximum - middle) / deviation);
   out[kMaximumCount] = Result(count);
@@ -182,22 +202,23 @@ void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::i
                       std::int64_t size, bool exact, int threads) {
   using Bits = typename Traits<T>::Bits;
   const Geometry geometry(size, exact);
-  const Sample& sample = geometry.sample;
+  const SampleTable table(geometry);
   if (rows * size < kSerial) threads = 1;
   std::vector<Partial> partials(rows * geometry.chunks);
-  const std::int64_t gathered = sample.is_whole_row() ? 0 : sample.count();
-  const std::unique_ptr<Bits[]> samples(new Bits[rows * gathered]);
+  const std::int64_t gathered = geometry.is_sampled() ? geometry.samples : 0;
+  const Scratch<Bits, 0> scratch(rows * gathered);
+  Bits* samples = scratch.data();
 
   parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
     const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
-    Bits* sampled = gathered ? &samples[row * gathered] : nullptr;
-    partials[task] = summarize(x + row * size, geometry, chunk, sampled);
+    Bits* sampled = gathered ? samples + row * gathered : nullptr;
+    partials[task] = summarize(x + row * size, geometry, chunk, table, sampled);
   });
 
   parallel_for(rows, threads, [&](std::int64_t row) {
     const T* values = x + row * size;
     const Bits* sampled =
-        gathered ? &samples[row * gathered] : reinterpret_cast<const Bits*>(values);
+        gathered ? samples + row * gathered : reinterpret_cast<const Bits*>(values);
     finish_row(values, &partials[row * geometry.chunks], geometry, sampled,
                statistics + row * kColumns);
   });

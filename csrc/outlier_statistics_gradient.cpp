@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -70,31 +69,29 @@ QUANTTUNE_CLONES void add_piece(const T* grad, const T* x, T* grad_x, std::int64
 }
 
 template <class T>
-QUANTTUNE_CLONES bool holds_magnitude(const T* x, std::int64_t size, typename Traits<T>::Scalar wanted) {
-  decltype(load(x) == wanted) hits{};
-  std::int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    const Pair<T> values = load_pair(x + i);
-    hits |= (magnitude(values.first) == wanted) | (magnitude(values.second) == wanted);
-  }
-  bool found = i < size;  // a short rest: let the caller look
-  for (int lane = 0; lane < kLanes; ++lane) found |= hits[lane] != 0;
-  return found;
+using Aside = std::vector<std::pair<std::int64_t, T>>;  // positions, and what came in there
+
+// The elements of a piece that are both sampled and at the median: few, taken aside before what came in may
+// be overwritten.
+template <class T>
+QUANTTUNE_CLONES void take_aside(const T* grad, const T* x, std::int64_t begin,
+                                 const SampleTable& table, typename Traits<T>::Bits median,
+                                 Aside<T>& aside) {
+  using Bits = typename Traits<T>::Bits;
+  constexpr Bits kMagnitude = Bits(-1) >> 1;
+  table.for_piece(begin, [&](std::int64_t, std::int64_t position) QUANTTUNE_BODY {
+    if ((bit_cast<Bits>(x[position]) & kMagnitude) == median)
+      aside.emplace_back(position, grad[position]);
+  });
 }
 
-// A row whose median is that of a sample: few elements are both sampled and at the median. They are taken
-// aside before their gradient may be overwritten.
 template <class T>
 void add_sampled(const T* grad, const T* x, T* grad_x, std::int64_t begin, std::int64_t end,
-                 const Sample& sample, const RowGradient<typename Traits<T>::Scalar>& row) {
-  std::vector<std::pair<std::int64_t, T>> aside;
+                 const SampleTable& table, const RowGradient<typename Traits<T>::Scalar>& row) {
+  static thread_local Aside<T> aside;
+  aside.clear();
   // a median of zero has no sign, and no gradient
-  if (row.median != 0 && holds_magnitude(x + begin, end - begin, row.median)) {
-    sample.for_positions(begin, end, [&](std::int64_t, std::int64_t position) {
-      if (std::abs(to_double(x[position])) == double(row.median))
-        aside.emplace_back(position, grad[position]);
-    });
-  }
+  if (row.median != 0) take_aside(grad, x, begin, table, bits_of<T>(row.median), aside);
   add_piece(grad + begin, x + begin, grad_x + begin, end - begin, row, false);
   for (const auto& [position, upstream] : aside)
     add_piece(&upstream, x + position, grad_x + position, 1, row, true);
@@ -106,6 +103,7 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
                     std::int64_t size, bool exact, bool detach, int threads) {
   using Scalar = typename Traits<T>::Scalar;
   const Geometry geometry(size, exact);
+  const SampleTable table(geometry);
   if (rows * size < kSerial) threads = 1;
   parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
     const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
@@ -118,10 +116,10 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
       if (!gradient.live) {
         if (upstream != out)
           std::memcpy(out + begin, upstream + begin, (end - begin) * sizeof(T));
-      } else if (geometry.sample.is_whole_row()) {
-        add_piece(upstream + begin, values + begin, out + begin, end - begin, gradient, true);
+      } else if (geometry.is_sampled()) {
+        add_sampled(upstream, values, out, begin, end, table, gradient);
       } else {
-        add_sampled(upstream, values, out, begin, end, geometry.sample, gradient);
+        add_piece(upstream + begin, values + begin, out + begin, end - begin, gradient, true);
       }
     }
   });

@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
+#include "memory.h"
 #include "sampling.h"
 #include "simd.h"
 
@@ -96,12 +96,10 @@ constexpr std::int64_t kMargin = 28;  // ranks of the probes: 2.5 standard devia
 template <class Bits, class Wide>
 Bracket<Wide> guess(const Bits* data, std::int64_t size, std::int64_t rank, Wide all) {
   if (size < 4 * kProbes) return {0, all};
-  const Sample sample(kProbes, size / kProbes);
+  const std::int64_t stride = size / kProbes;
   Wide probes[kProbes];
-  sample.for_positions(0, sample.count() * sample.stride(),
-                       [&](std::int64_t probe, std::int64_t position) {
-                         probes[probe] = data[position] & all;
-                       });
+  for (std::int64_t i = 0; i < kProbes; ++i)
+    probes[i] = data[i * stride + pick_of_stratum(std::uint32_t(i), stride)] & all;
   const auto middle = std::int64_t(double(rank) / double(size) * kProbes);
   const std::int64_t low = std::max<std::int64_t>(middle - kMargin, 0);
   const std::int64_t high = std::min(middle + kMargin, kProbes - 1);
@@ -140,22 +138,22 @@ Selected<Bits> select_magnitude(const Bits* data, std::int64_t size, std::int64_
   using namespace selection;
   using Wide = std::conditional_t<sizeof(Bits) == 8, std::uint64_t, std::uint32_t>;
   constexpr Wide kAll = Wide(Bits(-1) >> 1);
-  const std::unique_ptr<Wide[]> picked(new Wide[size + kLanes]);
+  const Scratch<Wide, 1> picked(size + kLanes);
   Bracket<Wide> bracket = guess(data, size, rank, kAll);
-  Picked got = pick(data, size, bracket, picked.get());
+  Picked got = pick(data, size, bracket, picked.data());
   if (rank < got.below || rank >= got.below + got.count) {  // then it is on that side of the bracket
     const Wide above = bracket.low + bracket.span + 1;
     bracket = rank < got.below ? Bracket<Wide>{0, bracket.low - 1} : Bracket<Wide>{above, kAll - above};
-    got = pick(data, size, bracket, picked.get());
+    got = pick(data, size, bracket, picked.data());
   }
   rank -= got.below;
   for (;;) {
     int shift = 0;
     while (bracket.span >> shift >= kBuckets) ++shift;
-    const auto [bucket, count] = find_bucket(picked.get(), got.count, bracket.low, shift, rank);
+    const auto [bucket, count] = find_bucket(picked.data(), got.count, bracket.low, shift, rank);
     bracket = {bracket.low + (bucket << shift), (Wide(1) << shift) - 1};
     if (shift == 0) return {Bits(bracket.low), count};
-    got = pick(picked.get(), got.count, bracket, picked.get());
+    got = pick(picked.data(), got.count, bracket, picked.data());
   }
 }
 

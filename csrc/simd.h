@@ -197,6 +197,14 @@ double to_double(T value) {
   return load(lanes)[0];
 }
 
+// The bits of a number that T represents exactly.
+template <class T>
+typename Traits<T>::Bits bits_of(typename Traits<T>::Scalar value) {
+  T lanes[kLanes];
+  store(lanes, splat(value));
+  return bit_cast<typename Traits<T>::Bits>(lanes[0]);
+}
+
 // Calls body(T{}) with the element type that `type` names.
 template <class Body>
 void dispatch(Type type, Body body) {
