@@ -172,10 +172,23 @@ def _over(runs: list[dict[str, dict[str, float]]], key: str, name: str) -> float
 
 def _others() -> dict[str, float]:
     """Measure, once, what has no bar: the demo's short rows, and plain autograd."""
+    large = eager.normal(LARGE, torch.float32)
+    cold = medians(
+        {
+            "ours": partial(ops.outlier_statistics, large, len(large), False),
+            "eager": partial(eager.ratio, large),
+            "read": large.sum,
+            "eager again": partial(eager.ratio, large),
+        },
+        SECONDS,
+        shortest=0,
+    )
     short = minilm_step.times(("with", "without", "plain"), *SHORT, seconds=6)
     long = minilm_step.times(("without", "plain"), *LONG, seconds=0)
     base = minilm_step.memory("without", *LONG)
     return {
+        "statistics_vs_eager float32, not in cache": cold["eager"] / cold["ours"],
+        "statistics_vs_read float32, not in cache": cold["ours"] / cold["read"],
         "minilm_step_overhead, 16 x 24": short["with"] / short["without"],
         "minilm_step_overhead, 16 x 24, plain": short["plain"] / short["without"],
         "minilm_step_overhead, 16 x 128, plain": long["plain"] / long["without"],

@@ -1,6 +1,7 @@
 #include "outlier_statistics.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -209,18 +210,19 @@ void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::i
   const Scratch<Bits, 0> scratch(rows * gathered);
   Bits* samples = scratch.data();
 
+  std::vector<std::atomic<std::int64_t>> waiting(rows);  // chunks that are not summarized yet
+  for (auto& chunks : waiting) chunks = geometry.chunks;
+
   parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
     const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
-    Bits* sampled = gathered ? samples + row * gathered : nullptr;
-    partials[task] = summarize(x + row * size, geometry, chunk, table, sampled);
-  });
-
-  parallel_for(rows, threads, [&](std::int64_t row) {
     const T* values = x + row * size;
-    const Bits* sampled =
-        gathered ? samples + row * gathered : reinterpret_cast<const Bits*>(values);
-    finish_row(values, &partials[row * geometry.chunks], geometry, sampled,
-               statistics + row * kColumns);
+    Bits* sampled = gathered ? samples + row * gathered : nullptr;
+    partials[task] = summarize(values, geometry, chunk, table, sampled);
+    // whoever comes last has most of the sample in its cache, and leaves the memory to the others
+    if (--waiting[row] == 0)
+      finish_row(values, &partials[row * geometry.chunks], geometry,
+                 gathered ? sampled : reinterpret_cast<const Bits*>(values),
+                 statistics + row * kColumns);
   });
 }
 
