@@ -39,7 +39,6 @@ lint: $(VENV)/.dev
 CHECKS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 KERNEL_TESTS := fake_quantization outlier_statistics cpu_kernels
 sanitize: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja
 	QUANTTUNE_CXXFLAGS='$(CHECKS)' $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \

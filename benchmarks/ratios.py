@@ -32,7 +32,7 @@ from quanttune.analysis.environment import environment
 from quanttune.fused_observer import outlier_ratio
 from quanttune.reference import RATIO, SAMPLE_SIZE
 
-LARGE, SMALL = (8, 2**20), (16, 36_864)
+LARGE, SMALL, TINY = (8, 2**20), (16, 36_864), (1, 1024)
 SECONDS = 1.5  # of turns per row and dtype, where seven samples do not take longer
 LONG, SHORT = (16, 128), (16, 24)  # rows x tokens of a MiniLM step: the table's, and the demo's
 SCALE = torch.tensor(0.03)
@@ -183,10 +183,19 @@ def _others() -> dict[str, float]:
         SECONDS,
         shortest=0,
     )
+    row = eager.normal(TINY, torch.float32)
+    tiny = medians(
+        {
+            "ours": partial(ops.outlier_statistics, row, 1, False),
+            "eager": partial(eager.ratio, row),
+        },
+        SECONDS,
+    )
     short = minilm_step.times(("with", "without", "plain"), *SHORT, seconds=6)
     long = minilm_step.times(("without", "plain"), *LONG, seconds=0)
     base = minilm_step.memory("without", *LONG)
     return {
+        "statistics_vs_eager float32, 1 x 1,024, time": tiny["ours"] / tiny["eager"],
         "statistics_vs_eager float32, not in cache": cold["eager"] / cold["ours"],
         "statistics_vs_read float32, not in cache": cold["ours"] / cold["read"],
         "minilm_step_overhead, 16 x 24": short["with"] / short["without"],

@@ -396,7 +396,11 @@ def test_rounding_in_place(dtype, axis):
     whole = torch.randn(33, 50).to(dtype)
     scale = torch.tensor(0.03) if axis is None else torch.rand(whole.shape[axis]) + 0.01
     expected = fake_quant(whole, scale, 6, axis)
-    for x in (whole.clone(), whole.clone().t().contiguous().t(), whole.clone().repeat(1, 2)[:, :50]):
+    for x in (
+        whole.clone(),
+        whole.clone().t().contiguous().t(),
+        whole.clone().repeat(1, 2)[:, :50],
+    ):
         assert quanttune.fake_quant_(x, scale, 6, axis) is x
         assert_same_bits(x, expected)
 
