@@ -57,7 +57,7 @@ QUANTTUNE_CLONES void quantize_run(const T* x, T* y, const float* scale, std::in
     for (; start + 2 * kLanes <= size; start += 2 * kLanes) {
       __builtin_prefetch(reinterpret_cast<const char*>(x + start) + kAhead);
       const Pair<T> pair = load_pair(x + start);
-      store_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
+      store_mapped_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
                                     snap_any(pair.second, step, bounds)});
     }
   }

@@ -104,11 +104,17 @@ QUANTTUNE_INLINE Floats from_float16(Halves bits) {
   return bit_cast<Floats>(result | ((wide & 0x8000u) << 16));
 }
 
-// The upper half of each word is the bfloat16.
+// The upper half of each word is the bfloat16: to nearest, ties to even. A NaN that was made of a bfloat16
+// has no bits in the lower half that could carry.
+QUANTTUNE_INLINE Words round_numbers_to_bfloat16(Floats value) {
+  const Words bits = bit_cast<Words>(value);
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
 QUANTTUNE_INLINE Words round_to_bfloat16(Floats value) {
   const Words bits = bit_cast<Words>(value);
-  const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits | 0x400000u) : rounded;  // NaN stays quiet
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits | 0x400000u)  // NaN stays quiet
+                                            : round_numbers_to_bfloat16(value);
 }
 
 QUANTTUNE_INLINE Halves to_bfloat16(Floats value) {
@@ -170,6 +176,17 @@ QUANTTUNE_INLINE void store_pair(T* to, const Pair<T>& pair) {
 QUANTTUNE_INLINE void store_pair(BFloat16* to, const Pair<BFloat16>& pair) {
   const Words both =
       (round_to_bfloat16(pair.first) >> 16) | (round_to_bfloat16(pair.second) & 0xFFFF0000u);
+  std::memcpy(to, &both, sizeof(both));
+}
+
+// The same for what was computed, one by one, from elements of T and finite numbers.
+template <class T>
+QUANTTUNE_INLINE void store_mapped_pair(T* to, const Pair<T>& pair) {
+  store_pair(to, pair);
+}
+QUANTTUNE_INLINE void store_mapped_pair(BFloat16* to, const Pair<BFloat16>& pair) {
+  const Words both = (round_numbers_to_bfloat16(pair.first) >> 16) |
+                     (round_numbers_to_bfloat16(pair.second) & 0xFFFF0000u);
   std::memcpy(to, &both, sizeof(both));
 }
 
