@@ -51,6 +51,10 @@ linux_memory = pytest.mark.skipif(
 )
 
 
+def test_the_sanitized_build_is_what_a_sanitizer_sees():
+    assert ("sanitize" in Path(cpu._C.__file__).parts) == SANITIZED
+
+
 def every_op(x, rows):
     """Return what each kernel makes of x: statistics, their gradient, codes and their gradient."""
     kind = result_dtype(x.dtype)
