@@ -1,36 +1,14 @@
 """Fake quantization of a tensor: ours, PyTorch's own operator, and the copy that bounds both."""
 
-import shutil
-
 import eager
-import pytest
 import torch
+from inputs import compiler, fixtures
 
 from quanttune import fake_quant, fake_quant_
 
 SHAPES = {"small": (2, 24, 384), "vit-b feed-forward": (8, 197, 3072), "8 x 1,048,576": (8, 2**20)}
 SCALE = torch.tensor(0.03)
-CASES = [
-    pytest.param((shape, dtype), id=f"{name}, {dtype}")
-    for name, shape in SHAPES.items()
-    for dtype in eager.DTYPES
-]
-compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler",
-)
-
-
-@pytest.fixture(params=CASES)
-def x(request):
-    shape, dtype = request.param
-    return eager.normal(shape, eager.DTYPES[dtype])
-
-
-@pytest.fixture(params=CASES[-len(eager.DTYPES) :])
-def large(request):
-    shape, dtype = request.param
-    return eager.normal(shape, eager.DTYPES[dtype])
+x, large = fixtures(SHAPES)
 
 
 def test_quanttune(benchmark, x):

@@ -1,39 +1,18 @@
 """Outlier statistics: ours, eq. 2 in plain PyTorch, and the read that bounds both."""
 
-import shutil
-
 import eager
 import pytest
 import torch
+from inputs import compiler, fixtures
 
 from quanttune.fused_observer import outlier_ratio
 from quanttune.reference import SAMPLE_SIZE
 
 # the median is exact in the first two, sampled in the third
 SHAPES = {"small": (2, 24 * 384), "minilm feed-forward": (16, 36_864), "8 x 1,048,576": (8, 2**20)}
-CASES = [
-    pytest.param((shape, dtype), id=f"{name}, {dtype}")
-    for name, shape in SHAPES.items()
-    for dtype in eager.DTYPES
-]
-compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler",
-)
+x, large = fixtures(SHAPES)
 forward = pytest.mark.benchmark(group="forward")
 step = pytest.mark.benchmark(group="forward and backward")
-
-
-@pytest.fixture(params=CASES)
-def x(request):
-    shape, dtype = request.param
-    return eager.normal(shape, eager.DTYPES[dtype])
-
-
-@pytest.fixture(params=CASES[-len(eager.DTYPES) :])
-def large(request):
-    shape, dtype = request.param
-    return eager.normal(shape, eager.DTYPES[dtype])
 
 
 @forward

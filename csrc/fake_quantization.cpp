@@ -13,7 +13,6 @@ namespace quanttune {
 
 namespace {
 
-constexpr std::int64_t kAhead = 4096;     // bytes: the machine does not look beyond a page by itself
 constexpr std::int64_t kChunk = 1 << 15;  // elements of a task: below this, waking a thread costs more
 
 // Ties to even for |x| < 2^22: 1.5 * 2^23 leaves a float no fraction bits. The result is never -0.
@@ -55,7 +54,7 @@ QUANTTUNE_CLONES void quantize_run(const T* x, T* y, const float* scale, std::in
   if (!PER_LANE) {
     const Floats step = splat(*scale);
     for (; start + 2 * kLanes <= size; start += 2 * kLanes) {
-      __builtin_prefetch(reinterpret_cast<const char*>(x + start) + kAhead);
+      prefetch(x + start);
       const Pair<T> pair = load_pair(x + start);
       store_mapped_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
                                     snap_any(pair.second, step, bounds)});

@@ -16,7 +16,6 @@ namespace quanttune {
 namespace {
 
 constexpr std::int64_t kBlock = 1024;  // elements whose sums are kept in the input's own precision
-constexpr std::int64_t kAhead = 4096;  // bytes: the machine does not look beyond a page by itself
 constexpr std::int64_t kProbes = 16;   // vectors of a chunk whose mean shifts its sums
 
 // What one chunk of a row knows.
@@ -58,7 +57,7 @@ struct Sums {
     std::int64_t i = 0;
     for (; i + kStreams * kLanes <= size; i += kStreams * kLanes) {
       for (int line = 0; line < kStreams * kLanes * int(sizeof(T)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead + line);
+        prefetch(reinterpret_cast<const char*>(x + i) + line);
       for (int stream = 0; stream < kStreams; stream += 2) {
         const Pair<T> pair = load_pair(x + i + stream * kLanes);
         add(stream, convert<Vector>(pair.first));

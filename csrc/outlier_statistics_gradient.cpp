@@ -10,8 +10,6 @@ namespace quanttune {
 
 namespace {
 
-constexpr std::int64_t kAhead = 4096;  // bytes: the machine does not look beyond a page by itself
-
 // d(ratio_grad * ratio)/da = slope (a - mean) +- at_maximum -+ at_median, for one row.
 template <class Scalar>
 struct RowGradient {
@@ -53,8 +51,8 @@ QUANTTUNE_CLONES void add_piece(const T* grad, const T* x, T* grad_x, std::int64
                                 const RowGradient<typename Traits<T>::Scalar>& row, bool whole) {
   std::int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(grad + i) + kAhead);
+    prefetch(x + i);
+    prefetch(grad + i);
     const Pair<T> upstream = load_pair(grad + i), values = load_pair(x + i);
     store_pair(grad_x + i, Pair<T>{add_gradient(upstream.first, values.first, row, whole),
                                    add_gradient(upstream.second, values.second, row, whole)});

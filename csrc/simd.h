@@ -136,6 +136,11 @@ QUANTTUNE_INLINE Halves to_float16(Floats value) {
 
 // --------------------------------------------------------------------------------- sixteen elements
 
+// Asks for the cache line 4 KiB ahead: the machine does not look beyond a page by itself.
+QUANTTUNE_INLINE void prefetch(const void* from) {
+  __builtin_prefetch(static_cast<const char*>(from) + 4096);
+}
+
 QUANTTUNE_INLINE Floats load(const float* from) { return load_bits<Floats>(from); }
 QUANTTUNE_INLINE Doubles load(const double* from) { return load_bits<Doubles>(from); }
 QUANTTUNE_INLINE Floats load(const Float16* from) { return from_float16(load_bits<Halves>(from)); }

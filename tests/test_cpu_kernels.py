@@ -1,6 +1,5 @@
 """The C++ kernels as a whole: threads, forks, memory, huge sizes, and every instruction set."""
 
-import contextlib
 import ctypes
 import functools
 import gc
@@ -19,6 +18,7 @@ import pytest
 import torch
 from models import MODELS
 from oracle import constant, quiet
+from scripts import run
 from test_outlier_statistics import (
     DTYPES,
     EXACT_COLUMNS,
@@ -73,31 +73,21 @@ def every_op(x, rows):
 # ------------------------------------------------------------------------------ threads and forks
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype", "repeats"),
     [((3, 33343), dtype, 250) for dtype in DTYPES]
     + [((1, 1000003), torch.float32, 25), ((7, 40961), torch.bfloat16, 50)]
     + [((1, 32767), torch.float32, 50), ((1, 32769), torch.float32, 50)],
 )
-def test_any_number_of_threads_gives_the_same_bits_every_time(shape, dtype, repeats):
+def test_any_number_of_threads_gives_the_same_bits_every_time(shape, dtype, repeats, with_threads):
     x = torch.randn(shape).to(dtype)
-    with threads(1):
-        expected = every_op(x, len(x))
+    with_threads(1)
+    expected = every_op(x, len(x))
     for count in (1, 2, 4):
-        with threads(count):
-            for _ in range(repeats if not SANITIZED else 3):
-                for actual, wanted in zip(every_op(x, len(x)), expected, strict=True):
-                    assert_same_bits(actual, wanted)
+        with_threads(count)
+        for _ in range(repeats if not SANITIZED else 3):
+            for actual, wanted in zip(every_op(x, len(x)), expected, strict=True):
+                assert_same_bits(actual, wanted)
 
 
 FORKS = """
@@ -152,16 +142,6 @@ for first in (lambda _: None, lambda _: torch.set_num_threads(2)):
                         multiprocessing_context="fork", worker_init_fn=first)
     print(same(loader), same(loader))
 """
-
-
-def run(script, folder):
-    """Run a script in a process of its own, and return the lines that it prints."""
-    command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
@@ -323,7 +303,7 @@ def growth(call, times):
 
 @linux_memory
 @pytest.mark.parametrize(("shape", "times"), [((1, 64), 5000), ((1, 70001), 1000)])
-def test_calls_leave_memory_flat(shape, times):
+def test_calls_leave_memory_flat(shape, times, with_threads):
     x, scale = torch.randn(shape).requires_grad_(), torch.tensor(0.1)
 
     def call():
@@ -331,8 +311,8 @@ def test_calls_leave_memory_flat(shape, times):
         loss = fake_quant(y, scale).sum() + observed.ratio.sum()
         torch.autograd.grad(loss, x)
 
-    with threads(2):
-        assert growth(call, times) < 2 << 20
+    with_threads(2)
+    assert growth(call, times) < 2 << 20
 
 
 @quiet

@@ -2,31 +2,22 @@
 
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run
 
 import quanttune
 
 PACKAGE = Path(quanttune.__file__).resolve().parent
 OPS = {
+    "dynamic_fake_quant",
     "fake_quant",
     "fake_quant_backward",
     "outlier_statistics",
     "outlier_statistics_backward",
 }
-
-
-def run(script, folder):
-    """Run a script in a process of its own, whose working directory holds no quanttune."""
-    command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def test_the_extension_is_built_and_needs_no_torch():

@@ -60,13 +60,6 @@ def gradient(x, ratio_grad, exact=False, detach=False, grad=None, module=cpu):
     return module.outlier_statistics_backward(grad, x, columns, ratio_grad, exact, detach)
 
 
-@pytest.fixture
-def with_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from ..reference import RATIO
 from .observers import Observation, Observers
 
 
@@ -17,13 +16,12 @@ def outlier_loss(observations: list[Observation], device: torch.device) -> Tenso
     """Return L_out = mean over instances and samples of the ratio (eq. 2), without a graph."""
     groups: dict[tuple[int, torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for observation in observations:
-        statistics = observation.statistics
-        assert statistics is not None
-        groups[observation.multiplicity, statistics.shape, statistics.device].append(statistics)
+        ratio = observation.ratio
+        groups[observation.multiplicity, ratio.shape, ratio.device].append(ratio)
     # few sums of stacks instead of a small operation per tensor
     sums = [
-        multiplicity * len(group) * torch.stack(group)[..., RATIO].mean().to(device)
-        for (multiplicity, _, _), group in groups.items()
+        multiplicity * len(ratios) * torch.stack(ratios).mean().to(device)
+        for (multiplicity, _, _), ratios in groups.items()
     ]
     return torch.stack(sums).sum() / instances(observations)
 
