@@ -1,4 +1,4 @@
-"""The rows of the speed table on CPU: what is compared, the bar and the goal."""
+"""The rows of the speed tables: what is compared, the bar and the goal."""
 
 from typing import NamedTuple
 
@@ -30,4 +30,18 @@ BARS = {
     "fake_quant_inplace_vs_copy": Bar("the same in place, in units of a copy", 1.5, 1.2, False),
     "minilm_step_overhead": Bar("MiniLM training step, with over without", 1.35, 1.15, False),
     "minilm_memory_overhead": Bar("its peak memory, with over without", 1.25, 1.1, False),
+}
+
+# On one H200, bfloat16. Half of an overhead is the goal, from statistics inside other kernels.
+GPU_BARS = {
+    "forward_vs_read": Bar(
+        "statistics, bandwidth in units of a read, from 134 MB", 0.85, 0.95, True
+    ),
+    "backward_vs_copy": Bar("its gradient, in units of a copy, from 134 MB", 0.88, 0.95, True),
+    "step_vs_eager": Bar("forward + backward, speed over plain PyTorch", 50, 100, True),
+    "fake_quant_vs_torch": Bar("fake quantization, speed over torch's", 1.8, 2.5, True),
+    "step ViT-B": Bar("ViT-B training step, with over without", 1.30, 1.15, False),
+    "step OPT-350m": Bar("OPT-350m", 1.15, 1.075, False),
+    "step OPT-1.3B": Bar("OPT-1.3B", 1.09, 1.045, False),
+    "step OPT-6.7B": Bar("OPT-6.7B, its width", 1.055, 1.0275, False),
 }

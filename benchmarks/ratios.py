@@ -9,7 +9,6 @@ median times, and what counts is the median of the ratios of all runs.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ import eager
 import minilm_step
 import torch
 from bars import BARS
+from provenance import commit
 from rich.console import Console
 from rich.table import Table
 from timing import medians
@@ -70,7 +70,7 @@ def main() -> None:
             "device": options.device,
             "environment": environment(),
             "allocator": {key: os.environ[key] for key in os.environ if "MALLOC_" in key},
-            "commit": _commit(),
+            "commit": commit(),
             "ratios": ratios,
             "runs": runs,
             "milliseconds": [
@@ -230,17 +230,6 @@ def _print(
 
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout, with "-dirty" behind it if files have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    root = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git
-        return None
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Make docs/results.md, and the README's tables, from the committed results files.
 
-python benchmarks/summarize.py
+python benchmarks/summarize.py [benchmarks/results/h200/gpu.json]
+
+With the result of gpu_suite.sh it makes the README's GPU table as well.
 """
 
+import argparse
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bars import BARS
+from bars import BARS, GPU_BARS, Bar
 
 from quanttune.analysis.report import DIGITS
 from quanttune.analysis.table import tabulate
@@ -18,16 +21,22 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
+GPU, END_OF_GPU = "<!-- gpu: made by benchmarks/summarize.py -->", "<!-- end of gpu -->"
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("gpu", type=Path, nargs="?", help="gpu.json of gpu_suite.sh")
+    gpu = parser.parse_args().gpu
     demos = {name: _read(f"{name}.json") for name in ("minilm", "digits")}
     settings = {name: _read(f"settings-{name}.json") for name in demos}
     readme = ROOT / "README.md"
     _replace(readme, MARK, END, _results_table(demos["minilm"], weights="channel"))
     if (RESULTS / "cpu-ratios.json").exists():
         _replace(readme, SPEED, END_OF_SPEED, _speed_table(_read("cpu-ratios.json")))
+    if gpu:
+        _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n"]
@@ -53,6 +62,19 @@ def _speed_table(measured: Any) -> str:
         ratios = measured["ratios"][key]
         cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
         lines.append(_line(bar.what, *cells, bar.text()))
+    return "\n".join(lines)
+
+
+def gpu_table(measured: Any) -> str:
+    """Return the table of a run of gpu_suite.sh; a dry run has none."""
+    if measured["dry_run"]:
+        raise ValueError("this is the result of a dry run, whose figures mean nothing")
+    facts, versions = measured["environment"], measured["environment"]["versions"]
+    where = f"{facts['gpu']}, torch {versions['torch']}, triton {versions['triton']}"
+    lines = [_line(where, "measured", "bar"), _line("---", "---:", "---:")]
+    for key, value in measured["ratios"].items():
+        bar: Bar = GPU_BARS[key]
+        lines.append(_line(bar.what, f"{value:.2f}x", bar.text()))
     return "\n".join(lines)
 
 

@@ -1,10 +1,29 @@
 """The benchmarks still run and their answers are right; what is timed here does not matter."""
 
+import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def from_benchmarks(monkeypatch):
+    """Import a module of the folder of benchmarks."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def gpu_suite(*arguments):
+    command = [str(FOLDER / "gpu_suite.sh"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_benchmarks_run_on_their_smallest_shapes():
@@ -13,3 +32,38 @@ def test_benchmarks_run_on_their_smallest_shapes():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
+
+
+def test_the_gpu_suite_runs_dry(tmp_path, from_benchmarks):
+    pytest.importorskip("triton")
+    done = gpu_suite(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    sections = ["correctness", "sanitizer", "graph", "ceilings", "kernels", "steps"]
+    assert all("seconds" in result[section] for section in sections)
+    assert result["correctness"]["checked"] == 18  # dtypes x shapes x kinds
+    bars = from_benchmarks("bars").GPU_BARS
+    assert set(result["ratios"]) == set(bars) - {"step OPT-6.7B"}
+    assert "mean nothing" in done.stdout
+    with pytest.raises(ValueError, match="dry run"):
+        from_benchmarks("summarize").gpu_table(result)
+    measured = from_benchmarks("summarize").gpu_table({**result, "dry_run": False})
+    assert [bar.what in measured for bar in bars.values()].count(False) == 1
+
+
+def test_one_section_of_the_gpu_suite_leaves_the_others_as_they_were(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "gpu.json").write_text(json.dumps({"kernels": {"rows": []}}))
+    done = gpu_suite(tmp_path, "--dry-run", "--sections", "ceilings")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["kernels"] == {"rows": []}
+    assert result["ceilings"]["read_gb_per_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_the_gpu_suite_wants_a_gpu(tmp_path):
+    done = gpu_suite(tmp_path)
+    assert done.returncode == 1
+    assert "no GPU is visible to torch" in done.stderr
+    assert gpu_suite(tmp_path, "--sections", "cielings").returncode == 2
