@@ -42,7 +42,7 @@ def gradients(observe, x, samples=None, **options):
     """Return the statistics and the gradient of a loss of both the activations and their ratio."""
     x = x.detach().requires_grad_()
     y, observed = observe(x, samples, **options)
-    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)
+    weights = torch.linspace(-1, 2, x.numel()).to(x.dtype).reshape(x.shape)
     ratio_weights = torch.linspace(500, 900, len(observed.ratio))
     ((y * weights).sum() + (observed.ratio * ratio_weights).sum()).backward()
     return observed, x.grad
@@ -208,7 +208,7 @@ def test_changing_the_observed_tensor_in_place_is_an_error():
 def test_autocast_changes_nothing(dtype, autocast_forward, autocast_backward):
     x = activations(3, 1025, dtype=dtype)
     expected, expected_slope = gradients(fused_observer.observe, x)
-    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)
+    weights = torch.linspace(-1, 2, x.numel()).to(x.dtype).reshape(x.shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast_forward):
         y, observed = fused_observer.observe(x)
     assert all(map(torch.equal, observed, expected))

@@ -93,8 +93,9 @@ def test_compiled_observer(name, options):
         return y * observed.ratio.mean() + observed.maximum.sum()
 
     for x in (torch.randn(6, 5, 33), torch.randn(5, 6, 33).transpose(0, 1)):
-        compiled, eager = compiled_and_eager(function, x)
-        assert all(map(torch.equal, compiled, eager))
+        for compiled, eager in zip(*compiled_and_eager(function, x), strict=True):
+            # sums run in the order of the memory, which may differ
+            assert ((compiled - eager).abs() <= 1e-6 * eager.abs().max()).all()
 
 
 def test_compiled_for_any_batch_size():

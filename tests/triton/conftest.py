@@ -1,9 +1,16 @@
 """Fixtures for the tests that run the Triton kernels."""
 
+import interpreted
 import numpy as np
 import pytest
 
 from quanttune import reference
+
+
+@pytest.fixture(autouse=True)
+def _need_an_interpreter(request):
+    if interpreted.REFUSED and "interpreter" in request.module.__name__:
+        pytest.skip(interpreted.ADVICE)
 
 
 @pytest.fixture(autouse=True)
