@@ -3,7 +3,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "moments.h"
@@ -43,9 +42,10 @@ QUANTTUNE_CLONES Glimpse<T> glimpse(const T* row, std::int64_t size) {
     for (int lane = 0; lane < kLanes; ++lane)
       magnitudes[vector * kLanes + lane] = bit_cast<Bits>(from[lane]) & kMagnitude<Bits>;
   }
-  const auto of_rank = selection::element_of_rank<kElements, Bits>;
-  const Wide<Bits> low = of_rank(magnitudes, kElements / 2 - kMargin);
-  const Wide<Bits> high = of_rank(magnitudes, kElements / 2 + kMargin);
+  const auto of_rank = [&](std::int64_t rank) QUANTTUNE_BODY {
+    return selection::element_of_rank<kElements, Bits>(magnitudes, rank);
+  };
+  const Wide<Bits> low = of_rank(kElements / 2 - kMargin), high = of_rank(kElements / 2 + kMargin);
   return {Scalar(sum_of(convert<Doubles>(sum)) / double(kElements)), {low, high - low}};
 }
 
