@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 LEAST = 7  # samples of each call
-SHORTEST = 50e-3  # seconds of one sample: a shorter call is repeated within it, after one untimed
+SHORTEST = 50e-3  # seconds of one sample: a shorter call is repeated within it
 
 
 def medians(
@@ -15,9 +15,8 @@ def medians(
     """Return the median time of each call in milliseconds.
 
     The calls take turns (A B A B ...) until `seconds` are over and each has LEAST samples. Each
-    runs twice before that. A call that is repeated runs once more before the clock starts, so that
-    it finds its own data in the caches. With shortest=0 a turn is one call, which finds there what
-    the other call left.
+    runs twice before that. With shortest=0 a turn is one call, which finds in the caches what the
+    other call left there.
     """
     repeats = {name: _repeats(call, shortest) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -36,8 +35,6 @@ def _repeats(call: Callable[[], Any], shortest: float) -> int:
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:
-    if repeats > 1:
-        call()
     start = perf_counter()
     for _ in range(repeats):
         call()
