@@ -10,9 +10,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLED, ROUNDED = 5e-3, {torch.float32: 0.0, torch.bfloat16: 2**-8}
 
 
-def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the same normally distributed tensor for the same shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Return the same normally distributed tensor for the same shape and kind of device."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def ratio(x: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ SCALE, QMIN, QMAX = 0.03, -128, 127
 
 def ceilings(machine: Machine) -> dict[str, Any]:
     """Measure what the machine can do: read, copy, multiply."""
-    x = machine.normal((1 << 12 if machine.dry else 1 << 29,), torch.bfloat16)
+    x = eager.normal((1 << 12 if machine.dry else 1 << 29,), torch.bfloat16, machine.device)
     target = torch.empty_like(x)
     side = 64 if machine.dry else 8192
-    a, b = (machine.normal((side, side), torch.bfloat16) for _ in range(2))
+    a, b = (eager.normal((side, side), torch.bfloat16, machine.device) for _ in range(2))
     moved = x.numel() * x.element_size() / 1e6
     return {
         "megabytes": moved,
@@ -48,7 +48,7 @@ def kernels(machine: Machine) -> dict[str, Any]:
 
 
 def _site(machine: Machine, name: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    x = machine.normal(shape, DTYPES[dtype])
+    x = eager.normal(shape, DTYPES[dtype], machine.device)
     grad = torch.ones_like(x)
     scale = torch.tensor([SCALE], device=x.device)
     weights = torch.ones(len(x), device=x.device)

@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -20,12 +19,6 @@ class Machine:
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
-
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the same normally distributed tensor for the same shape."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        x = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return x.to(dtype)
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """Return the median time of a call that finds nothing of its input in the caches."""

@@ -6,6 +6,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import eager
 import torch
 from gpu_machine import Machine
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def _vit(machine: Machine, name: str, images: int) -> tuple[nn.Module, LOSS]:
     with torch.device(machine.device):
         model = timm.create_model(name).to(torch.bfloat16)
     side = model.default_cfg["input_size"][-1]
-    x = machine.normal((images, 3, side, side), torch.bfloat16)
+    x = eager.normal((images, 3, side, side), torch.bfloat16, machine.device)
     labels = torch.arange(images, device=machine.device) % model.num_classes
     return model, lambda model: F.cross_entropy(model(x).float(), labels)
 

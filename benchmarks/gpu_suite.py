@@ -61,7 +61,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         found["backward_vs_copy"] = min(row["backward_gb_per_s"] for row in large) / copy
     if large:
         for key in ("step_vs_eager", "fake_quant_vs_torch"):
-            found[key] = min(row[key] for row in large)
+            found[key] = min(row[key] for row in large if key in row)  # plain PyTorch: not at all
     for row in result.get("steps", {}).get("rows", []):
         found[f"step {row['model']}"] = row["time_ratio"]
     return found

@@ -57,7 +57,7 @@ QUANTTUNE_CLONES void quantize_run(const T* x, T* y, const float* scale, std::in
       prefetch_page_ahead(x + start);
       const Pair<T> pair = load_pair(x + start);
       store_mapped_pair(y + start, Pair<T>{snap_any(pair.first, step, bounds),
-                                    snap_any(pair.second, step, bounds)});
+                                           snap_any(pair.second, step, bounds)});
     }
   }
   for_lanes(size - start, [&](std::int64_t offset, std::int64_t count) QUANTTUNE_BODY {

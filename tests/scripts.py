@@ -1,7 +1,10 @@
-"""Scripts that need a Python of their own."""
+"""What tests run elsewhere: scripts with a Python of their own, kernels in Triton's interpreter."""
 
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 
 def run(script, folder):
@@ -12,3 +15,11 @@ def run(script, folder):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def need_triton_interpreter():
+    """Skip the test where Triton's interpreter cannot run: that of 3.6 needs an older NumPy."""
+    triton = pytest.importorskip("triton")
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs another NumPy: pip install 'numpy<2.4'")

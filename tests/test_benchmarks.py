@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import need_triton_interpreter
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -35,10 +36,8 @@ def test_benchmarks_run_on_their_smallest_shapes():
 
 
 def test_the_gpu_suite_runs_dry(tmp_path, from_benchmarks):
-    pytest.importorskip("triton")
+    need_triton_interpreter()
     done = gpu_suite(tmp_path, "--dry-run")
-    if "only 0-dimensional arrays" in done.stderr:
-        pytest.skip("the interpreter of Triton 3.6 needs another NumPy: pip install 'numpy<2.4'")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
     sections = ["correctness", "sanitizer", "graph", "ceilings", "kernels", "steps"]
@@ -69,3 +68,21 @@ def test_the_gpu_suite_wants_a_gpu(tmp_path):
     assert done.returncode == 1
     assert "no GPU is visible to torch" in done.stderr
     assert gpu_suite(tmp_path, "--sections", "cielings").returncode == 2
+
+
+def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benchmarks):
+    pytest.importorskip("triton")
+    site = {"dtype": "bfloat16", "forward_gb_per_s": 3000, "backward_gb_per_s": 3200}
+    rows = [
+        {**site, "megabytes": 19, "step_vs_eager": 10, "fake_quant_vs_torch": 1},
+        {**site, "megabytes": 134, "step_vs_eager": 60, "fake_quant_vs_torch": 3},
+        {**site, "megabytes": 537, "fake_quant_vs_torch": 2},
+    ]
+    ceilings = {"read_gb_per_s": 4000, "copy_gb_per_s": 4000}
+    measured = {"kernels": {"rows": rows}, "ceilings": ceilings}
+    assert from_benchmarks("gpu_suite").ratios(measured) == {
+        "forward_vs_read": 0.75,
+        "backward_vs_copy": 0.8,
+        "step_vs_eager": 60,
+        "fake_quant_vs_torch": 2,
+    }

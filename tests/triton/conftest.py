@@ -1,16 +1,17 @@
 """Fixtures for the tests that run the Triton kernels."""
 
-import interpreted
 import numpy as np
 import pytest
+from interpreted import HAS_GPU
+from scripts import need_triton_interpreter
 
 from quanttune import reference
 
 
 @pytest.fixture(autouse=True)
 def _need_an_interpreter(request):
-    if interpreted.REFUSED and "interpreter" in request.module.__name__:
-        pytest.skip(interpreted.ADVICE)
+    if not HAS_GPU and "interpreter" in request.module.__name__:
+        need_triton_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,9 @@
 """What the tests that run the Triton kernels share: where they run, on what rows."""
 
-import numpy as np
 import torch
-import triton
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-REFUSED = OLD and not HAS_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-ADVICE = "the interpreter of Triton 3.6 needs another NumPy: pip install 'numpy<2.4'"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
