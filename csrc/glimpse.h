@@ -30,7 +30,7 @@ QUANTTUNE_CLONES Glimpse<T> glimpse(const T* row, std::int64_t size) {
   constexpr std::int64_t kMargin = 40;  // ranks: 2.5 standard deviations of a median's
   if (size < 4 * kElements) {
     MomentSums<Vector> sums{Scalar(0)};
-    sums.add(row, size, 0);
+    sums.add(row, size);
     return {Scalar(sums.result().sum / double(size)), {}};
   }
   Vector sum{};
@@ -42,11 +42,13 @@ QUANTTUNE_CLONES Glimpse<T> glimpse(const T* row, std::int64_t size) {
     for (int lane = 0; lane < kLanes; ++lane)
       magnitudes[vector * kLanes + lane] = bit_cast<Bits>(from[lane]) & kMagnitude<Bits>;
   }
+  constexpr int kLess = 8 * sizeof(Bits) - 16;
   const auto of_rank = [&](std::int64_t rank) QUANTTUNE_BODY {
-    return selection::element_of_rank<kElements, Bits>(magnitudes, rank);
+    return selection::element_of_rank<kElements, Bits>(magnitudes, rank, kLess);
   };
   const Wide<Bits> low = of_rank(kElements / 2 - kMargin), high = of_rank(kElements / 2 + kMargin);
-  return {Scalar(sum_of(convert<Doubles>(sum)) / double(kElements)), {low, high - low}};
+  const Wide<Bits> span = high - low + (Wide<Bits>(1) << kLess) - 1;
+  return {Scalar(sum_of(convert<Doubles>(sum)) / double(kElements)), {low, span}};
 }
 
 }  // namespace quanttune

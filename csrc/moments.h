@@ -38,17 +38,28 @@ class MomentSums {
   using Bits = decltype(magnitude_bits(Vector{}));
 
  public:
+  static constexpr std::int64_t kStep = 2 * kLanes;
+
   QUANTTUNE_INLINE explicit MomentSums(Scalar pivot) : pivot_(pivot) {}
 
   // Both halves of x at a time, because the machine looks ahead within a page of memory only, but in several;
-  // `ahead` elements further it is asked for what comes next.
-  template <class T>
-  QUANTTUNE_INLINE void add(const T* x, std::int64_t size, std::int64_t ahead) {
+  // `ahead` elements further it is asked for what comes next. Calls visit(p) for each kStep elements at p.
+  // Returns how many elements were visited; the rest is not.
+  template <class T, class Visit>
+  QUANTTUNE_INLINE std::int64_t add(const T* x, std::int64_t size, std::int64_t ahead,
+                                    Visit& visit) {
     const std::int64_t half = size / (2 * kStep) * kStep;
     std::int64_t begin = 0;
-    for (; begin + kBlock < half; begin += kBlock) add_block(x + begin, half, kBlock, ahead);
-    add_block(x + begin, half, half - begin, ahead);
+    for (; begin + kBlock < half; begin += kBlock) add_block(x + begin, half, kBlock, ahead, visit);
+    add_block(x + begin, half, half - begin, ahead, visit);
     add_rest(x + 2 * half, size - 2 * half);
+    return 2 * half;
+  }
+
+  template <class T>
+  QUANTTUNE_INLINE void add(const T* x, std::int64_t size, std::int64_t ahead = 0) {
+    const auto none = [](const T*) QUANTTUNE_BODY {};
+    add(x, size, ahead, none);
   }
 
   QUANTTUNE_INLINE Moments result() const {
@@ -59,7 +70,6 @@ class MomentSums {
   }
 
  private:
-  static constexpr std::int64_t kStep = 2 * kLanes;
   // of each half: a lane adds 16 numbers, which costs 8 roundings
   static constexpr std::int64_t kBlock = 512;
 
@@ -88,9 +98,9 @@ class MomentSums {
             one.peak > other.peak ? one.peak : other.peak};
   }
 
-  template <class T>
+  template <class T, class Visit>
   QUANTTUNE_INLINE void add_block(const T* x, std::int64_t half, std::int64_t size,
-                                  std::int64_t ahead) {
+                                  std::int64_t ahead, Visit& visit) {
     Stream streams[4];
     for (std::int64_t i = 0; i < size; i += kStep)
       for (int side = 0; side < 2; ++side) {
@@ -100,6 +110,7 @@ class MomentSums {
         const Pair<T> pair = load_pair(from);
         streams[2 * side].add(convert<Vector>(pair.first), pivot_);
         streams[2 * side + 1].add(convert<Vector>(pair.second), pivot_);
+        visit(from);
       }
     keep(join(join(streams[0], streams[1]), join(streams[2], streams[3])));
   }

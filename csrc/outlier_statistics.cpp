@@ -6,55 +6,14 @@
 #include <limits>
 #include <vector>
 
-#include "glimpse.h"
 #include "memory.h"
-#include "moments.h"
 #include "parallel.h"
-#include "sampling.h"
 #include "selection.h"
+#include "summary.h"
 
 namespace quanttune {
 
 namespace {
-
-// What one chunk of a row knows.
-struct Partial {
-  Moments moments;
-  Picked picked;  // of its part of the sample
-};
-
-// Sums a chunk up, piece by piece, and picks out of its part of the sample what is near the median.
-template <class T>
-QUANTTUNE_CLONES Partial summarize(const T* row, const Geometry& geometry, std::int64_t index,
-                                   const SampleTable& table, const Glimpse<T>& glimpse,
-                                   Wide<typename Traits<T>::Bits>* picked) {
-  using Bits = typename Traits<T>::Bits;
-  Partial partial;
-  const auto keep = [&](const Bits* from, std::int64_t count) QUANTTUNE_BODY {
-    partial.picked.add(
-        selection::pick(from, count, glimpse.bracket, picked + partial.picked.count));
-  };
-  MomentSums<typename Traits<T>::Vector> sums(glimpse.pivot);
-  const std::int64_t start = index * geometry.chunk, end = start + geometry.length(index);
-  for (std::int64_t begin = start; begin < end; begin += geometry.piece) {
-    const std::int64_t size = std::min(geometry.piece, end - begin);
-    sums.add(row + begin, size, geometry.piece);
-    if (geometry.is_sampled()) {
-      // The piece is still in a near cache, so memory would idle: ask for the beginning of what comes after
-      // the next. Half of the bytes leave it less to do than the arithmetic.
-      if constexpr (sizeof(T) >= 4)
-        for (const T* half : {row + begin + 2 * geometry.piece, row + begin + 5 * geometry.piece / 2})
-          for (int line = 0; line < 10; ++line)
-            prefetch(reinterpret_cast<const char*>(half) + 64 * line);
-      Bits sample[Geometry::kPiece / 2];
-      keep(sample, table.gather(row, begin, sample));
-    } else {
-      keep(reinterpret_cast<const Bits*>(row + begin), size);
-    }
-  }
-  partial.moments = sums.result();
-  return partial;
-}
 
 template <class T>
 QUANTTUNE_CLONES std::int64_t count_magnitude(const T* x, std::int64_t size,
@@ -75,20 +34,6 @@ QUANTTUNE_CLONES std::int64_t count_magnitude(const T* x, std::int64_t size,
   return count;
 }
 
-// One row: where it is, and what its chunks told.
-template <class T>
-struct Row {
-  using Bits = typename Traits<T>::Bits;
-
-  const T* x;
-  const Geometry& geometry;
-  const SampleTable& table;
-  const Glimpse<T>& glimpse;
-  const Partial* partials;
-  Wide<Bits>* picked;  // of chunk i from i * room on
-  std::int64_t room;
-};
-
 struct Centre {
   double mean, squares;  // sum of (x - mean)^2
 };
@@ -96,7 +41,7 @@ struct Centre {
 template <class T>
 QUANTTUNE_CLONES Moments moments_in_float64(const T* x, std::int64_t size, double pivot) {
   MomentSums<Doubles> sums(pivot);
-  sums.add(x, size, 0);
+  sums.add(x, size);
   return sums.result();
 }
 
@@ -129,7 +74,7 @@ Selected<typename Traits<T>::Bits> median_of(const Row<T>& row) {
   const Scratch<Bits, 2> sample(geometry.samples);
   std::int64_t count = 0;
   for (std::int64_t begin = 0; begin < geometry.size; begin += geometry.piece)
-    count += row.table.gather(row.x, begin, sample.data() + count);
+    count += row.sample->gather(geometry, row.x, begin, sample.data() + count);
   return select_magnitude(sample.data(), geometry.samples, rank);
 }
 
@@ -166,7 +111,7 @@ template <class T>
 void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::int64_t rows,
                       std::int64_t size, bool exact, int threads) {
   const Geometry geometry(size, exact);
-  const SampleTable table(geometry);
+  const Sample* sample = Sample::of(geometry);
   const std::int64_t chunks = geometry.chunks;
   const std::int64_t room = geometry.chunk / geometry.stride + kLanes;
   const Scratch<Wide<typename Traits<T>::Bits>, 0> picked(rows * chunks * room);
@@ -179,10 +124,9 @@ void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::i
   parallel_for(rows, threads, [&](std::int64_t row) { glimpses[row] = glimpse(x + row * size, size); });
   parallel_for(rows * chunks, threads, [&](std::int64_t task) {
     const std::int64_t at = task / chunks, chunk = task % chunks;
-    const Row<T> row{x + at * size,         geometry, table, glimpses[at], &partials[at * chunks],
+    const Row<T> row{x + at * size,         geometry, sample, glimpses[at], &partials[at * chunks],
                      picked.data() + at * chunks * room, room};
-    partials[task] =
-        summarize(row.x, geometry, chunk, table, row.glimpse, row.picked + chunk * room);
+    summarize(row, chunk);
     // whoever comes last has most of what was picked in its cache, and leaves the memory to the others
     if (--waiting[at] == 0) finish_row(row, statistics + at * kColumns);
   });

@@ -73,11 +73,11 @@ using Aside = std::vector<std::pair<std::int64_t, T>>;  // positions, and what c
 // be overwritten.
 template <class T>
 QUANTTUNE_CLONES void take_aside(const T* grad, const T* x, std::int64_t begin,
-                                 const SampleTable& table, typename Traits<T>::Bits median,
-                                 Aside<T>& aside) {
+                                 const Geometry& geometry, const Sample& sample,
+                                 typename Traits<T>::Bits median, Aside<T>& aside) {
   using Bits = typename Traits<T>::Bits;
   constexpr Bits kMagnitude = Bits(-1) >> 1;
-  table.for_piece(begin, [&](std::int64_t position) QUANTTUNE_BODY {
+  sample.for_piece(geometry, begin, [&](std::int64_t position) QUANTTUNE_BODY {
     if ((bit_cast<Bits>(x[position]) & kMagnitude) == median)
       aside.emplace_back(position, grad[position]);
   });
@@ -85,11 +85,12 @@ QUANTTUNE_CLONES void take_aside(const T* grad, const T* x, std::int64_t begin,
 
 template <class T>
 void add_sampled(const T* grad, const T* x, T* grad_x, std::int64_t begin, std::int64_t end,
-                 const SampleTable& table, const RowGradient<typename Traits<T>::Scalar>& row) {
+                 const Geometry& geometry, const Sample& sample,
+                 const RowGradient<typename Traits<T>::Scalar>& row) {
   static thread_local Aside<T> aside;
   aside.clear();
   // a median of zero has no sign, and no gradient
-  if (row.median != 0) take_aside(grad, x, begin, table, bits_of<T>(row.median), aside);
+  if (row.median != 0) take_aside(grad, x, begin, geometry, sample, bits_of<T>(row.median), aside);
   add_piece(grad + begin, x + begin, grad_x + begin, end - begin, row, false);
   for (const auto& [position, upstream] : aside)
     add_piece(&upstream, x + position, grad_x + position, 1, row, true);
@@ -101,7 +102,7 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
                     std::int64_t size, bool exact, bool detach, int threads) {
   using Scalar = typename Traits<T>::Scalar;
   const Geometry geometry(size, exact);
-  const SampleTable table(geometry);
+  const Sample* sample = Sample::of(geometry);
   if (rows * size < kSerial) threads = 1;
   parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
     const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
@@ -114,8 +115,8 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
       if (!gradient.live) {
         if (upstream != out)
           std::memcpy(out + begin, upstream + begin, (end - begin) * sizeof(T));
-      } else if (geometry.is_sampled()) {
-        add_sampled(upstream, values, out, begin, end, table, gradient);
+      } else if (sample) {
+        add_sampled(upstream, values, out, begin, end, geometry, *sample, gradient);
       } else {
         add_piece(upstream + begin, values + begin, out + begin, end - begin, gradient, true);
       }

@@ -462,6 +462,17 @@ def test_medians_of_structured_rows(size, dtype, exact):
         assert columns[MAXIMUM_COUNT] == (x.abs() == x.abs().max()).sum(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_medians_of_more_row_sizes_than_are_kept(dtype):
+    data = torch.randn(19 * 65536).to(dtype)
+    sizes = [stride * 65536 - stride // 2 for stride in range(2, 20)]
+    for size in 2 * sizes:
+        magnitude = data[sample_positions(size)].abs()
+        columns = statistics(data[None, :size])[0]
+        assert columns[MEDIAN] == magnitude.median()
+        assert columns[MEDIAN_COUNT] == (magnitude == magnitude.median()).sum()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_structured_rows_with_a_bad_value_have_no_statistics(dtype, bad):
