@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from .observers import Observation, Observers
+from .observers import Observers
+from .taps import Observation
 
 
 def outlier_loss(observations: list[Observation], device: torch.device) -> Tensor:

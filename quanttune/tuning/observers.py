@@ -1,68 +1,29 @@
 """Hooks that observe every site of a forward pass, and what they know of it.
 
-An observed tensor passes through `_Tap`: the model goes on with a view of the same storage, and the
+An observed tensor passes through a tap: the model goes on with a view of the same storage, and the
 tap's backward adds the gradient of the outlier loss to the one that comes in, in a single pass. How
 much of it, the combined loss says when its own backward starts (loss.py). Nothing here holds a
 graph, so gradient accumulation, loss scaling and both kinds of activation checkpointing need no
 bookkeeping: a tap that a checkpoint recomputes finds the coefficient published already.
+
+While torch.compile traces, nothing tells tensors apart. A forward before that has left a plan:
+which observed tensors come in which order, and how many instances each stands for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import ops
-from ..reference import RATIO
+from .taps import Forward, Observation, PlannedTap, Tap
 
-
-@dataclass(eq=False)
-class Observation:
-    """One distinct tensor of a forward pass, and how many instances of eq. 2 it stands for."""
-
-    site: str
-    module: nn.Module
-    version: int  # of the tensor's storage: a change in place makes another tensor of it
-    recomputed: bool  # by a checkpoint, during backward
-    graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
-    multiplicity: int = 1
-    statistics: Tensor | None = None  # of each sample, without a graph
-    awaits_gradient: bool = False
-
-    @property
-    def ratio(self) -> Tensor:
-        """The terms of eq. 2, of shape (samples,)."""
-        assert self.statistics is not None
-        return self.statistics[:, RATIO]
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, samples: int, observation: Observation, observers: "Observers"
-    ) -> Tensor:
-        statistics = ops.outlier_statistics(x, samples, observers.exact)
-        ctx.save_for_backward(x, statistics)
-        ctx.observation, ctx.observers = observation, observers
-        observation.statistics = statistics
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics = ctx.saved_tensors
-        observation, observers = ctx.observation, ctx.observers
-        observation.awaits_gradient = False
-        share = observers.share(observation.multiplicity, statistics)
-        total = ops.outlier_statistics_backward(
-            grad, x, statistics, share, observers.exact, observers.detach_deviation
-        )
-        return total, None, None, None
+_OTHER_ORDER = (
+    ", which the first forward after attach() had otherwise: a model that skips or repeats layers "
+    "at random cannot be tuned under torch.compile"
+)
 
 
 class Observers:
@@ -82,16 +43,22 @@ class Observers:
     ) -> None:
         self.model, self.heads = model, heads
         self.exact, self.detach_deviation = exact, detach_deviation
+        _make_compiler_see_hooks()
         self.enabled = True
         first = next(iter(model.parameters()), torch.empty(0))
         self._coefficient = torch.zeros((), device=first.device)
         self._shares: dict[tuple[Any, ...], Tensor] = {}
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
+        self.compiled = False  # torch.compile has traced a forward
+        self.unplanned = False  # it has before there was a plan, and nothing was observed
+        self._visits: list[tuple[str, Observation | None]] = []  # sites, and what is new there
+        self._plan: list[tuple[str, int]] | None = None  # the same, with its instances
+        self._position: int | None = None  # in the plan, while torch.compile traces
         self._inside = False
         self._samples = 1
         self._samples_of: dict[torch.Size, int] = {}  # what a recomputation finds
         self._pending: list[Observation] = []
-        self._observations: list[Observation] = []
+        self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
         self._handles = [
             model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
@@ -105,19 +72,28 @@ class Observers:
         leave = model.register_forward_hook(Hook(self._leave), always_call=True)
         self._handles.append(leave)
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether torch.compile can trace a forward."""
+        return self._plan is not None
+
     def take(self) -> list[Observation]:
         """Return the observations since the last call, one per distinct tensor, and forget them."""
-        taken, self._observations = self._observations, []
-        return [observation for observation in taken if observation.multiplicity]
+        taken: list[Observation] = []
+        while self._last:
+            taken[:0] = [o for o in self._last.observations if o.multiplicity]
+            self._last = self._last.before
+        return taken
 
     def publish(self, coefficient: Tensor) -> None:
         """Set the weight of one instance of eq. 2 in the backward pass that begins."""
-        self._coefficient.copy_(coefficient)
+        # by way of .data, for a compiled forward has saved it for its backward
+        self._coefficient.data.copy_(coefficient)
         self._shares.clear()
 
     def end_backward(self) -> None:
         """Forget the weight of the loss whose backward has ended."""
-        self._coefficient.zero_()
+        self._coefficient.data.zero_()
         self._shares.clear()
 
     def share(self, multiplicity: int, statistics: Tensor) -> Tensor:
@@ -133,14 +109,19 @@ class Observers:
         """Take all hooks off, and leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._observations, self._pending = [], [], []
+        self._handles, self._last, self._pending, self._visits = [], None, [], []
 
     # ------------------------------------------------------------------------------ hooks
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
-        self._pending = []
-        if not _recomputing():
+        self._pending, self._visits, self._position = [], [], None
+        if torch.compiler.is_compiling():
+            self.compiled = True
+            self.unplanned = self._inside and self._plan is None
+            self._inside &= not self.unplanned
+            self._position = 0 if self._inside else None
+        elif not _recomputing():
             self.end_backward()  # one that failed halfway did not
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
@@ -149,12 +130,14 @@ class Observers:
         if not self._inside:
             return
         self._inside = False
-        if output is None:  # an exception: the half pass does not count
-            self._pending = []
-            return
-        self._leave_out_logits(output)
-        self._observations += self._pending
-        self._pending = []
+        if output is not None:  # else an exception: half a pass does not count
+            if self._position is None:
+                self._leave_out_logits(output)
+                self._make_plan()
+            elif self._position != len(self._plan or ()):
+                raise RuntimeError(f"only {self._position} tensors were observed{_OTHER_ORDER}")
+            self._last = Forward(self._pending, self._last)
+        self._pending, self._visits, self._position = [], [], None
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,31 +156,69 @@ class Observers:
         return None if y is output else y
 
     def _observe(self, x: Any, site: str, module: nn.Module) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+            return x
+        if torch.compiler.is_compiling():
+            return self._observe_planned(x, site, module) if self._inside else x
+        if self._position is not None:
+            raise RuntimeError(
+                f"torch.compile broke the forward into several graphs, the first ends before {site}"
+                ": tuning needs a single one. fullgraph=True tells why it breaks"
+            )
         recomputing, graph = _recomputing(), torch.is_grad_enabled()
         if not (self._inside or (recomputing and self.enabled and self.model.training)):
-            return x
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return x
         known = self._known.get(x)
         # without a graph, the gradient of what a region sees is that of its recomputation
         if known is not None and known.version == x._version and known.graph == graph:
             # a tensor from before a checkpoint's region was counted when it first came by
             known.multiplicity += known.recomputed == recomputing
+            if not recomputing:
+                self._visits.append((site, None))
             return x
         if not recomputing:
-            # batch-major if the samples divide it; else it is one sample, apart from the batch
-            self._samples_of[x.shape] = self._samples if x.shape[0] % self._samples == 0 else 1
+            self._samples_of[x.shape] = self._samples_in(x)
         samples = self._samples_of.get(x.shape)
         if samples is None:  # recomputed, but its forward was not observed
             return x
         observation = Observation(site, module, x._version, recomputing, graph)
         observation.awaits_gradient = x.requires_grad and graph
         self.reentrant |= not graph
-        y = _Tap.apply(x, samples, observation, self)
+        y = Tap.apply(x, samples, observation, self)
         self._known[y] = observation
         if not recomputing:
             self._pending.append(observation)
+            self._visits.append((site, observation))
         return y
+
+    def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
+        plan, position = self._plan or [], self._position
+        if position is None or position >= len(plan) or plan[position][0] != site:
+            raise RuntimeError(f"{site} is observed{_OTHER_ORDER}")
+        self._position = position + 1
+        multiplicity = plan[position][1]
+        if multiplicity == 0:
+            return x
+        options = self.exact, self.detach_deviation
+        y, statistics = PlannedTap.apply(
+            x, self._coefficient, self._samples_in(x), multiplicity, *options
+        )
+        observation = Observation(site, module, 0, False, True, multiplicity, statistics)
+        self._pending.append(observation)
+        return y
+
+    def _samples_in(self, x: Tensor) -> int:
+        # batch-major if the samples divide it; else it is one sample, apart from the batch
+        return self._samples if x.shape[0] % self._samples == 0 else 1
+
+    def _make_plan(self) -> None:
+        """Note, once, what a traced forward cannot find out; logits are no longer visited then."""
+        if self._plan is None:
+            self._plan = [
+                (site, observation.multiplicity if observation else 0)
+                for site, observation in self._visits
+                if observation is None or observation.multiplicity
+            ]
 
     def _leave_out_logits(self, output: Any) -> None:
         for leaf in tree_leaves(output):
@@ -210,6 +231,18 @@ class Observers:
 def _recomputing() -> bool:
     """Tell whether a backward pass is under way: a forward within it is that of a checkpoint."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _make_compiler_see_hooks() -> None:
+    """Let torch.compile tell a model with hooks from one without; by default it takes no notice.
+
+    Else a compiled model would go on without those of a tuner that is attached later, or with those
+    of a model of the same class.
+    """
+    import torch._dynamo.config  # takes 1.5 s, unless transformers or timm has done it
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()  # what was compiled before
 
 
 class Hook:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..reference import MAXIMUM
 from . import schedule
 from .loss import combine, instances, outlier_loss
-from .observers import Hook, Observation, Observers
+from .observers import Hook, Observers
 from .sites import find_heads, find_sites
+from .taps import Observation
 
 BALANCES = ("none", "initial")
 LOUD = 3.0  # warn when the outlier term's gradient is this many times the task's
@@ -41,6 +43,7 @@ class Tuner:
         self._schedule = alpha, decay, total_steps
         self._balance = balance
         self._factor: Tensor | None = None
+        self._statistics: dict[str, Tensor] = {}
         self._checked_gradients = self._checked_reach = False
         observers.enabled = self.alpha != 0
 
@@ -64,6 +67,12 @@ class Tuner:
         alpha = self.alpha
         if alpha == 0 or not (torch.is_grad_enabled() and loss.requires_grad):
             return loss
+        if not observations and self._observers.unplanned:
+            raise RuntimeError(
+                "the compiled model was called before the model itself: one forward in training "
+                "mode without torch.compile tells which tensors are observed. With "
+                'torch.compiler.set_stance("force_eager"): model(batch)'
+            )
         if not observations:
             raise RuntimeError(
                 "no activation was observed since the last combine: the attached model must be in "
@@ -71,6 +80,7 @@ class Tuner:
                 "with a batch that is not empty"
             )
         outlier = outlier_loss(observations, loss.device)
+        self._statistics = {o.site: o.statistics for o in observations if o.statistics is not None}
         weight = alpha * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
         arguments = (self._observers, instances(observations))
@@ -81,8 +91,22 @@ class Tuner:
 
     def step(self) -> None:
         """Advance the schedule of alpha; call it after each optimizer step."""
-        self.steps += 1
+        self.resume(self.steps + 1)
+
+    def resume(self, steps: int) -> None:
+        """Go on with the schedule after this many optimizer steps."""
+        self.steps = steps
         self._observers.enabled = self.alpha != 0
+
+    def ranges(self) -> dict[str, float]:
+        """Return max|A| of each observed tensor, by site, at the last `combine`."""
+        largest = {site: s[:, MAXIMUM].max() for site, s in self._statistics.items()}
+        return {site: value.item() for site, value in largest.items()}
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a forward has been observed without torch.compile, which it needs."""
+        return self._observers.is_planned
 
     def detach(self) -> None:
         """Take every hook off the model, which is then exactly what it was."""
@@ -113,10 +137,10 @@ class Tuner:
         """Warn, once, if the outlier term would drown the task; this costs two backward passes.
 
         Left out where a second backward is not possible or would be collective: under reentrant
-        checkpoints and in a process group.
+        checkpoints, in a compiled model and in a process group.
         """
         self._checked_gradients = True
-        if observers.reentrant or torch.distributed.is_initialized():
+        if observers.reentrant or observers.compiled or torch.distributed.is_initialized():
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norms = []
@@ -170,6 +194,10 @@ def attach(
     like any other, and so do all forwards between two `combine`. PyTorch refuses modules that
     change an observed output in place, such as ReLU(inplace=True) after a Linear.
 
+    torch.compile: run one forward of the attached model in training mode before the first compiled
+    one. What was compiled already is compiled again, since torch.compile takes no notice of new
+    hooks.
+
     Args:
         model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm.
         alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0
@@ -190,6 +218,7 @@ def attach(
 
     Source: QuantTune, arXiv 2403.06497, eqs. 2 and 3; `balance` and `detach_deviation` are ours.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     schedule.check(alpha, decay, total_steps)
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")

@@ -1,0 +1,93 @@
+"""What an observed tensor passes through, and what is known of it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..reference import RATIO
+
+if TYPE_CHECKING:
+    from .observers import Observers
+
+
+@dataclass(eq=False)
+class Observation:
+    """One distinct tensor of a forward pass, and how many instances of eq. 2 it stands for."""
+
+    site: str
+    module: nn.Module
+    version: int  # of the tensor's storage: a change in place makes another tensor of it
+    recomputed: bool  # by a checkpoint, during backward
+    graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
+    multiplicity: int = 1
+    statistics: Tensor | None = None  # of each sample, without a graph
+    awaits_gradient: bool = False
+
+    @property
+    def ratio(self) -> Tensor:
+        """The terms of eq. 2, of shape (samples,)."""
+        assert self.statistics is not None
+        return self.statistics[:, RATIO]
+
+
+@dataclass(eq=False)
+class Forward:
+    """What a forward pass observed. A chain, since torch.compile compiles anew for longer lists."""
+
+    observations: list[Observation]
+    before: "Forward | None"
+
+
+class Tap(torch.autograd.Function):
+    """Observe x on its way. When its backward runs, the loss has told what an instance weighs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, samples: int, observation: Observation, observers: "Observers"
+    ) -> Tensor:
+        statistics = ops.outlier_statistics(x, samples, observers.exact)
+        ctx.save_for_backward(x, statistics)
+        ctx.observation, ctx.observers = observation, observers
+        observation.statistics = statistics
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics = ctx.saved_tensors
+        observation, observers = ctx.observation, ctx.observers
+        observation.awaits_gradient = False
+        share = observers.share(observation.multiplicity, statistics)
+        total = ops.outlier_statistics_backward(
+            grad, x, statistics, share, observers.exact, observers.detach_deviation
+        )
+        return total, None, None, None
+
+
+class PlannedTap(torch.autograd.Function):
+    """A tap that torch.compile can trace: all it needs is known beforehand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, coefficient: Tensor, samples: int, multiplicity: int, *options: bool
+    ) -> tuple[Tensor, Tensor]:
+        exact, _ = options
+        statistics = ops.outlier_statistics(x, samples, exact)
+        ctx.save_for_backward(x, statistics, coefficient)
+        ctx.constants = multiplicity, options
+        ctx.mark_non_differentiable(statistics)
+        return x.view_as(x), statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, coefficient = ctx.saved_tensors
+        multiplicity, options = ctx.constants
+        samples = len(statistics)
+        weight = coefficient.to(statistics.device, statistics.dtype) * (multiplicity / samples)
+        share = weight.expand(samples)
+        total = ops.outlier_statistics_backward(grad, x, statistics, share, *options)
+        return total, None, None, None, None, None
