@@ -1,0 +1,135 @@
+"""Outlier-driven tuning with the Trainer of transformers. Needs the extra `trainer`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from .tuning.tuner import Tuner, attach
+
+# Their loss is the mean over a micro-batch, though they take **kwargs, from which Trainer concludes
+# that it is normalized over all micro-batches of a step (transformers#47688).
+_MEAN_LOSS = {
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+}
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _AnyTrainer
+else:
+    _AnyTrainer = object
+
+
+class QuantTuneMixin(_AnyTrainer):
+    """Add the outlier loss to a Trainer: `class Mine(QuantTuneMixin, Seq2SeqTrainer)`.
+
+    The model is attached while it trains. The weight alpha follows the global step, so a resumed
+    training goes on where it was. What `log` reports gets `loss_task` and `loss_out`, the two terms
+    of eq. 3 at the last micro-batch, `alpha`, and as `range/<site>` the largest magnitude there.
+
+    Under gradient accumulation both terms are means over all micro-batches of a step. For sequence
+    and image classification `loss_is_scaled_for_ga` becomes False, unless the class sets it:
+    without that Trainer would sum up their losses (transformers#47688).
+
+    Args:
+        tuning: arguments of `quanttune.attach` other than the model and `total_steps`.
+        All others: see the Trainer.
+
+    Raises:
+        ValueError: more than one GPU in one process (DataParallel copies the model without its
+            hooks).
+    """
+
+    tuner: Tuner | None = None
+    loss_is_scaled_for_ga: bool | None  # of the Trainer
+
+    def __init__(self, *args: Any, tuning: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process make a DataParallel, whose copies of the "
+                "model are not observed: start one process per GPU with torchrun"
+            )
+        if self.loss_is_scaled_for_ga is None and type(self.model).__name__ in _MEAN_LOSS:
+            self.loss_is_scaled_for_ga = False
+        self.tuning = dict(tuning or {})
+        self.add_callback(_Schedule(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the Trainer, in training mode mixed with the outlier loss (eq. 3)."""
+        compute = super().compute_loss
+        if not (self.tuner and model.training):
+            return compute(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.torch_compile and not self.tuner.is_planned:
+            # one forward without, which draws from no generator
+            with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+                self.tuner.combine(compute(model, dict(inputs), False, num_items_in_batch))
+        loss, outputs = compute(model, inputs, True, num_items_in_batch)
+        # where the loss is a share of the step's, the outlier loss has to be one too
+        parts = 1
+        if self._is_share(num_items_in_batch):
+            parts = self.current_gradient_accumulation_steps
+        loss = self.tuner.combine(loss * parts) / parts
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Report the terms of eq. 3 and the ranges with the training loss."""
+        if "loss" in logs and self.tuner:
+            terms = {"loss_task": self.tuner.task_loss, "loss_out": self.tuner.outlier_loss}
+            logs["alpha"] = self.tuner.alpha
+            logs |= {name: term.item() for name, term in terms.items() if term is not None}
+            logs |= {f"range/{site}": value for site, value in self.tuner.ranges().items()}
+        super().log(logs, *args, **kwargs)
+
+    def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Tell, as Trainer.training_step does, whether it will not divide the loss."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return normalized or self.compute_loss_func is not None
+
+
+class QuantTuneTrainer(QuantTuneMixin, Trainer):
+    """A Trainer that tunes for quantization. See `QuantTuneMixin`."""
+
+
+class _Schedule(TrainerCallback):
+    """Attaches the model while it trains, and counts the optimizer's steps."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._detach()  # from a training that an exception ended
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.trainer.tuner = attach(model, total_steps=state.max_steps, **self.trainer.tuning)
+        self.trainer.tuner.resume(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.trainer.tuner.resume(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.trainer.tuner:
+            self.trainer.tuner.detach()
+            self.trainer.tuner = None
