@@ -45,6 +45,7 @@ def test_one_graph_has_the_gradient_of_every_alpha(name):
 
 
 @quiet
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 does it
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_it():
     example = MODELS["vit"]()

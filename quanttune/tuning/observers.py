@@ -199,9 +199,9 @@ class Observers:
         multiplicity = plan[position][1]
         if multiplicity == 0:
             return x
-        options = self.exact, self.detach_deviation
+        samples = self._samples_in(x)
         y, statistics = PlannedTap.apply(
-            x, self._coefficient, self._samples_in(x), multiplicity, *options
+            x, self._coefficient, samples, multiplicity, self.exact, self.detach_deviation
         )
         observation = Observation(site, module, 0, False, True, multiplicity, statistics)
         self._pending.append(observation)

@@ -73,21 +73,26 @@ class PlannedTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, coefficient: Tensor, samples: int, multiplicity: int, *options: bool
+        ctx: Any,
+        x: Tensor,
+        coefficient: Tensor,
+        samples: int,
+        multiplicity: int,
+        exact: bool,
+        detach_deviation: bool,
     ) -> tuple[Tensor, Tensor]:
-        exact, _ = options
         statistics = ops.outlier_statistics(x, samples, exact)
         ctx.save_for_backward(x, statistics, coefficient)
-        ctx.constants = multiplicity, options
+        ctx.constants = multiplicity, exact, detach_deviation
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient = ctx.saved_tensors
-        multiplicity, options = ctx.constants
+        multiplicity, exact, detach_deviation = ctx.constants
         samples = len(statistics)
         weight = coefficient.to(statistics.device, statistics.dtype) * (multiplicity / samples)
         share = weight.expand(samples)
-        total = ops.outlier_statistics_backward(grad, x, statistics, share, *options)
+        total = ops.outlier_statistics_backward(grad, x, statistics, share, exact, detach_deviation)
         return total, None, None, None, None, None
