@@ -53,7 +53,10 @@ Picked pick_any(const From* from, std::int64_t size, Bracket<Bits> bracket, Wide
 #if QUANTTUNE_HAS_SIEVE
 #define QUANTTUNE_AVX512 __attribute__((target("arch=x86-64-v4")))
 
-inline const bool has_sieve = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+inline const bool has_sieve =
+    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+    __builtin_cpu_supports("avx512vl");
 
 constexpr std::uint16_t kEach = 0xFFFF;
 
@@ -62,8 +65,7 @@ constexpr std::uint16_t kEach = 0xFFFF;
 template <class Bits>
 class Sieve {
  public:
-  Sieve(Bracket<Bits> bracket, std::uint32_t* to)
-      : bracket_(bracket), begin_(to), to_(to) {}
+  Sieve(Bracket<Bits> bracket, std::uint32_t* to) : bracket_(bracket), begin_(to), to_(to) {}
 
   // Bit i of `wanted`: whether element i counts.
   template <class From>
