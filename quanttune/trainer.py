@@ -31,7 +31,8 @@ class QuantTuneMixin(_AnyTrainer):
 
     The model is attached while it trains. The weight alpha follows the global step, so a resumed
     training goes on where it was. What `log` reports gets `loss_task` and `loss_out`, the two terms
-    of eq. 3 at the last micro-batch, `alpha`, and as `range/<site>` the largest magnitude there.
+    of eq. 3 at the last micro-batch, the `alpha` of the next step and, if it is reported to a
+    service such as TensorBoard, as `range/<site>` the largest magnitude there.
 
     Under gradient accumulation both terms are means over all micro-batches of a step. For sequence
     and image classification `loss_is_scaled_for_ga` becomes False, unless the class sets it:
@@ -90,7 +91,8 @@ class QuantTuneMixin(_AnyTrainer):
             terms = {"loss_task": self.tuner.task_loss, "loss_out": self.tuner.outlier_loss}
             logs["alpha"] = self.tuner.alpha
             logs |= {name: term.item() for name, term in terms.items() if term is not None}
-            logs |= {f"range/{site}": value for site, value in self.tuner.ranges().items()}
+            if self.args.report_to:  # too many for a terminal
+                logs |= {f"range/{site}": value for site, value in self.tuner.ranges().items()}
         super().log(logs, *args, **kwargs)
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:

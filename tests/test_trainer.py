@@ -126,6 +126,22 @@ def test_a_compiled_model(tmp_path):
     assert_near(ends[1], ends[0], 1e-5)
 
 
+def test_a_service_is_told_the_ranges(tmp_path):
+    run = trainer(tmp_path, MODELS["bert"]().model, rows(BATCH, "bert"))
+    run.args.report_to = ["service"]
+    seen: dict[str, float] = {}
+
+    def see(module, args):
+        seen["range"] = args[0].abs().max().item()
+
+    handle = run.model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(see)
+    run.train()
+    handle.remove()
+    (log,) = [log for log in run.state.log_history if "loss" in log]
+    assert log["range/bert.encoder.layer.1.output.dense.input"] == pytest.approx(seen["range"])
+    assert log["loss"] == pytest.approx(0.7 * log["loss_task"] + 0.3 * log["loss_out"], rel=1e-5)
+
+
 def test_evaluation_is_not_tuned(tmp_path):
     data = rows(8, "bert")
     run = trainer(tmp_path, MODELS["bert"]().model, data)
