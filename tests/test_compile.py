@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import BATCH, MODELS, Example, Shared
-from oracle import assert_near, constant, each_model, expected_step, gradients, quiet
+from oracle import assert_near, constant, expected_step, gradients, quiet
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -29,7 +29,7 @@ def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
 
 
 @quiet
-@each_model
+@pytest.mark.parametrize("name", ["vit", "opt"])  # a BERT follows below, and in test_trainer
 def test_one_graph_has_the_gradient_of_every_alpha(name):
     example = MODELS[name]()
     expected = [expected_step(example, alpha) for alpha in (0.4, 0.2)]
