@@ -28,6 +28,13 @@ def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
+def planned(example: Example, backend: str = "aot_eager") -> tuple[qt.Tuner, nn.Module]:
+    """Attach a tuner, run the forward that plans, and return the compiled model with it."""
+    tuner = constant(example.model)
+    tuner.combine(example.task_loss())
+    return tuner, compiled(example.model, backend)
+
+
 @quiet
 @pytest.mark.parametrize("name", ["vit", "opt"])  # a BERT follows below, and in test_trainer
 def test_one_graph_has_the_gradient_of_every_alpha(name):
@@ -50,9 +57,7 @@ def test_one_graph_has_the_gradient_of_every_alpha(name):
 def test_inductor_compiles_it():
     example = MODELS["vit"]()
     _, expected = expected_step(example, 0.3)
-    tuner = constant(example.model)
-    tuner.combine(example.task_loss())
-    model = compiled(example.model, "inductor")
+    tuner, model = planned(example, "inductor")
     for _ in range(2):
         assert_near(gradients(example.model, tuner.combine(example.task_loss(model))), expected)
 
@@ -62,9 +67,8 @@ def test_a_module_that_is_called_three_times():
     model = Shared()
     example = Example(model, torch.randn(BATCH, 5, 8), torch.randint(3, (BATCH, 5)), ("head",))
     _, expected = expected_step(example, 0.3)
-    tuner = constant(model)
-    tuner.combine(example.task_loss())
-    total = tuner.combine(example.task_loss(compiled(model)))
+    tuner, fast = planned(example)
+    total = tuner.combine(example.task_loss(fast))
     assert_near(gradients(model, total), expected)
 
 
@@ -117,9 +121,7 @@ def test_without_a_forward_before_it_says_what_to_do():
 @quiet
 def test_many_forwards_of_one_loss():
     example = MODELS["vit"]()
-    tuner = constant(example.model)
-    tuner.combine(example.task_loss())
-    model = compiled(example.model)
+    tuner, model = planned(example)
     once = tuner.combine(example.task_loss(model)).detach()
     tasks = [example.task_loss(model) for _ in range(12)]  # more than Dynamo's limit of recompiling
     torch.testing.assert_close(tuner.combine(torch.stack(tasks).mean()), once)
@@ -155,9 +157,7 @@ def test_another_forward_than_the_planned_is_refused(skips_first):
 @quiet
 def test_evaluation_of_a_compiled_model_leaves_nothing_behind():
     example = MODELS["vit"]()
-    tuner = constant(example.model)
-    tuner.combine(example.task_loss())
-    model = compiled(example.model)
+    tuner, model = planned(example)
     expected = example.model.eval()(example.inputs)
     torch.testing.assert_close(model(example.inputs), expected)
     example.model.blocks(torch.randn(BATCH, 17, 24))  # by itself, after a compiled forward

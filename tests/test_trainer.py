@@ -1,5 +1,7 @@
 """The Trainer of transformers: its steps are those of a plain loop, resumed or compiled as well."""
 
+import copy
+
 import pytest
 import torch
 from models import BATCH, MODELS, TOKENS, WORDS
@@ -24,6 +26,10 @@ def rows(count: int, name: str) -> list[dict[str, Tensor]]:
     if name == "opt":  # micro-batches differ in how many tokens they score
         labels[: BATCH // 2, : TOKENS // 2] = -100
     return [{"input_ids": w, "labels": label} for w, label in zip(words, labels, strict=True)]
+
+
+def batch_of(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in data]) for key in data[0]}
 
 
 def trainer(folder, model, data, tuning=TUNING, **arguments) -> QuantTuneTrainer:
@@ -70,8 +76,7 @@ def test_a_step_is_that_of_a_plain_loop(name, micro_batches, tmp_path):
             p.copy_(before[name_])
             p.grad = None
     tuner = constant(example.model, 0.3)
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    tuner.combine(example.model(**batch).loss).backward()
+    tuner.combine(example.model(**batch_of(data)).loss).backward()
     expected = {name: p.grad for name, p in example.model.named_parameters()}
     assert_near(moved, expected, 1e-4)  # a float32 parameter minus a small step
     assert {"alpha", "loss_task", "loss_out"} <= run.state.log_history[0].keys()
@@ -83,8 +88,7 @@ def test_a_resumed_training_is_the_same(tmp_path):
     start = MODELS["bert"]().model
     ends = []
     for interrupted in (False, True):
-        model = MODELS["bert"]().model
-        model.load_state_dict(start.state_dict())
+        model = copy.deepcopy(start)
         settings = {
             "max_steps": 6,
             "per_device_train_batch_size": 4,
@@ -112,8 +116,7 @@ def test_a_compiled_model(tmp_path):
     start = MODELS["bert"]().model
     data = rows(8, "bert")
     for compiled in (False, True):
-        model = MODELS["bert"]().model
-        model.load_state_dict(start.state_dict())
+        model = copy.deepcopy(start)
         trainer(
             tmp_path,
             model,
@@ -148,5 +151,4 @@ def test_evaluation_is_not_tuned(tmp_path):
     run.eval_dataset = data
     run.train()
     loss = run.evaluate()["eval_loss"]
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    assert loss == pytest.approx(run.model(**batch).loss.item(), rel=1e-5)
+    assert loss == pytest.approx(run.model(**batch_of(data)).loss.item(), rel=1e-5)

@@ -173,8 +173,7 @@ class Observers:
         if known is not None and known.version == x._version and known.graph == graph:
             # a tensor from before a checkpoint's region was counted when it first came by
             known.multiplicity += known.recomputed == recomputing
-            if not recomputing:
-                self._visits.append((site, None))
+            self._visit(site, None)
             return x
         if not recomputing:
             self._samples_of[x.shape] = self._samples_in(x)
@@ -188,7 +187,7 @@ class Observers:
         self._known[y] = observation
         if not recomputing:
             self._pending.append(observation)
-            self._visits.append((site, observation))
+            self._visit(site, observation)
         return y
 
     def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
@@ -210,6 +209,10 @@ class Observers:
     def _samples_in(self, x: Tensor) -> int:
         # batch-major if the samples divide it; else it is one sample, apart from the batch
         return self._samples if x.shape[0] % self._samples == 0 else 1
+
+    def _visit(self, site: str, observation: Observation | None) -> None:
+        if self._plan is None and not _recomputing():
+            self._visits.append((site, observation))
 
     def _make_plan(self) -> None:
         """Note, once, what a traced forward cannot find out; logits are no longer visited then."""

@@ -43,7 +43,7 @@ class Tuner:
         self._schedule = alpha, decay, total_steps
         self._balance = balance
         self._factor: Tensor | None = None
-        self._statistics: dict[str, Tensor] = {}
+        self._observed: list[Observation] = []
         self._checked_gradients = self._checked_reach = False
         observers.enabled = self.alpha != 0
 
@@ -80,7 +80,7 @@ class Tuner:
                 "with a batch that is not empty"
             )
         outlier = outlier_loss(observations, loss.device)
-        self._statistics = {o.site: o.statistics for o in observations if o.statistics is not None}
+        self._observed = observations
         weight = alpha * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
         arguments = (self._observers, instances(observations))
@@ -100,8 +100,11 @@ class Tuner:
 
     def ranges(self) -> dict[str, float]:
         """Return max|A| of each observed tensor, by site, at the last `combine`."""
-        largest = {site: s[:, MAXIMUM].max() for site, s in self._statistics.items()}
-        return {site: value.item() for site, value in largest.items()}
+        return {
+            o.site: o.statistics[:, MAXIMUM].max().item()
+            for o in self._observed
+            if o.statistics is not None
+        }
 
     @property
     def is_planned(self) -> bool:
