@@ -132,3 +132,25 @@ outlier_statistics_backward = _register(
     "bool detach_deviation",
     fake=lambda grad, x, statistics, ratio_grad, exact, detach_deviation: _dense_like(grad),
 )
+
+
+class StatisticsGroup:
+    """The outlier statistics of many tensors. They are there once `finish` has been called: what a
+    GPU does last, it does for all of them in one launch.
+    """
+
+    def __init__(self) -> None:
+        self._on_gpu = None if _gpu is reference else _gpu.StatisticsGroup()
+
+    def outlier_statistics(self, x: Tensor, samples: int, exact: bool) -> Tensor:
+        if self._on_gpu is None or not _is_plain_gpu_tensor(x):
+            return outlier_statistics(x, samples, exact)
+        return _gpu.outlier_statistics(x.contiguous(), samples, exact, self._on_gpu)
+
+    def finish(self) -> None:
+        if self._on_gpu is not None:
+            self._on_gpu.finish()
+
+
+def _is_plain_gpu_tensor(x: Tensor) -> bool:
+    return x.is_cuda and type(x) is Tensor

@@ -7,3 +7,4 @@ from .outlier_statistics import outlier_statistics as outlier_statistics
 from .outlier_statistics_gradient import (
     outlier_statistics_backward as outlier_statistics_backward,
 )
+from .statistics_group import StatisticsGroup as StatisticsGroup

@@ -1,9 +1,10 @@
 """Outlier statistics of every row of a contiguous tensor, in two launches.
 
 The first reads the data once, with many programs per row; each leaves partial sums and its share of
-the median's sample. The second has one program per row, which merges and selects. Sums are float32
-around a local pivot and are merged in float64: deviations above 1e15 may overflow them, which gives
-NaN as inf does, and deviations below 1e-18 lose digits.
+the median's sample. The second (`statistics_group.py`) has one program per row, which merges and
+selects, and can serve many tensors at once. Sums are float32 around a local pivot and are merged in
+float64: deviations above 1e15 may overflow them, which gives NaN as inf does, and deviations below
+1e-18 lose digits.
 """
 
 import torch
@@ -13,20 +14,18 @@ from torch import Tensor
 
 from quanttune import reference
 
-from ._columns import (
-    COLUMNS,
-    DEVIATION,
-    MAXIMUM,
-    MAXIMUM_COUNT,
-    MEAN,
-    MEDIAN,
-    MEDIAN_COUNT,
-    RATIO,
-)
 from ._launch import on_device_of, options
-from ._math import magnitude_of_bits
-from ._selection import median_bits
-from .sampling import gather, strata
+from .sampling import gather
+from .statistics_group import (
+    COUNT_OF_PART,
+    MAXIMUM_OF_PART,
+    PARTIALS,
+    PIVOT,
+    SQUARES,
+    SUM,
+    StatisticsGroup,
+    leave_entry,
+)
 
 BLOCK = 1024  # elements of one load of the forward pass: 16 bytes from every thread
 LOADS = 4  # in flight at once
@@ -35,17 +34,6 @@ THREADS = 128
 PROGRAMS = 2048  # enough for any GPU; not asked of it, so that the bits depend on the shape alone
 MOST_PARTS = 1024  # of a row: what one program merges
 LONGEST_PART = 2**21  # well within the integers that float32 holds
-
-MERGE_THREADS = 1024
-REGISTER_SAMPLE = 65536  # values whose keys fit the registers of one program
-MERGE_BLOCK = 8192
-
-# what each program of the forward pass leaves, where the sums are of a - pivot and its square
-_PIVOT, _SUM, _SQUARES, _MAXIMUM, _COUNT = (tl.constexpr(index) for index in range(5))
-_PARTIALS = tl.constexpr(5)
-
-
-# ---------------------------------------------------------------------------- forward: one read
 
 
 @triton.jit
@@ -75,15 +63,19 @@ def _fold(shifted, magnitude, sums, squares, maximum, count):
     return sums, squares, maximum, count
 
 
-@triton.jit(do_not_specialize=["parts", "stride"])
+@triton.jit(do_not_specialize=["parts", "stride", "samples", "sample_size"])
 def _partial_kernel(
     x_ptr,
     sample_ptr,
     partial_ptr,
+    statistics_ptr,
+    entry_ptr,
+    samples,
     size,
     parts,
     part_size,
     stride,
+    sample_size,
     sample_pitch,
     LOADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,78 +114,25 @@ def _partial_kernel(
         if STRATA > 0:
             gather(row_ptr, sample_row_ptr, start + whole, start + length, stride, STRATA)
 
-    column_ptr = partial_ptr + row * _PARTIALS * parts + program % parts
-    tl.store(column_ptr + _PIVOT * parts, pivot)
-    tl.store(column_ptr + _SUM * parts, tl.sum(sums))
-    tl.store(column_ptr + _SQUARES * parts, tl.sum(squares))
-    tl.store(column_ptr + _MAXIMUM * parts, maximum)
-    tl.store(column_ptr + _COUNT * parts, count.to(tl.float32))
-
-
-# ---------------------------------------------------------------------------- forward: merge
-
-
-@triton.jit
-def _merge(partial_row_ptr, size, parts, part_size, PARTS: tl.constexpr):
-    """Return mean and deviation in float64, the maximum and how many elements attain it."""
-    part = tl.arange(0, PARTS)
-    inside = part < parts
-    column_ptr = partial_row_ptr + part
-    pivot = tl.load(column_ptr + _PIVOT * parts, mask=inside, other=0.0).to(tl.float64)
-    sums = tl.load(column_ptr + _SUM * parts, mask=inside, other=0.0).to(tl.float64)
-    squares = tl.load(column_ptr + _SQUARES * parts, mask=inside, other=0.0).to(tl.float64)
-    maxima = tl.load(column_ptr + _MAXIMUM * parts, mask=inside, other=-1.0)
-    counts = tl.load(column_ptr + _COUNT * parts, mask=inside, other=0.0)
-
-    length = tl.where(inside, tl.minimum(size - part * part_size, part_size), 0).to(tl.float64)
-    total = tl.cast(size, tl.float64)
-    excess = sums / tl.maximum(length, 1.0)
-    part_mean = pivot + excess
-    mean = tl.sum(part_mean * length) / total
-    distance = part_mean - mean
-    # Chan et al.: what the parts deviate in themselves, and what their means deviate
-    within = tl.maximum(squares - sums * excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    variance = tl.sum(within + length * distance * distance) / tl.maximum(total - 1.0, 1.0)
-    maximum = tl.max(maxima)
-    # as integers: a sum of floats stops counting at 2**24
-    count = tl.sum(tl.where(maxima == maximum, counts, 0.0).to(tl.int32))
-    return mean, tl.sqrt(variance), maximum, count
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _merge_kernel(
-    sample_ptr,
-    partial_ptr,
-    statistics_ptr,
-    size,
-    parts,
-    part_size,
-    sample_size,
-    sample_pitch,
-    PARTS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    partial_row_ptr = partial_ptr + row * _PARTIALS * parts
-    sample_row_ptr = sample_ptr + row * sample_pitch
-
-    mean, deviation, maximum, maximum_count = _merge(partial_row_ptr, size, parts, part_size, PARTS)
-    bits, median_count = median_bits(sample_row_ptr, sample_size, HALF, BLOCK)
-    median = magnitude_of_bits(bits, sample_ptr.dtype.element_ty)
-    spread = maximum.to(tl.float64) - median.to(tl.float64)
-    ratio = tl.where(deviation == 0.0, 0.0, spread / tl.where(deviation == 0.0, 1.0, deviation))
-
-    # the sums know of NaN and inf, which the maximum and the median may have passed over
-    spoiled = tl.where(deviation - deviation == 0.0, 0.0, float("nan")).to(tl.float32)
-    row_ptr = statistics_ptr + row * COLUMNS
-    tl.store(row_ptr + MAXIMUM, maximum + spoiled)
-    tl.store(row_ptr + MEDIAN, median + spoiled)
-    tl.store(row_ptr + MEAN, mean.to(tl.float32) + spoiled)
-    tl.store(row_ptr + DEVIATION, deviation.to(tl.float32) + spoiled)
-    tl.store(row_ptr + RATIO, ratio.to(tl.float32) + spoiled)
-    tl.store(row_ptr + MAXIMUM_COUNT, maximum_count.to(tl.float32) + spoiled)
-    tl.store(row_ptr + MEDIAN_COUNT, median_count.to(tl.float32) + spoiled)
+    column_ptr = partial_ptr + row * PARTIALS * parts + program % parts
+    tl.store(column_ptr + PIVOT * parts, pivot)
+    tl.store(column_ptr + SUM * parts, tl.sum(sums))
+    tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
+    tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
+    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
+    if program == 0:
+        leave_entry(
+            entry_ptr,
+            sample_ptr,
+            partial_ptr,
+            statistics_ptr,
+            samples,
+            size,
+            parts,
+            part_size,
+            sample_size,
+            sample_pitch,
+        )
 
 
 def _split(samples: int, size: int) -> tuple[int, int]:
@@ -204,47 +143,38 @@ def _split(samples: int, size: int) -> tuple[int, int]:
     return triton.cdiv(size, part_size), part_size
 
 
-def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
-    """See the reference. `exact` with more than 65,536 elements per row is slow: one program reads
-    its whole row 32 times (16-bit types: 16 times)."""
+def outlier_statistics(
+    x: Tensor, samples: int, exact: bool, group: StatisticsGroup | None = None
+) -> Tensor:
+    """See the reference. With a group, the result is there once that has been finished.
+
+    `exact` with more than 65,536 elements per row is slow: one program reads its whole row 32 times
+    (16-bit types: 16 times).
+    """
     if x.dtype == torch.float64 or samples == 0:  # GPUs that train have no float64 to speak of
         return reference.outlier_statistics(x, samples, exact)
-    size = x.numel() // samples
-    parts, part_size = _split(samples, size)
-    stride, sample_size = strata(size, exact)
-    # a whole row is its own sample; of any other the first kernel gathers it, on 32-byte boundaries
-    pitch = size if stride == 1 else triton.cdiv(sample_size, 16) * 16
-    sample = x if stride == 1 else x.new_empty(samples * pitch)
-    partials = x.new_empty((samples, 5, parts), dtype=torch.float32)
-    statistics = x.new_empty((samples, reference.COLUMNS), dtype=torch.float32)
-    half = max(triton.next_power_of_2(sample_size) // 2, 64)
+    merging = StatisticsGroup() if group is None else group
+    rows = merging.reserve(x, samples, exact, *_split(samples, x.numel() // samples))
+    tile_strata = triton.next_power_of_2(triton.cdiv(TILE, rows.stride))
     with on_device_of(x):
-        _partial_kernel[(samples * parts,)](
+        _partial_kernel[(samples * rows.parts,)](
             x,
-            sample,
-            partials,
-            size,
-            parts,
-            part_size,
-            stride,
-            pitch,
+            rows.sample,
+            rows.partials,
+            rows.statistics,
+            rows.entry,
+            samples,
+            rows.size,
+            rows.parts,
+            rows.part_size,
+            rows.stride,
+            rows.sample_size,
+            rows.pitch,
             LOADS=LOADS,
             BLOCK=BLOCK,
-            STRATA=0 if stride == 1 else triton.next_power_of_2(triton.cdiv(TILE, stride)),
+            STRATA=0 if rows.stride == 1 else tile_strata,
             **options(THREADS),
         )
-        _merge_kernel[(samples,)](
-            sample,
-            partials,
-            statistics,
-            size,
-            parts,
-            part_size,
-            sample_size,
-            pitch,
-            PARTS=max(triton.next_power_of_2(parts), 16),
-            HALF=half if sample_size <= REGISTER_SAMPLE else 0,
-            BLOCK=MERGE_BLOCK,
-            **options(MERGE_THREADS),
-        )
-    return statistics
+    if group is None:
+        merging.finish()
+    return rows.statistics

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import ops
 from .taps import Forward, Observation, PlannedTap, Tap
 
 _OTHER_ORDER = (
@@ -58,6 +59,7 @@ class Observers:
         self._samples = 1
         self._samples_of: dict[torch.Size, int] = {}  # what a recomputation finds
         self._pending: list[Observation] = []
+        self._group: ops.StatisticsGroup | None = None  # of the forward that is under way
         self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
         self._handles = [
@@ -105,6 +107,12 @@ class Observers:
             self._shares[key] = weight.repeat(samples)
         return self._shares[key]
 
+    def measure(self, x: Tensor, samples: int) -> Tensor:
+        """Return the statistics of x, which are there at the end of the forward."""
+        if self._group is None:
+            return ops.outlier_statistics(x, samples, self.exact)
+        return self._group.outlier_statistics(x, samples, self.exact)
+
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was."""
         for handle in self._handles:
@@ -115,7 +123,7 @@ class Observers:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
-        self._pending, self._visits, self._position = [], [], None
+        self._pending, self._visits, self._position, self._group = [], [], None, None
         if torch.compiler.is_compiling():
             self.compiled = True
             self.unplanned = self._inside and self._plan is None
@@ -123,6 +131,7 @@ class Observers:
             self._position = 0 if self._inside else None
         elif not _recomputing():
             self.end_backward()  # one that failed halfway did not
+            self._group = ops.StatisticsGroup() if self._inside else None
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
 
@@ -131,13 +140,15 @@ class Observers:
             return
         self._inside = False
         if output is not None:  # else an exception: half a pass does not count
+            if self._group:
+                self._group.finish()
             if self._position is None:
                 self._leave_out_logits(output)
                 self._make_plan()
             elif self._position != len(self._plan or ()):
                 raise RuntimeError(f"only {self._position} tensors were observed{_OTHER_ORDER}")
             self._last = Forward(self._pending, self._last)
-        self._pending, self._visits, self._position = [], [], None
+        self._pending, self._visits, self._position, self._group = [], [], None, None
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

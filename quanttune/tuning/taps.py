@@ -24,7 +24,7 @@ class Observation:
     recomputed: bool  # by a checkpoint, during backward
     graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
-    statistics: Tensor | None = None  # of each sample, without a graph
+    statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
     awaits_gradient: bool = False
 
     @property
@@ -49,17 +49,18 @@ class Tap(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, samples: int, observation: Observation, observers: "Observers"
     ) -> Tensor:
-        statistics = ops.outlier_statistics(x, samples, observers.exact)
-        ctx.save_for_backward(x, statistics)
+        ctx.save_for_backward(x)
         ctx.observation, ctx.observers = observation, observers
-        observation.statistics = statistics
+        # not saved by autograd, which may copy it elsewhere before the statistics are there
+        observation.statistics = observers.measure(x, samples)
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         observation, observers = ctx.observation, ctx.observers
+        statistics = observation.statistics
         observation.awaits_gradient = False
         share = observers.share(observation.multiplicity, statistics)
         total = ops.outlier_statistics_backward(

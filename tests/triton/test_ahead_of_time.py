@@ -17,6 +17,7 @@ KERNELS = {STATISTICS, MERGE, GRADIENT, FAKE_QUANT, FAKE_QUANT_GRADIENT}
 
 ELEMENTS_PER_THREAD = {STATISTICS: 32, GRADIENT: 16, FAKE_QUANT: 32, FAKE_QUANT_GRADIENT: 32}
 WIDE_LOADS = {"ld.global.v4.b32", "global_load_dwordx4", "buffer_load_dwordx4"}
+WIDE_SAMPLE_LOADS = {*WIDE_LOADS, "flat_load_dwordx4"}
 WIDE_STORES = {"st.global.v4.b32", "global_store_dwordx4", "buffer_store_dwordx4"}
 # with 128 threads, 128 registers leave room for four programs on a multiprocessor, and 96 for five
 REGISTERS = {STATISTICS: 128, GRADIENT: 96, FAKE_QUANT: 96, FAKE_QUANT_GRADIENT: 96}
@@ -78,8 +79,8 @@ def test_nothing_spills(audits):
     wide_merge = [audit for audit in audits if (audit["kernel"], audit["type"]) == (MERGE, "fp32")]
     others = [audit for audit in audits if audit not in wide_merge]
     check(others, lambda audit: audit["spills"] == 0)
-    # 1,024 threads have 64 registers each, and those of float32 hold 64 keys: some spill once
-    check(wide_merge, lambda audit: audit["spills"] <= 48)
+    # 1,024 threads have 64 registers each, and those of float32 load 64 keys: some spill once
+    check(wide_merge, lambda audit: audit["spills"] <= 128)
     check(audits, lambda audit: audit.get("loop_spills", 0) == 0)
     looping = [audit for audit in audits if audit["kernel"] in (STATISTICS, MERGE)]
     check(looping, lambda audit: audit.get("loops", 1) > 0)
@@ -94,7 +95,14 @@ def test_memory_is_accessed_16_bytes_at_a_time(audits):
         elements = ELEMENTS_PER_THREAD[audit["kernel"]] // (8 if half_width else 4)
         tensors_read = 1 if audit["kernel"] in (STATISTICS, FAKE_QUANT) else 2
         assert loads >= elements * tensors_read, audit["case"]
-        assert stores == (0 if audit["kernel"] == STATISTICS else elements), audit["case"]
+        if audit["kernel"] != STATISTICS:  # which stores sums and samples
+            assert stores == elements, audit["case"]
+
+
+def test_the_merge_reads_samples_16_bytes_at_a_time(audits):
+    merges = [audit for audit in audits if audit["kernel"] == MERGE and is_regular(audit)]
+    check(merges, lambda audit: not mnemonics(audit, "ld.global.b16", "load_ushort"))
+    check(merges, lambda audit: any(name in audit["instructions"] for name in WIDE_SAMPLE_LOADS))
 
 
 def test_nothing_is_atomic(audits):

@@ -11,6 +11,7 @@ from interpreted import DEVICE, DTYPES, HAS_GPU, KINDS, assert_same_bits, make_r
 
 from quanttune import reference, triton_kernels
 from quanttune.reference import DEVIATION, MAXIMUM, MAXIMUM_COUNT, MEAN, MEDIAN, MEDIAN_COUNT, RATIO
+from quanttune.triton_kernels import statistics_group
 
 # the function of the same name hides it in the package
 statistics_module = importlib.import_module("quanttune.triton_kernels.outlier_statistics")
@@ -160,7 +161,7 @@ def test_exact_statistics_beyond_the_registers(dtype):
 def test_median_of_neighbouring_floats(size, exact, monkeypatch):
     """Every bit of the median counts, whether the row fits the registers or not."""
     if exact:
-        monkeypatch.setattr(statistics_module, "REGISTER_SAMPLE", 0)
+        monkeypatch.setattr(statistics_group, "REGISTER_SAMPLE", 0)
     middle = torch.tensor([1.0, 2.0**-126, 3e5]).view(torch.int32)  # across a power of two, too
     bits = middle[:, None] + torch.randperm(size).int() - size // 2
     sign = torch.randint(0, 2, (3, size)) * 2.0 - 1

@@ -1,0 +1,254 @@
+"""The last stage of the outlier statistics: merge partial sums, select medians, for many tensors.
+
+The stage before (`outlier_statistics.py`) leaves, for every tensor, partial sums, the median's
+sample and an entry in a table that tells where they are. The table is written on the device, so
+that no host memory is read: a CUDA graph can hold the whole step.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quanttune import reference
+
+from ._columns import (
+    COLUMNS,
+    DEVIATION,
+    MAXIMUM,
+    MAXIMUM_COUNT,
+    MEAN,
+    MEDIAN,
+    MEDIAN_COUNT,
+    RATIO,
+)
+from ._launch import on_device_of, options
+from ._math import magnitude_of_bits
+from ._selection import median_bits
+from .sampling import strata
+
+MERGE_THREADS = 1024
+REGISTER_SAMPLE = 65536  # values whose keys fit the registers of one program
+MERGE_BLOCK = 8192
+MOST_SITES = 256  # of one launch
+MOST_PENDING = 2**28  # bytes of samples that wait for it
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# what each program of the stage before leaves, where the sums are of a - pivot and its square
+PIVOT, SUM, SQUARES, MAXIMUM_OF_PART, COUNT_OF_PART = (tl.constexpr(index) for index in range(5))
+PARTIALS = tl.constexpr(5)
+
+# an entry of the table; its width keeps entries on boundaries of 16 bytes, as Triton assumes
+_SAMPLE, _PARTIALS, _STATISTICS = (tl.constexpr(index) for index in range(3))
+_SAMPLES, _SIZE, _PARTS, _PART_SIZE, _SAMPLE_SIZE, _PITCH = (
+    tl.constexpr(index) for index in range(3, 9)
+)
+_ENTRY = tl.constexpr(16)
+
+
+class Rows(NamedTuple):
+    """What the stage before fills for the rows of one tensor, and how they are split."""
+
+    statistics: Tensor
+    sample: Tensor
+    partials: Tensor
+    entry: Tensor
+    size: int
+    parts: int
+    part_size: int
+    stride: int
+    sample_size: int
+    pitch: int  # of the sample
+
+
+@triton.jit
+def leave_entry(
+    entry_ptr,
+    sample_ptr,
+    partial_ptr,
+    statistics_ptr,
+    samples,
+    size,
+    parts,
+    part_size,
+    sample_size,
+    sample_pitch,
+):
+    """Tell the merge where everything is."""
+    tl.store(entry_ptr + _SAMPLE, sample_ptr.to(tl.int64))
+    tl.store(entry_ptr + _PARTIALS, partial_ptr.to(tl.int64))
+    tl.store(entry_ptr + _STATISTICS, statistics_ptr.to(tl.int64))
+    tl.store(entry_ptr + _SAMPLES, tl.cast(samples, tl.int64))
+    tl.store(entry_ptr + _SIZE, tl.cast(size, tl.int64))
+    tl.store(entry_ptr + _PARTS, tl.cast(parts, tl.int64))
+    tl.store(entry_ptr + _PART_SIZE, tl.cast(part_size, tl.int64))
+    tl.store(entry_ptr + _SAMPLE_SIZE, tl.cast(sample_size, tl.int64))
+    tl.store(entry_ptr + _PITCH, tl.cast(sample_pitch, tl.int64))
+
+
+@triton.jit
+def _merge(partial_row_ptr, size, parts, part_size, PARTS: tl.constexpr):
+    """Return mean and deviation in float64, the maximum and how many elements attain it."""
+    part = tl.arange(0, PARTS)
+    inside = part < parts
+    column_ptr = partial_row_ptr + part
+    pivot = tl.load(column_ptr + PIVOT * parts, mask=inside, other=0.0).to(tl.float64)
+    sums = tl.load(column_ptr + SUM * parts, mask=inside, other=0.0).to(tl.float64)
+    squares = tl.load(column_ptr + SQUARES * parts, mask=inside, other=0.0).to(tl.float64)
+    maxima = tl.load(column_ptr + MAXIMUM_OF_PART * parts, mask=inside, other=-1.0)
+    counts = tl.load(column_ptr + COUNT_OF_PART * parts, mask=inside, other=0.0)
+
+    length = tl.where(inside, tl.minimum(size - part * part_size, part_size), 0).to(tl.float64)
+    total = size.to(tl.float64)
+    excess = sums / tl.maximum(length, 1.0)
+    part_mean = pivot + excess
+    mean = tl.sum(part_mean * length) / total
+    distance = part_mean - mean
+    # Chan et al.: what the parts deviate in themselves, and what their means deviate
+    within = tl.maximum(squares - sums * excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    variance = tl.sum(within + length * distance * distance) / tl.maximum(total - 1.0, 1.0)
+    maximum = tl.max(maxima)
+    # as integers: a sum of floats stops counting at 2**24
+    count = tl.sum(tl.where(maxima == maximum, counts, 0.0).to(tl.int32))
+    return mean, tl.sqrt(variance), maximum, count
+
+
+@triton.jit
+def _merge_kernel(
+    table_ptr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    entry_ptr = table_ptr + tl.program_id(1) * _ENTRY
+    if row >= tl.load(entry_ptr + _SAMPLES):
+        return
+    # the selection first: it needs all registers there are
+    sample_size = tl.load(entry_ptr + _SAMPLE_SIZE).to(tl.int32)
+    sample_ptr = tl.load(entry_ptr + _SAMPLE).to(tl.pointer_type(DTYPE))
+    sample_row_ptr = sample_ptr + row * tl.load(entry_ptr + _PITCH)
+    if ALIGNED:
+        sample_row_ptr = tl.multiple_of(sample_row_ptr, 16)
+    bits, median_count = median_bits(sample_row_ptr, sample_size, HALF, BLOCK, ALIGNED)
+    median = magnitude_of_bits(bits, DTYPE)
+
+    size = tl.load(entry_ptr + _SIZE).to(tl.int32)
+    parts = tl.load(entry_ptr + _PARTS).to(tl.int32)
+    part_size = tl.load(entry_ptr + _PART_SIZE).to(tl.int32)
+    partial_ptr = tl.load(entry_ptr + _PARTIALS).to(tl.pointer_type(tl.float32))
+    mean, deviation, maximum, maximum_count = _merge(
+        partial_ptr + row * PARTIALS * parts, size, parts, part_size, PARTS
+    )
+    spread = maximum.to(tl.float64) - median.to(tl.float64)
+    ratio = tl.where(deviation == 0.0, 0.0, spread / tl.where(deviation == 0.0, 1.0, deviation))
+
+    # the sums know of NaN and inf, which the maximum and the median may have passed over
+    spoiled = tl.where(deviation - deviation == 0.0, 0.0, float("nan")).to(tl.float32)
+    statistics_ptr = tl.load(entry_ptr + _STATISTICS).to(tl.pointer_type(tl.float32))
+    row_ptr = statistics_ptr + row * COLUMNS
+    tl.store(row_ptr + MAXIMUM, maximum + spoiled)
+    tl.store(row_ptr + MEDIAN, median + spoiled)
+    tl.store(row_ptr + MEAN, mean.to(tl.float32) + spoiled)
+    tl.store(row_ptr + DEVIATION, deviation.to(tl.float32) + spoiled)
+    tl.store(row_ptr + RATIO, ratio.to(tl.float32) + spoiled)
+    tl.store(row_ptr + MAXIMUM_COUNT, maximum_count.to(tl.float32) + spoiled)
+    tl.store(row_ptr + MEDIAN_COUNT, median_count.to(tl.float32) + spoiled)
+
+
+class _Variant(NamedTuple):
+    """What one compiled merge kernel is for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    aligned: bool
+    parts: int
+    half: int
+
+
+@dataclass
+class _Pending:
+    """The tensors of one variant that wait for their merge, kept alive until it is launched."""
+
+    table: Tensor
+    rows: list[Rows] = field(default_factory=list)
+    size: int = 0  # of their samples, in bytes
+
+
+class StatisticsGroup:
+    """The outlier statistics of many tensors, which are there once `finish` has been called.
+
+    Merging a site of a model keeps as many multiprocessors busy as the batch has samples, for
+    about as long as reading a tensor of 40 MB takes; all sites together fill the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[_Variant, _Pending] = {}
+
+    def reserve(self, x: Tensor, samples: int, exact: bool, parts: int, part_size: int) -> Rows:
+        """Return room for the statistics of x, of which the caller fills all but `statistics`."""
+        size = x.numel() // samples
+        stride, sample_size = strata(size, exact)
+        # a whole row is its own sample; of any other it is gathered, on 32-byte boundaries
+        pitch = size if stride == 1 else triton.cdiv(sample_size, 16) * 16
+        sample = x if stride == 1 else x.new_empty(samples * pitch)
+        pending = self._pending_like(sample, parts, sample_size, pitch)
+        rows = Rows(
+            x.new_empty((samples, reference.COLUMNS), dtype=torch.float32),
+            sample,
+            x.new_empty((samples, PARTIALS.value, parts), dtype=torch.float32),
+            pending.table[len(pending.rows)],
+            size,
+            parts,
+            part_size,
+            stride,
+            sample_size,
+            pitch,
+        )
+        pending.rows.append(rows)
+        pending.size += sample.nbytes if stride > 1 else 0
+        return rows
+
+    def finish(self) -> None:
+        """Merge what has been reserved since the last call."""
+        for variant, pending in self._pending.items():
+            _launch(variant, pending)
+        self._pending.clear()
+
+    def _pending_like(self, sample: Tensor, parts: int, sample_size: int, pitch: int) -> _Pending:
+        half = max(triton.next_power_of_2(sample_size) // 2, 64)
+        variant = _Variant(
+            sample.device,
+            sample.dtype,
+            pitch % 16 == 0 and sample.data_ptr() % 16 == 0,
+            max(triton.next_power_of_2(parts), 16),
+            half if sample_size <= REGISTER_SAMPLE else 0,
+        )
+        pending = self._pending.get(variant)
+        if pending and (len(pending.rows) == MOST_SITES or pending.size >= MOST_PENDING):
+            _launch(variant, self._pending.pop(variant))
+            pending = None
+        if pending is None:
+            table = sample.new_empty((MOST_SITES, _ENTRY.value), dtype=torch.int64)
+            pending = self._pending[variant] = _Pending(table)
+        return pending
+
+
+def _launch(variant: _Variant, pending: _Pending) -> None:
+    most_samples = max(len(rows.statistics) for rows in pending.rows)
+    with on_device_of(pending.table):
+        _merge_kernel[(most_samples, len(pending.rows))](
+            pending.table,
+            DTYPE=_TYPES[variant.dtype],
+            ALIGNED=variant.aligned,
+            PARTS=variant.parts,
+            HALF=variant.half,
+            BLOCK=MERGE_BLOCK,
+            **options(MERGE_THREADS),
+        )
