@@ -71,6 +71,7 @@ setup(
         "quanttune.analysis",
         "quanttune.quantization",
         "quanttune.recipes",
+        "quanttune.runs",
         "quanttune.triton_kernels",
         "quanttune.tuning",
     ],

@@ -1,5 +1,6 @@
 """The command line: each verb is a short function that calls the library."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ def demo(
     Example: quanttune demo --task digits --seeds 3 --out digits
     """
     from .analysis import report
+    from .files import write_json
     from .recipes import experiment, recipe
 
     make = recipe(task)
@@ -55,9 +57,106 @@ def demo(
     files = report.write(results, out)
     if json:
         json.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json(json, results.as_dict())
+        write_json(json, results.as_dict())
     _print_results(results)
     console.print(f"{results.seconds:.0f} s. Written: {', '.join(map(str, files))}")
+
+
+Columns = Annotated[list[str] | None, typer.Option(help="A column; twice for pairs of texts.")]
+Patterns = Annotated[list[str] | None, typer.Option(help="Names of modules, such as '*.mlp.*'.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Any other field of transformers' TrainingArguments."),
+]
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id or a timm name.")],
+    data: Annotated[
+        str,
+        typer.Option(help="A folder of images or data files, a csv, json or parquet file, a name."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="text-classification, text-generation or image-classification."),
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Of the dataset, such as sst2.")] = None,
+    split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
+    text: Columns = None,
+    label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length to which texts are cut.")] = 128,
+    alpha: Annotated[float, typer.Option(help="Weight of the outlier loss, 0 to 1.")] = 0.5,
+    decay: Annotated[str, typer.Option(help="Of alpha: linear, cosine or constant.")] = "linear",
+    balance: Annotated[str, typer.Option(help="none, or initial.")] = "none",
+    detach_deviation: Annotated[
+        bool, typer.Option("--detach-deviation", help="Hold std(A) constant in the gradient.")
+    ] = False,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Its largest value.")] = 2e-5,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    trainer: Fields = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
+    json: Json = None,
+) -> None:
+    """Tune a model on your data, in a folder from which a killed run goes on with --resume.
+
+    Example: quanttune tune google-bert/bert-base-uncased --task text-classification
+    --data nyu-mll/glue --subset sst2 --steps 2000 --trainer warmup_steps=100 --out sst2
+    """
+    from .files import write_json
+
+    try:
+        from transformers.utils.logging import disable_progress_bar
+
+        from .runs.settings import Settings, fields_of
+        from .runs.tuning import tune as run
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "quanttune[tune]"') from error
+    disable_progress_bar()  # one for every checkpoint that is written
+    tuning: dict[str, Any] = {
+        "alpha": alpha,
+        "decay": decay,
+        "balance": balance,
+        "detach_deviation": detach_deviation,
+        "include": include or ["*"],
+        "exclude": exclude or [],
+    }
+    settings = Settings(
+        model, data, task, subset, split, tuple(text or ()), label, tokens, steps, batch_size,
+        learning_rate, save_steps, seed, tuning, fields_of(trainer or []),
+    )  # fmt: skip
+    bar = _progress()
+    task_id = bar.add_task("tuning", total=steps)
+
+    def advance(step: int, loss: float) -> None:
+        bar.start()
+        bar.update(task_id, completed=step, description=f"loss {loss:.4g}")
+
+    try:
+        outcome = run(settings, out, resume=resume, dry_run=dry_run, say=_say, progress=advance)
+    except KeyboardInterrupt:
+        bar.stop()
+        again = ["quanttune", *sys.argv[1:], *([] if resume else ["--resume"])]
+        _say(f"interrupted. To go on from the newest checkpoint: {shlex.join(again)}")
+        raise typer.Exit(130) from None
+    finally:
+        bar.stop()
+    if not dry_run:
+        _say(f"the model is in {outcome['model']}")
+    if json:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json, outcome)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -68,7 +167,7 @@ def doctor(json: Json = None) -> None:
     Example: quanttune doctor
     """
     from .analysis.environment import environment
-    from .analysis.report import write_json
+    from .files import write_json
     from .ops import backends
 
     facts = environment()
@@ -98,7 +197,7 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", style="red")
         sys.exit(130)
-    except (ValueError, ModuleNotFoundError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from quanttune import files
 from quanttune.analysis import report
 from quanttune.analysis.environment import environment
 from quanttune.analysis.plots import plot_ranges
@@ -63,10 +64,10 @@ def test_table_has_means_deviations_and_the_best_of_each_row(results):
 
 
 def test_report_shows_every_number_and_holds_its_figure(results, tmp_path):
-    files = report.write(results, tmp_path / "new" / "folder")
-    assert [path.name for path in files] == ["results.json", "ranges.png", "report.html"]
-    assert files[1].read_bytes().startswith(b"\x89PNG")
-    page = files[2].read_text()
+    written = report.write(results, tmp_path / "new" / "folder")
+    assert [path.name for path in written] == ["results.json", "ranges.png", "report.html"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    page = written[2].read_text()
     for text in ("0.562 ±0.071", "0.662 ±0.071", "a caveat", "&lt;b&gt;", "data:image/png;base64,"):
         assert text in page
     assert not list(tmp_path.rglob(".*"))  # the partial files are gone
@@ -88,12 +89,12 @@ def test_results_file_keeps_its_promised_shape(results, tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    report.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        report.write_json(path, {"new": object()})
-    monkeypatch.setattr(report.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        files.write_json(path, {"new": object()})
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        report.write_json(path, {"new": 2})
+        files.write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
 
 

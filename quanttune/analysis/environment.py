@@ -10,7 +10,9 @@ import torch
 
 from ..ops import backends
 
-_PACKAGES = ("quanttune", "torch", "triton", "timm", "transformers", "numpy")
+_PACKAGES = (
+    "quanttune", "torch", "triton", "timm", "transformers", "accelerate", "datasets", "numpy"
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """One page that shows a demo's numbers, its figure and where they come from."""
 
 import base64
-import json
-import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..files import write_json, write_text
 from .plots import plot_ranges
 from .table import tabulate
 
@@ -41,20 +40,6 @@ def render(results: Any, figure: bytes) -> str:
         image=base64.b64encode(figure).decode(),
         environment=_flat(results.environment),
     )
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Tune a model on a dataset, in a folder that it can go on from. What `quanttune tune` does."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from ..trainer import QuantTuneTrainer
+from ..tuning.tuner import attach
+from . import batches, checkpoints, data, models
+from .folder import RunFolder
+from .recorder import Recorder
+from .settings import Settings, training_arguments
+
+_ONE = (
+    "quanttune tune takes one GPU; for several use quanttune.trainer.QuantTuneTrainer in a script "
+    "of your own, under torchrun"
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model, its data and how it is trained, and `facts` that must stay the same on resuming."""
+
+    model: nn.Module
+    processor: Any
+    rows: Any
+    collate: Callable[[list[Any]], Any]
+    arguments: TrainingArguments
+    facts: dict[str, Any]
+    said: list[str]
+
+
+def tune(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, Any]:
+    """Tune a model and write all of the run to the folder `out`; return what came of it.
+
+    The folder gets config.json, environment.json, metrics.jsonl (a line per logged step),
+    checkpoint-N and, at the end, the float32 model in model/. Augmentation there is none. With
+    `resume` a run that was killed goes on from its newest whole checkpoint, and on a CPU ends with
+    the weights and the metrics that it would have ended with, bit for bit; a run that was not begun
+    is begun, one that is finished is left alone.
+
+    Args:
+        dry_run: load and check everything, and stop before anything is written to `out`.
+        progress: called with the step and its loss.
+
+    Raises:
+        ValueError: an argument, the data or the folder does not fit; it says what would.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"several processes were started: {_ONE}")
+    folder = RunFolder(out)
+    folder.check({"settings": settings.as_json()}, resume)
+    if folder.is_finished:
+        say(f"{out} is finished: nothing is left to do")
+        return _outcome(folder, settings)
+    job = _prepare(settings, out)
+    config = {"settings": settings.as_json(), **job.facts}
+    folder.check(config, resume)
+    for line in job.said:
+        say(line)
+    if dry_run:
+        return config
+    checkpoint = None
+    if folder.is_begun:
+        checkpoint, said = folder.resume()
+        for line in said:
+            say(line)
+        say(f"going on from {checkpoint.name if checkpoint else 'the start'}")
+    else:
+        arguments = json.loads(job.arguments.to_json_string())
+        folder.begin({**config, "training_arguments": arguments})
+    model = _train(settings, job, folder, checkpoint, progress)
+    folder.publish(model, job.processor)
+    return _outcome(folder, settings, checkpoint)
+
+
+def _prepare(settings: Settings, out: Path) -> _Job:
+    arguments = training_arguments(settings, out)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible: {_ONE}, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    name = models.resolve(settings.model)
+    config = models.load_config(name)
+    task = models.task_of(config, settings.task)
+    rows = data.load_rows(settings, task)
+    facts = {
+        "model": {"name": name, "revision": getattr(config, "_commit_hash", None)},
+        "data": {"rows": len(rows), "fingerprint": data.fingerprint(rows)},
+    }
+    said: list[str] = []
+    classes: list[int] = []
+    if task != "text-generation":
+        rows, labels, numbered = data.number_labels(rows)
+        classes = models.match_labels(config, task, labels, numbered)
+        if not classes:
+            classes = models.replace_labels(config, labels)
+            said.append(f"a new head for {len(labels)} labels: {', '.join(labels[:5])}")
+    processor, tokens = models.load_processor(name, task), settings.tokens
+    if task != "image-classification" and (limit := models.longest(config, processor)) < tokens:
+        tokens = limit
+        said.append(f"{tokens} tokens at most: the model takes no more")
+    encoded, collate = batches.encode(rows, task, processor, classes, tokens)
+    set_seed(settings.seed)  # a new head is drawn
+    model = models.load_model(name, config, task)
+    attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
+    epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
+    said.append(
+        f"{task}: {type(model).__name__} on {len(encoded)} rows, {settings.steps} steps of "
+        f"{settings.batch_size}, {epochs / len(encoded):.1f} epochs"
+    )
+    return _Job(model, processor, encoded, collate, arguments, facts, said)
+
+
+def _train(
+    settings: Settings,
+    job: _Job,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    progress: Callable[[int, float], None],
+) -> nn.Module:
+    if checkpoint and checkpoints.step_of(checkpoint) == settings.steps:
+        # the Trainer would take one step more in the middle of an epoch
+        trained: nn.Module = type(job.model).from_pretrained(checkpoint, dtype="float32")  # type: ignore[attr-defined]
+        return trained
+    trainer = QuantTuneTrainer(
+        model=job.model,
+        args=job.arguments,
+        train_dataset=job.rows,
+        data_collator=job.collate,
+        tuning=settings.tuning,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Recorder(trainer, folder, checkpoint, progress))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return job.model
+
+
+def _outcome(
+    folder: RunFolder, settings: Settings, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+    return {
+        "run": str(folder.path),
+        "model": str(folder.model),
+        "steps": settings.steps,
+        "resumed_from": checkpoints.step_of(checkpoint) if checkpoint else None,
+        "last": json.loads(lines[-1]) if lines else {},
+    }

@@ -1,0 +1,480 @@
+"""`quanttune tune`: what it trains and writes, and that a killed run ends as if it had not been."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import MODELS, WORDS
+from oracle import assert_near, constant, quiet
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+from typer.testing import CliRunner
+
+from quanttune import cli
+from quanttune.runs.models import match_labels, resolve
+
+pytestmark = quiet
+runner = CliRunner()
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(WORDS - 4))]
+PAD, CLS, SEP = 0, 2, 3
+
+
+def save_tokenizer(folder):
+    """Save a tokenizer of whole words that encloses a text in [CLS] and [SEP]."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def some_words(count):
+    return [f"w{i}" for i in torch.randint(WORDS - 4, (count,)).tolist()]
+
+
+# ------------------------------------------------------------------ killed and resumed
+
+STEPS = ["--steps", "30", "--batch-size", "4", "--save-steps", "6", "--learning-rate", "1e-3"]
+OTHERS = [
+    *("--balance", "initial", "--detach-deviation", "--decay", "cosine"),
+    *("--trainer", "gradient_accumulation_steps=2", "--trainer", "warmup_steps=5"),
+]
+# where the processes of a run die, one after the other; the last one ends. An epoch has 9 steps.
+LANES = {
+    "not at all": [None],
+    "before the first checkpoint": [["step", 3], None],
+    "between two checkpoints": [["step", 14], None],
+    "with a checkpoint half written": [["writing", 24], None],
+    "with a checkpoint not marked": [["mark", 18], None],
+    "before the model has its name": [["publish", 30], None],
+    "three times": [["begin", 0], ["interrupt", 8], ["step", 20], None],
+    "not at all, otherwise": [None],
+    "between two checkpoints, otherwise": [["step", 14], None],
+}
+
+
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory):
+    """Run all lanes; return for each its folder, its log and the exit codes."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the processes are forks")
+    root = tmp_path_factory.mktemp("lanes")
+    torch.manual_seed(0)
+    config = BertConfig(  # with dropout
+        vocab_size=WORDS, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=16,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(root / "bert")
+    save_tokenizer(root / "bert")
+    lengths = torch.randint(3, 9, (34,)).tolist()
+    rows = [(" ".join(some_words(n)), ["bad", "good", "so"][n % 3]) for n in lengths]
+    write_csv(root / "data.csv", ("text", "label"), rows)
+    plan = []
+    for name, deaths in LANES.items():
+        command = ["tune", str(root / "bert"), "--data", str(root / "data.csv"), *STEPS]
+        command += ["--out", str(root / name), *(OTHERS if "otherwise" in name else [])]
+        for i, death in enumerate(deaths):
+            plan.append([[*command, *["--resume"][: i > 0]], death, str(root / f"{name}.log")])
+    (root / "plan.json").write_text(json.dumps(plan))
+    script = Path(__file__).with_name("tune_processes.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(root / "plan.json")],
+        env={**os.environ, "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1"},
+        cwd=root, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes = iter(json.loads(done.stdout))
+    return {
+        name: SimpleNamespace(
+            folder=root / name,
+            log=(root / f"{name}.log").read_text(),
+            codes=[next(codes) for _ in deaths],
+        )
+        for name, deaths in LANES.items()
+    }
+
+
+def contents(folder):
+    """Return the hash of every file of the final model."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / "model").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in LANES if "not at all" not in name])
+def test_a_killed_run_ends_with_the_same_bits(name, lanes):
+    whole = lanes["not at all, otherwise" if "otherwise" in name else "not at all"]
+    killed = lanes[name]
+    expected = {None: 0, "interrupt": 130}
+    assert killed.codes == [expected.get(death and death[0], -9) for death in LANES[name]]
+    assert contents(killed.folder) == contents(whole.folder)
+    metrics = [(lane.folder / "metrics.jsonl").read_text() for lane in (killed, whole)]
+    assert metrics[0] == metrics[1]
+    names = [{path.name for path in lane.folder.iterdir()} for lane in (killed, whole)]
+    assert names[0] == names[1]  # nothing is left over
+
+
+def test_an_uninterrupted_run_writes_what_it_is_made_of(lanes):
+    run = lanes["not at all"]
+    assert run.codes == [0], run.log
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "checkpoint-24", "checkpoint-30",
+        "model",
+    }  # fmt: skip
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["settings"]["learning_rate"] == 1e-3
+    assert config["data"]["rows"] == 34
+    assert config["training_arguments"]["max_steps"] == 30
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    logs = [json.loads(line) for line in lines]
+    assert [log["step"] for log in logs] == list(range(1, 31))
+    assert [log["alpha"] for log in logs] == pytest.approx(
+        [0.5 * (1 - s / 30) for s in range(1, 31)]
+    )
+    assert all(after["learning_rate"] < before["learning_rate"] for before, after in pairwise(logs))
+    moved = load_file(run.folder / "model" / "model.safetensors")
+    start = load_file(run.folder.parent / "bert" / "model.safetensors")
+    assert any(not torch.equal(moved[key], start[key]) for key in start if "query" in key)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("before the first checkpoint", "going on from the start"),
+        ("between two checkpoints", "going on from checkpoint-12"),
+        ("with a checkpoint half written", "checkpoint-24 is not complete: skipped and removed"),
+        ("with a checkpoint not marked", "checkpoint-18 is not complete: skipped and removed"),
+        ("with a checkpoint not marked", "going on from checkpoint-12"),
+        ("before the model has its name", "going on from checkpoint-30"),
+        ("three times", "interrupted. To go on from the newest checkpoint: quanttune tune"),
+    ],
+)
+def test_it_says_where_it_goes_on(name, text, lanes):
+    assert text in lanes[name].log
+
+
+# ------------------------------------------------------------------ what is trained
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def bert(tmp_path, cache):
+    """Return the folder of a BERT without dropout, for 5 labels."""
+    torch.manual_seed(0)
+    MODELS["bert"]().model.save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def tune(*arguments):
+    result = runner.invoke(cli.app, ["tune", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def bert_case(folder):
+    """Pairs of texts of different lengths, whose labels are numbers."""
+    MODELS["bert"]().model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    pairs = [(some_words(1 + i), some_words(3), i % 5) for i in range(6)]
+    rows = [(" ".join(first), " ".join(second), label) for first, second, label in pairs]
+    write_csv(folder / "data.csv", ("first", "second", "label"), rows)
+    ids = [
+        [CLS, *map(VOCABULARY.index, first), SEP, *map(VOCABULARY.index, second), SEP]
+        for first, second, _ in pairs
+    ]
+    lengths = [len(row) for row in ids]
+    batch = {
+        "input_ids": [row + [PAD] * (max(lengths) - len(row)) for row in ids],
+        "attention_mask": [[1] * n + [0] * (max(lengths) - n) for n in lengths],
+        "token_type_ids": [
+            [0] * (len(first) + 2) + [1] * (len(second) + 1) + [0] * (max(lengths) - n)
+            for (first, second, _), n in zip(pairs, lengths, strict=True)
+        ],
+        "labels": [label for *_, label in pairs],
+    }
+    return "data.csv", 6, {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+def opt_case(folder):
+    """Texts that are joined, and cut into rows of 5 tokens; the rest is left out."""
+    MODELS["opt"]().model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    texts = [some_words(3 + i) for i in range(4)]
+    lines = [json.dumps({"text": " ".join(text)}) for text in texts]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    ids = []
+    for text in texts:
+        ids += [CLS, *map(VOCABULARY.index, text), SEP, SEP]  # the end of the text is a [SEP] too
+    rows = torch.tensor(ids[: len(ids) // 5 * 5]).reshape(-1, 5)
+    return "data.jsonl", len(rows), {"input_ids": rows, "labels": rows}
+
+
+def vit_case(folder):
+    """Images in folders that name two of the model's three labels, in another order."""
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args=shape,
+        id2label={0: "Cat", 1: "Dog", 2: "Ant"},
+        label2id={"Cat": 0, "Dog": 1, "Ant": 2},
+        pretrained_cfg={"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3,
+                        "crop_pct": 1.0, "interpolation": "bicubic"},
+    )  # fmt: skip
+    TimmWrapperForImageClassification(config).save_pretrained(folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    for i, label in enumerate(["ant", "ant", "cat", "cat"]):
+        (folder / "images" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i]).save(folder / "images" / label / f"{i}.png")
+    images = (torch.tensor(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    return "images", 4, {"pixel_values": images, "labels": torch.tensor([2, 2, 0, 0])}
+
+
+LOADERS = {
+    bert_case: "AutoModelForSequenceClassification",
+    opt_case: "AutoModelForCausalLM",
+    vit_case: "AutoModelForImageClassification",
+}
+
+
+@pytest.mark.parametrize("case", LOADERS)
+def test_a_step_is_that_of_a_plain_loop(case, tmp_path, cache):
+    data, rows, batch = case(tmp_path)
+    result = tune(
+        tmp_path / "model", "--data", tmp_path / data, "--out", tmp_path / "run", "--steps", 1,
+        "--batch-size", rows, "--learning-rate", 0.1, "--alpha", 0.3, "--tokens",
+        5 if case is opt_case else 16, "--trainer", "optim=sgd", "--trainer", "max_grad_norm=0",
+        "--trainer", "lr_scheduler_type=constant", "--trainer", "use_cpu=true",
+        "--json", tmp_path / "outcome.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model = getattr(transformers, LOADERS[case]).from_pretrained(tmp_path / "model").train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuner = constant(model, 0.3)
+    loss = tuner.combine(model(**batch).loss)
+    loss.backward()
+    trained = type(model).from_pretrained(tmp_path / "run" / "model")
+    after = dict(trained.named_parameters())
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    moved = {name: (before[name] - after[name].detach()) / 0.1 for name in expected}
+    assert_near(moved, expected, 1e-4)  # a float32 parameter minus a small step
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["last"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def config_of(*names, architecture="ViTForImageClassification"):
+    return SimpleNamespace(
+        id2label=dict(enumerate(names)),
+        num_labels=len(names),
+        architectures=[architecture],
+        model_type="vit",
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "labels", "numbered", "classes"),
+    [
+        (["Cat", "Dog", "Ant"], ["ant", "cat"], False, [2, 0]),
+        (["Cat", "Dog"], ["cat", "cow"], False, []),
+        (["LABEL_0", "LABEL_1"], ["bad", "good"], False, [0, 1]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["bad", "good"], False, []),
+        (["Cat", "Dog", "Ant"], ["0", "1"], True, [0, 1]),
+        (["Cat", "Dog"], ["0", "1", "2"], True, []),
+        (["crane", "cat", "crane"], ["crane", "cat", "crane"], False, [0, 1, 2]),
+        (["crane", "cat", "crane"], ["cat"], False, []),
+        # two of ImageNet's classes, by their ids
+        ([f"class {i}" for i in range(1000)], ["n01443537", "n01440764"], False, [1, 0]),
+    ],
+)
+def test_labels_are_matched(known, labels, numbered, classes):
+    assert match_labels(config_of(*known), "image-classification", labels, numbered) == classes
+
+
+def test_a_model_for_something_else_gets_a_new_head():
+    config = config_of("LABEL_0", "LABEL_1", architecture="ViTForMaskedImageModeling")
+    assert match_labels(config, "image-classification", ["a", "b"], False) == []
+
+
+def test_names_of_timm_become_ids_of_their_weights(tmp_path):
+    expected = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert resolve("vit_tiny_patch16_224") == resolve("timm/vit_tiny_patch16_224") == expected
+    assert resolve("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
+    assert resolve(str(tmp_path)) == str(tmp_path)
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture
+def command(bert, tmp_path):
+    """Return the arguments of a run that works."""
+    rows = [(f"w{i} w1", i % 5) for i in range(8)]
+    write_csv(tmp_path / "data.csv", ("text", "label"), rows)
+    return [
+        str(bert), "--data", str(tmp_path / "data.csv"), "--out", str(tmp_path / "run"),
+        "--steps", "2", "--batch-size", "4",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_checks_and_writes_nothing(command, tmp_path):
+    result = tune(*command, "--dry-run")
+    assert "text-classification: BertForSequenceClassification on 8 rows" in result.output
+    assert "16 tokens at most: the model takes no more" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_alone(command, tmp_path):
+    assert tune(*command).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    result = tune(*command, "--resume")
+    assert "is finished: nothing is left to do" in result.output
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match="holds a run: go on with it by --resume"):
+        tune(*command)
+    with pytest.raises(
+        ValueError, match=r"settings\.seed was 0, is 1; settings\.tuning\.alpha was"
+    ):
+        tune(*command, "--resume", "--seed", 1, "--alpha", 0.3)
+
+
+def test_other_data_are_refused(command, tmp_path):
+    assert tune(*command).exit_code == 0
+    for path in sorted((tmp_path / "run" / "model").iterdir()):
+        path.unlink()
+    (tmp_path / "run" / "model").rmdir()
+    rows = [(f"w{i} w2", i % 5) for i in range(8)]
+    write_csv(tmp_path / "data.csv", ("text", "label"), rows)
+    with pytest.raises(ValueError, match=r"data\.fingerprint was"):
+        tune(*command, "--resume")
+
+
+def test_a_folder_of_something_else_is_refused(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    for arguments in ([], ["--resume"]):
+        with pytest.raises(ValueError, match=r"is not empty and holds no run \(thesis\.tex\)"):
+            tune(*command, *arguments)
+
+
+def test_a_checkpoint_that_lost_a_file_is_skipped(command, tmp_path):
+    assert tune(*command, "--save-steps", 1).exit_code == 0
+    run = tmp_path / "run"
+    finished = contents(run)
+    (run / "model").rename(tmp_path / "model")
+    (run / "checkpoint-2" / "optimizer.pt").unlink()
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps({**environment, "threads": 77}))
+    result = tune(*command, "--save-steps", 1, "--resume")
+    assert "checkpoint-2 is not complete" in result.output
+    assert "going on from checkpoint-1" in result.output
+    assert "the last bits may differ: threads was 77, is" in result.output
+    assert contents(run) == finished
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer", "warm_steps=3"], "no field 'warm_steps': did you mean warmup_steps"),
+        (["--trainer", "warmup_steps"], "--trainer takes KEY=VALUE"),
+        (["--trainer", "warmup_steps=few"], "argument --warmup_steps.*: invalid float value"),
+        (["--trainer", "seed=3"], "has an option of its own: --seed"),
+        (["--trainer", "save_only_model=true"], "leaves out what --resume needs"),
+        (["--trainer", "save_total_limit=1"], "save_total_limit must be 2 or more, got 1"),
+        (["--steps", "0"], "steps must be 1 or more, got 0"),
+        (["--alpha", "2"], "alpha must be from 0 to 1"),
+        (["--balance", "some"], "balance must be one of none, initial"),
+        (["--include", "nothing"], "no Linear, Conv1D or LayerNorm"),
+        (["--task", "regression"], "task must be one of text-classification"),
+        (["--label", "grade"], "has no column grade: it has text, label"),
+        (["--text", "text", "--text", "text", "--text", "text"], "say which with --text"),
+        (["--text", "label"], r"column 'label' holds no text: text \(.*string\), label \(int64\)"),
+        (["--task", "image-classification"], "no column holds images"),
+        (["--subset", "sst2"], "a data file has no subsets, got 'sst2'"),
+        (["--split", "test"], "test"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    arguments, message, command, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        tune(*command, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("w1", 0.5), ("w2", 1.5)], "labels must be names, or whole numbers from 0, got"),
+        ([("w1", -1), ("w2", -1)], "whole numbers from 0, got \\['-1'\\]"),
+        ([("w1", 0), ("w2", 0)], "has one label only"),
+        ([("w1", 0), ("", 1)], "column 'text' has rows without a text"),
+        ([], "no data"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(rows, message, command, tmp_path):
+    write_csv(tmp_path / "data.csv", ("text", "label"), rows)
+    with pytest.raises(ValueError, match=message):
+        tune(*command)
+
+
+def test_a_file_of_another_kind_is_refused(command, tmp_path):
+    (tmp_path / "data.xls").write_text("")
+    with pytest.raises(ValueError, match=r"one of \.csv, .*, got data\.xls"):
+        tune(*command, "--data", tmp_path / "data.xls")
+
+
+def test_a_model_that_does_not_tell_its_task_needs_it(command, bert):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    with pytest.raises(ValueError, match="names BertModel, which does not tell the task"):
+        tune(*command)
+    assert "a new head for 5 labels" in tune(*command, "--task", "text-classification").output
+
+
+def test_several_processes_are_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"several processes .*QuantTuneTrainer"):
+        tune(*command)
+
+
+def test_several_gpus_are_refused(command, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible: .* CUDA_VISIBLE_DEVICES=0"):
+        tune(*command)
