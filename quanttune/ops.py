@@ -7,12 +7,13 @@ change nor return what they are given. The one exception has a name that ends in
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_observed
 
 
 class Backend(NamedTuple):
@@ -55,21 +56,31 @@ def backends() -> dict[str, Backend]:
     return {"cpu": _cpu_backend, "cuda": _gpu_backend, "other": others}
 
 
-def _register(name: str, arguments: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Define torch.ops.quanttune.<name>; each module of kernels has a function of that name."""
+def _register(
+    name: str, arguments: str, fake: Callable[..., Any], outputs: int = 1
+) -> Callable[..., Any]:
+    """Define torch.ops.quanttune.<name>, for every kind of device."""
     op = f"quanttune::{name}"
-    torch.library.define(op, f"({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(op, "CompositeExplicitAutograd")(getattr(reference, name))
-    torch.library.impl(op, "CPU")(_dense(getattr(_cpu, name)))
-    torch.library.impl(op, "CUDA")(_dense(getattr(_gpu, name)))
+    returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+    torch.library.define(op, f"({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(op, "CompositeExplicitAutograd")(_kernel(reference, name))
+    torch.library.impl(op, "CPU")(_dense(_kernel(_cpu, name)))
+    torch.library.impl(op, "CUDA")(_dense(_kernel(_gpu, name)))
     torch.library.register_fake(op)(fake)
     return getattr(torch.ops.quanttune, name).default
 
 
-def _dense(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _kernel(module: Any, name: str) -> Callable[..., Any]:
+    """Return a module's function of that name, or what is composed of others that it has."""
+    if hasattr(module, name):
+        return getattr(module, name)
+    return partial(getattr(reference_observed, name), kernels=module)
+
+
+def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Hand contiguous tensors to the kernel: sample positions count along the logical order."""
 
-    def call(*arguments: Any) -> Tensor:
+    def call(*arguments: Any) -> Any:
         return kernel(*[a.contiguous() if isinstance(a, Tensor) else a for a in arguments])
 
     return call
@@ -102,9 +113,34 @@ def _dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _fake_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((samples, reference.COLUMNS), dtype=dtype)
+    return x.new_empty((samples, reference.COLUMNS), dtype=_wide_type(x))
+
+
+def _fake_layer_norm(
+    x: Tensor, weight: Any, bias: Any, eps: float, samples: int, exact: bool
+) -> tuple[Tensor, ...]:
+    moments = [x.new_empty(x.shape[:-1], dtype=_wide_type(x)) for _ in range(2)]
+    statistics = [_fake_statistics(x, samples, exact) for _ in range(2)]
+    return _dense_like(x), *moments, *statistics
+
+
+def _fake_layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    parameters = (x.new_empty(0) if p is None else _dense_like(p) for p in (weight, bias))
+    return _dense_like(x), *parameters
+
+
+def _fake_activation(
+    x: Tensor, kind: str, samples: int, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    both = _fake_statistics(x, samples, exact), _fake_statistics(x, samples, exact)
+    return _dense_like(x), *both
 
 
 fake_quant = _register(
@@ -142,10 +178,11 @@ class StatisticsGroup:
     def __init__(self) -> None:
         self._on_gpu = None if _gpu is reference else _gpu.StatisticsGroup()
 
-    def outlier_statistics(self, x: Tensor, samples: int, exact: bool) -> Tensor:
+    def call(self, op: str, x: Tensor, *arguments: Any) -> Any:
+        """Call an op that returns statistics."""
         if self._on_gpu is None or not _is_plain_gpu_tensor(x):
-            return outlier_statistics(x, samples, exact)
-        return _gpu.outlier_statistics(x.contiguous(), samples, exact, self._on_gpu)
+            return getattr(torch.ops.quanttune, op).default(x, *arguments)
+        return _dense(getattr(_gpu, op))(x, *arguments, self._on_gpu)
 
     def finish(self) -> None:
         if self._on_gpu is not None:
@@ -154,3 +191,34 @@ class StatisticsGroup:
 
 def _is_plain_gpu_tensor(x: Tensor) -> bool:
     return x.is_cuda and type(x) is Tensor
+
+
+# what a backward knows of the ratios on both sides
+_BOTH_SIDES = (
+    "Tensor input_statistics, Tensor output_statistics, Tensor input_share, Tensor output_share, "
+    "bool exact, bool detach_deviation"
+)
+observed_layer_norm = _register(
+    "observed_layer_norm",
+    "Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt samples, bool exact",
+    fake=_fake_layer_norm,
+    outputs=5,
+)
+observed_layer_norm_backward = _register(
+    "observed_layer_norm_backward",
+    "Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor mean, Tensor rstd, "
+    + _BOTH_SIDES,
+    fake=_fake_layer_norm_backward,
+    outputs=3,
+)
+observed_activation = _register(
+    "observed_activation",
+    "Tensor x, str kind, SymInt samples, bool exact",
+    fake=_fake_activation,
+    outputs=3,
+)
+observed_activation_backward = _register(
+    "observed_activation_backward",
+    f"Tensor grad, Tensor x, str kind, {_BOTH_SIDES}",
+    fake=lambda grad, x, *others: _dense_like(x),
+)

@@ -154,7 +154,7 @@ def outlier_statistics(
     if x.dtype == torch.float64 or samples == 0:  # GPUs that train have no float64 to speak of
         return reference.outlier_statistics(x, samples, exact)
     merging = StatisticsGroup() if group is None else group
-    rows = merging.reserve(x, samples, exact, *_split(samples, x.numel() // samples))
+    (rows,) = merging.reserve([x], samples, exact, *_split(samples, x.numel() // samples))
     tile_strata = triton.next_power_of_2(triton.cdiv(TILE, rows.stride))
     with on_device_of(x):
         _partial_kernel[(samples * rows.parts,)](

@@ -5,6 +5,7 @@ sample and an entry in a table that tells where they are. The table is written o
 that no host memory is read: a CUDA graph can hold the whole step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -191,8 +192,19 @@ class StatisticsGroup:
     def __init__(self) -> None:
         self._pending: dict[_Variant, _Pending] = {}
 
-    def reserve(self, x: Tensor, samples: int, exact: bool, parts: int, part_size: int) -> Rows:
-        """Return room for the statistics of x, of which the caller fills all but `statistics`."""
+    def reserve(
+        self, tensors: Sequence[Tensor], samples: int, exact: bool, parts: int, part_size: int
+    ) -> list[Rows]:
+        """Return room for the statistics of tensors of one shape, all of which the caller fills but
+        `statistics`.
+        """
+        # before any of them is there: what has been reserved must be filled when it is merged
+        for variant, pending in list(self._pending.items()):
+            if len(pending.rows) + len(tensors) > MOST_SITES or pending.size >= MOST_PENDING:
+                _launch(variant, self._pending.pop(variant))
+        return [self._reserve(x, samples, exact, parts, part_size) for x in tensors]
+
+    def _reserve(self, x: Tensor, samples: int, exact: bool, parts: int, part_size: int) -> Rows:
         size = x.numel() // samples
         stride, sample_size = strata(size, exact)
         # a whole row is its own sample; of any other it is gathered, on 32-byte boundaries
@@ -230,14 +242,10 @@ class StatisticsGroup:
             max(triton.next_power_of_2(parts), 16),
             half if sample_size <= REGISTER_SAMPLE else 0,
         )
-        pending = self._pending.get(variant)
-        if pending and (len(pending.rows) == MOST_SITES or pending.size >= MOST_PENDING):
-            _launch(variant, self._pending.pop(variant))
-            pending = None
-        if pending is None:
+        if variant not in self._pending:
             table = sample.new_empty((MOST_SITES, _ENTRY.value), dtype=torch.int64)
-            pending = self._pending[variant] = _Pending(table)
-        return pending
+            self._pending[variant] = _Pending(table)
+        return self._pending[variant]
 
 
 def _launch(variant: _Variant, pending: _Pending) -> None:

@@ -29,8 +29,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -50,11 +54,23 @@ GRIDS = {
     "one": [(SINGLE, (1,), None)],
 }
 
+# what observes itself: base and large models, and a width whose bytes of the mask are not its own
+TOKENS = {
+    "tokens": [(BRAIN, (64, 197, 768)), (SINGLE, (64, 197, 768))],
+    "wide tokens": [(BRAIN, (8, 2048, 4096)), (SINGLE, (8, 2048, 4096))],
+    "odd tokens": [(BRAIN, (8, 2048, 100))],
+}
+ACTIVATIONS = {"gelu": [BRAIN, SINGLE], "gelu_tanh": [BRAIN], "relu": [BRAIN]}
+HIDDEN = (64, 197 * 3072)
+
 # one target has everything; on the others what could differ
 COVERAGE = {
-    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, "exact", "detached"}),
-    "sm_80": ([BRAIN], {"long", "tensor"}),
-    "gfx942": ([SINGLE, BRAIN], {"long", "vision", "one", "tensor"}),
+    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, "exact", "detached", *TOKENS, *ACTIVATIONS}),
+    "sm_80": ([BRAIN], {"long", "tensor", "tokens", "wide tokens", "gelu"}),
+    "gfx942": (
+        [SINGLE, BRAIN],
+        {"long", "vision", "one", "tensor", "tokens", "wide tokens", "gelu"},
+    ),
 }
 
 
@@ -80,6 +96,27 @@ def calls():
             arguments = (x, scale, -128, 127, axis)
             yield name, triton_kernels.fake_quant, arguments
             yield name, triton_kernels.fake_quant_backward, (x, *arguments)
+    yield from calls_of_observed()
+
+
+def calls_of_observed():
+    """As `calls`, of what observes itself. In a group, so that nothing is merged."""
+    for name, tensors in TOKENS.items():
+        for dtype, shape in tensors:
+            x, weight, moments = empty(shape, dtype), empty(shape[-1:], dtype), empty(shape[:-1])
+            samples, group = shape[0], triton_kernels.StatisticsGroup()
+            forward = (x, weight, weight, 1e-5, samples, False, group)
+            yield name, triton_kernels.observed_layer_norm, forward
+            both = [empty((samples, 7))] * 2 + [empty(samples)] * 2
+            backward = (x, x, weight, weight, 1e-5, moments, moments, *both, False, False)
+            yield name, triton_kernels.observed_layer_norm_backward, backward
+    for kind, dtypes in ACTIVATIONS.items():
+        for dtype in dtypes:
+            x, samples, group = empty(HIDDEN, dtype), HIDDEN[0], triton_kernels.StatisticsGroup()
+            yield kind, triton_kernels.observed_activation, (x, kind, samples, False, group)
+            both = [empty((samples, 7))] * 2 + [empty(samples)] * 2
+            backward = (x, x, kind, *both, False, False)
+            yield kind, triton_kernels.observed_activation_backward, backward
 
 
 def launches(launcher, arguments):
@@ -105,6 +142,9 @@ def compile_launch(kernel, arguments, options, target):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             divisible = True  # allocations are
+        elif value is None:
+            constants[name] = None
+            divisible = False
         elif isinstance(value, float):
             signature[name] = "fp32"
             divisible = False
