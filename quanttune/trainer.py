@@ -71,6 +71,8 @@ class QuantTuneMixin(_AnyTrainer):
     ) -> Any:
         """Return the loss of the Trainer, in training mode mixed with the outlier loss (eq. 3)."""
         compute = super().compute_loss
+        if self.loss_is_scaled_for_ga is False:
+            num_items_in_batch = None  # with it, Trainer multiplies a mean by the processes
         if not (self.tuner and model.training):
             return compute(model, inputs, return_outputs, num_items_in_batch)
         if self.args.torch_compile and not self.tuner.is_planned:

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import gc
 import importlib.machinery
 import importlib.util
 import math
@@ -16,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from oracle import constant, quiet
+from memory import SANITIZED, growth, linux_memory
 from scripts import run
 from test_outlier_statistics import (
     DTYPES,
@@ -44,11 +42,6 @@ from quanttune.reference import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-LINUX = sys.platform == "linux"
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
-linux_memory = pytest.mark.skipif(
-    not LINUX or SANITIZED, reason="needs the memory of Linux, without a sanitizer's own"
-)
 
 
 def test_the_sanitized_build_is_what_a_sanitizer_sees():
@@ -286,21 +279,6 @@ def test_fake_quant_beyond_two_to_the_31(name, axis, monkeypatch):
 # ------------------------------------------------------------------------------- memory stays flat
 
 
-def resident():
-    """Return the bytes of memory that this process occupies."""
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-
-def growth(call, times):
-    for _ in range(max(times // 5, 20)):
-        call()
-    before = resident()
-    for _ in range(times):
-        call()
-    return resident() - before
-
-
 @linux_memory
 @pytest.mark.parametrize(("shape", "times"), [((1, 64), 5000), ((1, 70001), 1000)])
 def test_calls_leave_memory_flat(shape, times, with_threads):
@@ -313,21 +291,6 @@ def test_calls_leave_memory_flat(shape, times, with_threads):
 
     with_threads(2)
     assert growth(call, times) < 2 << 20
-
-
-@quiet
-@linux_memory
-def test_steps_of_an_attached_model_leave_memory_flat():
-    example = MODELS["vit"]()
-    tuner = constant(example.model)
-    optimizer = torch.optim.SGD(example.model.parameters(), 1e-3)
-
-    def step():
-        optimizer.zero_grad()
-        tuner.combine(example.task_loss()).backward()
-        optimizer.step()
-
-    assert growth(step, 200) < 2 << 20
 
 
 # --------------------------------------------------------- the edges of vectors, pieces and chunks

@@ -54,7 +54,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         task_weight, outlier_weight, observers, count = ctx.weights
-        observers.publish(grad * outlier_weight / count)
+        observers.upstream.publish(grad * outlier_weight / count)
         # a later backward that has nothing to do with the tuner must find no weight
         Variable._execution_engine.queue_callback(observers.end_backward)
         if ctx.on_end_backward:

@@ -6,11 +6,14 @@ much of it, the combined loss says when its own backward starts (loss.py). Nothi
 graph, so gradient accumulation, loss scaling and both kinds of activation checkpointing need no
 bookkeeping: a tap that a checkpoint recomputes finds the coefficient published already.
 
+Where modules ride (riding.py), LayerNorm and activations need no taps. Which activations stand
+between two sites, the forwards before the first backward tell.
+
 While torch.compile traces, nothing tells tensors apart. A forward before that has left a plan:
 which observed tensors come in which order, and how many instances each stands for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from . import riding
+from .hooks import Hook, batch_size, make_compiler_see_hooks, recomputing
 from .taps import Forward, Observation, PlannedTap, Tap
+from .upstream import Upstream
 
 _OTHER_ORDER = (
     ", which the first forward after attach() had otherwise: a model that skips or repeats layers "
@@ -28,11 +34,7 @@ _OTHER_ORDER = (
 
 
 class Observers:
-    """The hooks on a model's sites, and the observations since they were last taken.
-
-    A backward pass that is under way has `publish`ed d(loss)/d(sum of ratios / samples); else that
-    is 0.
-    """
+    """The hooks on a model's sites, and the observations since they were last taken."""
 
     def __init__(
         self,
@@ -41,19 +43,19 @@ class Observers:
         heads: set[nn.Module],
         exact: bool,
         detach_deviation: bool,
+        fuse: bool = False,
     ) -> None:
         self.model, self.heads = model, heads
-        self.exact, self.detach_deviation = exact, detach_deviation
-        _make_compiler_see_hooks()
+        self.exact, self.detach_deviation, self.fuse = exact, detach_deviation, fuse
+        make_compiler_see_hooks()
         self.enabled = True
-        first = next(iter(model.parameters()), torch.empty(0))
-        self._coefficient = torch.zeros((), device=first.device)
-        self._shares: dict[tuple[Any, ...], Tensor] = {}
+        self.upstream = Upstream(next(iter(model.parameters()), torch.empty(0)))
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
         self.compiled = False  # torch.compile has traced a forward
         self.unplanned = False  # it has before there was a plan, and nothing was observed
         self._visits: list[tuple[str, Observation | None]] = []  # sites, and what is new there
         self._plan: list[tuple[str, int]] | None = None  # the same, with its instances
+        self._always_new: set[str] = set()  # sites at which no tensor came by that was known
         self._position: int | None = None  # in the plan, while torch.compile traces
         self._inside = False
         self._samples = 1
@@ -62,14 +64,14 @@ class Observers:
         self._group: ops.StatisticsGroup | None = None  # of the forward that is under way
         self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
-        self._handles = [
+        self._activations = riding.Activations()
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
         ]
         for name, module in sites.items():
-            self._handles += [
-                module.register_forward_pre_hook(Hook(self._before, name), with_kwargs=True),
-                module.register_forward_hook(Hook(self._after, name)),
-            ]
+            self._handles += self._hooks_on(name, module)
+        if fuse:
+            self._handles += self._activations.ride(model, self._activation)
         # always, so that an exception in the middle of a forward closes it too
         leave = model.register_forward_hook(Hook(self._leave), always_call=True)
         self._handles.append(leave)
@@ -87,37 +89,33 @@ class Observers:
             self._last = self._last.before
         return taken
 
-    def publish(self, coefficient: Tensor) -> None:
-        """Set the weight of one instance of eq. 2 in the backward pass that begins."""
-        # by way of .data, for a compiled forward has saved it for its backward
-        self._coefficient.data.copy_(coefficient)
-        self._shares.clear()
+    def measure(self, op: str, *arguments: Any) -> Any:
+        """Return what an op does, whose statistics are there at the end of the forward."""
+        if self._group is None:
+            return getattr(ops, op)(*arguments)
+        return self._group.call(op, *arguments)
 
     def end_backward(self) -> None:
         """Forget the weight of the loss whose backward has ended."""
-        self._coefficient.data.zero_()
-        self._shares.clear()
+        self.upstream.clear()
 
-    def share(self, multiplicity: int, statistics: Tensor) -> Tensor:
-        """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
-        samples, dtype = len(statistics), statistics.dtype
-        key = multiplicity, samples, dtype, statistics.device
-        if key not in self._shares:  # few differ, and a tensor operation costs as much as a kernel
-            weight = self._coefficient.to(statistics.device, dtype) * (multiplicity / samples)
-            self._shares[key] = weight.repeat(samples)
-        return self._shares[key]
-
-    def measure(self, x: Tensor, samples: int) -> Tensor:
-        """Return the statistics of x, which are there at the end of the forward."""
-        if self._group is None:
-            return ops.outlier_statistics(x, samples, self.exact)
-        return self._group.outlier_statistics(x, samples, self.exact)
+    def end_first_backward(self) -> None:
+        """Let activations ride: no forward of those that taught which ones is recomputed now."""
+        self._activations.start()
 
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._last, self._pending, self._visits = [], None, [], []
+
+    def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
+        if self.fuse and riding.rides_as_norm(module):
+            return [riding.Handle(module, Hook(self._norm, name))]
+        return [
+            module.register_forward_pre_hook(Hook(self._before, name), with_kwargs=True),
+            module.register_forward_hook(Hook(self._after, name)),
+        ]
 
     # ------------------------------------------------------------------------------ hooks
 
@@ -129,8 +127,8 @@ class Observers:
             self.unplanned = self._inside and self._plan is None
             self._inside &= not self.unplanned
             self._position = 0 if self._inside else None
-        elif not _recomputing():
-            self.end_backward()  # one that failed halfway did not
+        elif not recomputing():
+            self.upstream.clear()  # one that failed halfway did not
             self._group = ops.StatisticsGroup() if self._inside else None
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
@@ -143,6 +141,7 @@ class Observers:
             if self._group:
                 self._group.finish()
             if self._position is None:
+                self._check_deferred()
                 self._leave_out_logits(output)
                 self._make_plan()
             elif self._position != len(self._plan or ()):
@@ -166,40 +165,111 @@ class Observers:
         y = self._observe(output, f"{name}.output", module)
         return None if y is output else y
 
+    def _norm(self, name: str, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run a LayerNorm that rides."""
+        tracing = torch.compiler.is_compiling()
+        if tracing or not (riding.fits(module, x) and self._sees(x, f"{name}.input")):
+            y = plain(self._observe(x, f"{name}.input", module))
+            return self._observe(y, f"{name}.output", module)
+        before = self._sight(x, f"{name}.input", module)
+        after = self._new(x, f"{name}.output", module)  # y has its shape
+        if after is None:
+            return plain(x)
+        parameters = module.weight, module.bias, module.eps
+        y = riding.RidingNorm.apply(x, *parameters, before, after, self)
+        return self._know(y, after)
+
+    def _activation(
+        self, name: str, kind: str, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """Run an activation that rides, or learn whether it could."""
+        if torch.compiler.is_compiling() or not self._sees(x, name):
+            return plain(x)
+        known = self._find(x)
+        if name not in self._activations.riding:
+            return self._activations.learn(name, known.site if known else "", plain(x))
+        after = self._new(x, "", module)
+        if after is None:
+            return plain(x)
+        before = known if known and known.statistics is None else None
+        return self._know(riding.RidingActivation.apply(x, kind, before, after, self), after)
+
+    # ------------------------------------------------------------------------------ tensors
+
     def _observe(self, x: Any, site: str, module: nn.Module) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+        if not self._sees(x, site):
             return x
         if torch.compiler.is_compiling():
-            return self._observe_planned(x, site, module) if self._inside else x
+            return self._observe_planned(x, site, module)
+        if site in self._activations.deferred and self._find(x) is None:
+            observation = self._new(x, site, module)
+            return x if observation is None else self._know(x, observation)
+        observation = self._sight(x, site, module)
+        return (
+            x if observation is None else self._know(Tap.apply(x, observation, self), observation)
+        )
+
+    def _sees(self, x: Any, site: str) -> bool:
+        """Tell whether x is to be observed in the forward that is under way."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+            return False
+        if torch.compiler.is_compiling():
+            return self._inside
         if self._position is not None:
             raise RuntimeError(
                 f"torch.compile broke the forward into several graphs, the first ends before {site}"
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
             )
-        recomputing, graph = _recomputing(), torch.is_grad_enabled()
-        if not (self._inside or (recomputing and self.enabled and self.model.training)):
-            return x
+        return self._inside or (recomputing() and self.enabled and self.model.training)
+
+    def _find(self, x: Tensor) -> Observation | None:
         known = self._known.get(x)
         # without a graph, the gradient of what a region sees is that of its recomputation
-        if known is not None and known.version == x._version and known.graph == graph:
-            # a tensor from before a checkpoint's region was counted when it first came by
-            known.multiplicity += known.recomputed == recomputing
-            self._visit(site, None)
-            return x
-        if not recomputing:
+        valid = known and known.version == x._version and known.graph == torch.is_grad_enabled()
+        return known if valid else None
+
+    def _sight(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
+        """Count x at a site. Return its observation if its statistics are still to be taken."""
+        known = self._find(x)
+        if known and recomputing() and not known.recomputed and site in self._always_new:
+            known = None  # FSDP2 hands its module a view of the input, but not in a recomputation
+        if known is None:
+            self._activations.meet(x)
+            return self._new(x, site, module)
+        if not known.site:  # of an activation that rides: this is the site it is made for
+            known.site, known.module, known.multiplicity = site, module, 1
+            self._count(known)
+            return None
+        # a tensor from before a checkpoint's region was counted when it first came by
+        known.multiplicity += known.recomputed == recomputing()
+        self._visit(site, None)
+        return known if known.statistics is None else None
+
+    def _new(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
+        """Return an observation of x, or of a result that has its shape; "" is no site yet."""
+        if not recomputing():
             self._samples_of[x.shape] = self._samples_in(x)
         samples = self._samples_of.get(x.shape)
         if samples is None:  # recomputed, but its forward was not observed
-            return x
-        observation = Observation(site, module, x._version, recomputing, graph)
-        observation.awaits_gradient = x.requires_grad and graph
+            return None
+        graph = torch.is_grad_enabled()
         self.reentrant |= not graph
-        y = Tap.apply(x, samples, observation, self)
+        observation = Observation(site, module, samples, recomputing(), graph, int(site != ""))
+        if site:
+            self._count(observation)
+        return observation
+
+    def _know(self, y: Tensor, observation: Observation) -> Tensor:
+        """Remember what y is to the sites that meet it from here on."""
+        observation.version = y._version
+        observation.awaits_gradient = y.requires_grad and observation.graph
         self._known[y] = observation
-        if not recomputing:
-            self._pending.append(observation)
-            self._visit(site, observation)
         return y
+
+    def _count(self, observation: Observation) -> None:
+        if not observation.recomputed:
+            self._pending.append(observation)
+        self._visit(observation.site, observation)
 
     def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
         plan, position = self._plan or [], self._position
@@ -210,10 +280,11 @@ class Observers:
         if multiplicity == 0:
             return x
         samples = self._samples_in(x)
+        options = self.exact, self.detach_deviation, self.fuse
         y, statistics = PlannedTap.apply(
-            x, self._coefficient, samples, multiplicity, self.exact, self.detach_deviation
+            x, self.upstream.coefficient, samples, multiplicity, *options
         )
-        observation = Observation(site, module, 0, False, True, multiplicity, statistics)
+        observation = Observation(site, module, samples, False, True, multiplicity, statistics)
         self._pending.append(observation)
         return y
 
@@ -222,7 +293,7 @@ class Observers:
         return self._samples if x.shape[0] % self._samples == 0 else 1
 
     def _visit(self, site: str, observation: Observation | None) -> None:
-        if self._plan is None and not _recomputing():
+        if self._plan is None and not recomputing():
             self._visits.append((site, observation))
 
     def _make_plan(self) -> None:
@@ -233,51 +304,27 @@ class Observers:
                 for site, observation in self._visits
                 if observation is None or observation.multiplicity
             ]
+            seen_again = {site for site, observation in self._visits if observation is None}
+            self._always_new = {site for site, _ in self._visits} - seen_again
+
+    def _check_deferred(self) -> None:
+        lost = [o.site for o in self._pending if o.statistics is None]
+        if lost:
+            raise RuntimeError(
+                f"{lost[0]} did not reach the activation that observes it, as in the first "
+                "forward after attach(): this model needs fuse=False"
+            )
 
     def _leave_out_logits(self, output: Any) -> None:
         for leaf in tree_leaves(output):
-            known = self._known.get(leaf) if isinstance(leaf, Tensor) else None
+            known = self._observation_of(leaf) if isinstance(leaf, Tensor) else None
             if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
                 known.multiplicity = 0
                 self.heads.add(known.module)
 
-
-def _recomputing() -> bool:
-    """Tell whether a backward pass is under way: a forward within it is that of a checkpoint."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _make_compiler_see_hooks() -> None:
-    """Let torch.compile tell a model with hooks from one without; by default it takes no notice.
-
-    Else a compiled model would go on without those of a tuner that is attached later, or with those
-    of a model of the same class.
-    """
-    import torch._dynamo.config  # takes 1.5 s, unless transformers or timm has done it
-
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()  # what was compiled before
-
-
-class Hook:
-    """A method with its first arguments, as a hook. A copy of the model gets an inert one."""
-
-    def __init__(self, method: Any = None, *arguments: Any) -> None:
-        self.method, self.arguments = method, arguments
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.method(*self.arguments, *arguments) if self.method else None
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return Hook, ()
-
-
-def batch_size(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Return the first dimension of the first tensor that the model is called with."""
-    main = kwargs.get(getattr(model, "main_input_name", None) or "")  # transformers names it
-    for leaf in tree_leaves((main, args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    raise ValueError(
-        f"{type(model).__name__} was called without a tensor to take the batch size from"
-    )
+    def _observation_of(self, output: Tensor) -> Observation | None:
+        # accelerate and FSDP2 cast what a model returns to another dtype
+        node = output.grad_fn
+        while node is not None and node.name() == "ToCopyBackward0":
+            node = node.next_functions[0][0]
+        return getattr(node, "observation", None) or self._known.get(output)

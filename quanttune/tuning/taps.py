@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import ops
+from .. import decomposed, ops
 from ..reference import RATIO
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ class Observation:
 
     site: str
     module: nn.Module
-    version: int  # of the tensor's storage: a change in place makes another tensor of it
+    samples: int
     recomputed: bool  # by a checkpoint, during backward
     graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
     statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
+    version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
     awaits_gradient: bool = False
 
     @property
@@ -46,13 +47,13 @@ class Tap(torch.autograd.Function):
     """Observe x on its way. When its backward runs, the loss has told what an instance weighs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, samples: int, observation: Observation, observers: "Observers"
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, observation: Observation, observers: "Observers") -> Tensor:
         ctx.save_for_backward(x)
         ctx.observation, ctx.observers = observation, observers
         # not saved by autograd, which may copy it elsewhere before the statistics are there
-        observation.statistics = observers.measure(x, samples)
+        observation.statistics = observers.measure(
+            "outlier_statistics", x, observation.samples, observers.exact
+        )
         return x.view_as(x)
 
     @staticmethod
@@ -62,11 +63,30 @@ class Tap(torch.autograd.Function):
         observation, observers = ctx.observation, ctx.observers
         statistics = observation.statistics
         observation.awaits_gradient = False
-        share = observers.share(observation.multiplicity, statistics)
+        share = observers.upstream.share(observation.multiplicity, statistics)
         total = ops.outlier_statistics_backward(
             grad, x, statistics, share, observers.exact, observers.detach_deviation
         )
-        return total, None, None, None
+        return total, None, None
+
+
+def _share_now(coefficient: Tensor, grad: Tensor, samples: int, multiplicity: int) -> Tensor:
+    """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    weight = coefficient.to(grad.device, dtype) * (multiplicity / samples)
+    return weight.repeat(samples)
+
+
+# An op, and one that wants the gradient: what depends on a forward's inputs alone a compiler may
+# compute in the forward, where the loss has not published its coefficient yet.
+torch.library.define(
+    "quanttune::share",
+    "(Tensor coefficient, Tensor grad, SymInt samples, int multiplicity) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("quanttune::share", "CompositeExplicitAutograd")(_share_now)
+torch.library.register_fake("quanttune::share")(_share_now)
+_share = torch.ops.quanttune.share.default
 
 
 class PlannedTap(torch.autograd.Function):
@@ -81,19 +101,22 @@ class PlannedTap(torch.autograd.Function):
         multiplicity: int,
         exact: bool,
         detach_deviation: bool,
+        decompose: bool,
     ) -> tuple[Tensor, Tensor]:
-        statistics = ops.outlier_statistics(x, samples, exact)
+        kernels = decomposed if decompose else ops
+        statistics = kernels.outlier_statistics(x, samples, exact)
         ctx.save_for_backward(x, statistics, coefficient)
-        ctx.constants = multiplicity, exact, detach_deviation
+        ctx.constants = multiplicity, exact, detach_deviation, kernels
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient = ctx.saved_tensors
-        multiplicity, exact, detach_deviation = ctx.constants
+        multiplicity, exact, detach_deviation, kernels = ctx.constants
         samples = len(statistics)
-        weight = coefficient.to(statistics.device, statistics.dtype) * (multiplicity / samples)
-        share = weight.expand(samples)
-        total = ops.outlier_statistics_backward(grad, x, statistics, share, exact, detach_deviation)
-        return total, None, None, None, None, None
+        share = _share(coefficient, grad, samples, multiplicity)
+        total = kernels.outlier_statistics_backward(
+            grad, x, statistics, share, exact, detach_deviation
+        )
+        return total, None, None, None, None, None, None

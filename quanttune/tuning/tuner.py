@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..reference import MAXIMUM
 from . import schedule
+from .hooks import Hook
 from .loss import combine, instances, outlier_loss
-from .observers import Hook, Observers
+from .observers import Observers
 from .sites import find_heads, find_sites
 from .taps import Observation
 
@@ -23,7 +24,7 @@ class Tuner:
     """What `attach` returns: `combine` the loss, `step` after the optimizer, `detach` at the end.
 
     `task_loss` and `outlier_loss` hold the two terms of the last `combine`, as tensors without a
-    graph.
+    graph. `balance_factor` is what balance="initial" found at the first; set it to go on with it.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Tuner:
         self._observers = observers
         self._schedule = alpha, decay, total_steps
         self._balance = balance
-        self._factor: Tensor | None = None
+        self.balance_factor: Tensor | None = None
         self._observed: list[Observation] = []
         self._checked_gradients = self._checked_reach = False
         observers.enabled = self.alpha != 0
@@ -118,15 +119,18 @@ class Tuner:
     def _balance_factor(self, task: Tensor, outlier: Tensor) -> Tensor:
         if self._balance == "none":
             return torch.ones_like(outlier)
-        if self._factor is None:
-            self._factor = task / outlier
-            if not (math.isfinite(self._factor) and self._factor > 0):
+        if self.balance_factor is None:
+            first = torch.stack([task, outlier])
+            if torch.distributed.is_initialized():  # one factor for all processes
+                torch.distributed.all_reduce(first)
+            self.balance_factor = first[0] / first[1]
+            if not (math.isfinite(self.balance_factor) and self.balance_factor > 0):
                 raise ValueError(
                     'balance="initial" needs positive first losses, got '
                     f"{task.item():.4g} for the task and {outlier.item():.4g} for the outliers: "
                     'use balance="none"'
                 )
-        return self._factor
+        return self.balance_factor
 
     def _compare_gradients(
         self,
@@ -166,6 +170,7 @@ class Tuner:
             if self._checked_reach:
                 return
             self._checked_reach = True
+            self._observers.end_first_backward()
             lost = [o.site for o in observations if o.awaits_gradient]
             if lost:
                 warnings.warn(
@@ -186,6 +191,7 @@ def attach(
     balance: str = "none",
     detach_deviation: bool = False,
     exact: bool = False,
+    fuse: bool = False,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Tuner:
@@ -213,6 +219,9 @@ def attach(
             outliers faster than the paper's form, which stays the default.
         exact: take medians over all elements, not over a sample, of tensors with more than 65,536
             elements per sample.
+        fuse: let LayerNorm, GELU and ReLU modules observe themselves in the kernel that they run
+            (their class is another one meanwhile), and let torch.compile do as much: fewer passes
+            over memory on a GPU. On a CPU it costs more than it saves.
         include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
             logits are left out in any case.
 
@@ -221,15 +230,26 @@ def attach(
 
     Source: QuantTune, arXiv 2403.06497, eqs. 2 and 3; `balance` and `detach_deviation` are ours.
     """
-    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
+    model = _unwrap(model)
     schedule.check(alpha, decay, total_steps)
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
     if is_attached(model):
         raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
     sites = find_sites(model, include, exclude)
-    observers = Observers(model, sites, find_heads(model), exact, detach_deviation)
+    observers = Observers(model, sites, find_heads(model), exact, detach_deviation, fuse)
     return Tuner(model, observers, alpha, decay, total_steps, balance)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model in what torch.compile or DistributedDataParallel returned."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # the wrapper hands out copies of the logits, unknown to the tuner
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -1,0 +1,49 @@
+"""Hooks that leave nothing behind in a copy of a model, and what they ask of a forward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Hook:
+    """A method with its first arguments, as a hook. A copy of the model gets an inert one."""
+
+    def __init__(self, method: Any = None, *arguments: Any) -> None:
+        self.method, self.arguments = method, arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.method(*self.arguments, *arguments) if self.method else None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return Hook, ()
+
+
+def recomputing() -> bool:
+    """Tell whether a backward pass is under way: a forward within it is that of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def make_compiler_see_hooks() -> None:
+    """Let torch.compile tell a model with hooks from one without; by default it takes no notice.
+
+    Else a compiled model would go on without those of a tuner that is attached later, or with those
+    of a model of the same class.
+    """
+    import torch._dynamo.config  # takes 1.5 s, unless transformers or timm has done it
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()  # what was compiled before
+
+
+def batch_size(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Return the first dimension of the first tensor that the model is called with."""
+    main = kwargs.get(getattr(model, "main_input_name", None) or "")  # transformers names it
+    for leaf in tree_leaves((main, args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    raise ValueError(
+        f"{type(model).__name__} was called without a tensor to take the batch size from"
+    )

@@ -1,0 +1,76 @@
+"""The code of docs/training.md runs, trains, and lets alpha reach 0 at its end."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import quiet
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
+START, *SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+ALONE = [snippet for snippet in SNIPPETS if "init_process_group" not in snippet]
+TOGETHER = [snippet for snippet in SNIPPETS if "init_process_group" in snippet]
+
+# what a snippet must have done, in each process
+CHECK = """
+trained = globals().get("bert", model)
+mine = [p.to_local() if hasattr(p, "to_local") else p for p in trained.parameters()]
+assert all(p.isfinite().all() for p in mine)
+assert "trainer" in globals() or tuner.alpha == 0, tuner.alpha
+"""
+
+
+def name(snippet: str) -> str:
+    known = ("Trainer(", "Accelerator", "compile", "GradScaler", "parts")
+    return next((word.strip("(") for word in known if word in snippet), "plain")
+
+
+def test_the_page_has_all_snippets():
+    assert [len(ALONE), len(TOGETHER)] == [6, 2]
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+# Dynamo hides this warning from show, not from a filter that makes it an error
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("snippet", ALONE, ids=name)
+def test_a_snippet_for_one_process(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the Trainer makes a folder
+    torch.compiler.reset()
+    # as inductor takes a minute: test_compile.py has it
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names: dict[str, object] = {"__name__": "snippet"}
+    exec(compile(START, f"{PAGE} start", "exec"), names)
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    exec(compile(snippet + CHECK, f"{PAGE} {name(snippet)}", "exec"), names)
+    if "bert" not in names:
+        assert not any(map(torch.equal, before, names["model"].parameters()))
+
+
+def test_the_snippets_for_two_processes(tmp_path):
+    """One after the other in one process group: processes take long to start."""
+    first, second = (START + snippet + CHECK for snippet in TOGETHER)
+    file = tmp_path / "train.py"
+    file.write_text(
+        first.replace("dist.destroy_process_group()", "")
+        + second.replace('dist.init_process_group("gloo")', "")
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with subprocess.Popen(
+        [*command, "--nproc-per-node", "2", str(file)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and its workers, which a kill would leave behind
+            raise
+    assert process.returncode == 0, errors
