@@ -13,8 +13,9 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296
 demo: $(VENV)/.demo
 	$(KEEP_MEMORY) $(BIN)/quanttune demo $(ARGS)
 
+# a file of tests per process, each of one thread: two that share two cores wait for each other
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 # every op beside its rivals, then the table of ratios. ARGS go to ratios.py, for instance --strict;
 # JSON=benchmarks/results/<machine>/cpu-ratios.json keeps what it measured.

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from quanttune import attach
 
-STEPS, ROUNDS = 4, 3  # with and without take turns
+STEPS, ROUNDS = 4, 3  # the variants take turns
+VARIANTS: dict[str, dict[str, bool] | None] = {"without": None, "with": {}, "fused": {"fuse": True}}
 ALPHA, MANY = 1e-3, 10**9  # so small that nothing is drowned; it stays what it is
 LOSS = Callable[[nn.Module], Tensor]
 
 
 def steps(machine: Machine) -> dict[str, Any]:
-    """Train each model with and without the observer, in turns; time and peak memory."""
+    """Train each model without the observer, with it, and with it fused; time and peak memory."""
     models = _dry_models() if machine.dry else _models()
     return {"rows": [_compare(machine, name, make) for name, make in models.items()]}
 
@@ -96,13 +97,13 @@ def _compare(
     model, loss_of = make(machine)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    times: dict[str, list[float]] = {"without": [], "with": []}
-    peaks = {"without": 0.0, "with": 0.0}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    peaks = dict.fromkeys(VARIANTS, 0.0)
     for turn in range(1 + (1 if machine.dry else ROUNDS)):
-        for variant in times:
+        for variant, options in VARIANTS.items():
             tuner = None
-            if variant == "with":
-                tuner = attach(model, ALPHA, total_steps=MANY, detach_deviation=True)
+            if options is not None:
+                tuner = attach(model, ALPHA, total_steps=MANY, detach_deviation=True, **options)
             step = partial(_step, model, loss_of, optimizer, tuner)
             milliseconds, peak = _measure(machine, step)
             if turn:  # the first turn compiles, and makes the state of the optimizer
@@ -116,6 +117,7 @@ def _compare(
         "parameters": sum(p.numel() for p in model.parameters()),
         "milliseconds": result,
         "time_ratio": result["with"] / result["without"],
+        "fused_time_ratio": result["fused"] / result["without"],
         "peak_gib": peaks,
     }
     del model, optimizer, step
