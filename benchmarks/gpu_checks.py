@@ -174,7 +174,9 @@ def _compare_gradients(
     first, *others = torch.autograd.grad(wide, leaves, total)
     first = reference.outlier_statistics_backward(first, data, before, *options)
     for ours, theirs in zip(gradients, (first, *others), strict=True):
-        assert _near(ours, theirs, theirs.square().mean().sqrt()), f"gradients: {where}"
+        # the backward of LayerNorm takes large sums from each other
+        least = 4 * theirs.square().mean().sqrt()
+        assert _near(ours, theirs, least), f"gradients: {where}"
 
 
 def _check_fake_quant(x: Tensor, where: str) -> None:
