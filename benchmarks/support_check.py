@@ -72,6 +72,8 @@ def _compare_or_error(
     try:
         return compare(model, inputs, exclude)
     except MISFIT as error:
+        if "can't allocate memory" in str(error):  # what torch says of the limit
+            raise MemoryError from error
         return {"outcome": "error", "message": _message(error)}
 
 

@@ -198,7 +198,7 @@ def test_a_forward_without_an_activation_that_rides_is_refused():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled():
     torch.compiler.reset()
-    example = MODELS["vit"]()
+    example = branching(activation_first=True)
     _, expected = expected_step(example, 0.3)
     tuner = constant(example.model, fuse=True)
     steps(example, tuner, 1)

@@ -85,6 +85,8 @@ def run(arguments, death, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # a parent may ignore it, as the workers of pytest-xdist do
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if death:
         place, step = death
         DEATHS[place](step)
