@@ -296,8 +296,9 @@ class Recording(triton_kernels.StatisticsGroup):
         self.rows = []
 
     def reserve(self, *arguments):
-        self.rows.append(super().reserve(*arguments))
-        return self.rows[-1]
+        reserved = super().reserve(*arguments)
+        self.rows += reserved
+        return reserved
 
 
 @pytest.mark.parametrize("shape", [(2, 301, 33), (1, 4140, 7), (1, 3, 3000)])
