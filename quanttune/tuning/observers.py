@@ -8,9 +8,6 @@ bookkeeping: a tap that a checkpoint recomputes finds the coefficient published 
 
 Where modules ride (riding.py), LayerNorm and activations need no taps. Which activations stand
 between two sites, the forwards before the first backward tell.
-
-While torch.compile traces, nothing tells tensors apart. A forward before that has left a plan:
-which observed tensors come in which order, and how many instances each stands for.
 """
 
 from collections.abc import Callable
@@ -24,13 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops
 from . import riding
 from .hooks import Hook, batch_size, make_compiler_see_hooks, recomputing
+from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap
 from .upstream import Upstream
-
-_OTHER_ORDER = (
-    ", which the first forward after attach() had otherwise: a model that skips or repeats layers "
-    "at random cannot be tuned under torch.compile"
-)
 
 
 class Observers:
@@ -53,10 +46,7 @@ class Observers:
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
         self.compiled = False  # torch.compile has traced a forward
         self.unplanned = False  # it has before there was a plan, and nothing was observed
-        self._visits: list[tuple[str, Observation | None]] = []  # sites, and what is new there
-        self._plan: list[tuple[str, int]] | None = None  # the same, with its instances
-        self._always_new: set[str] = set()  # sites at which no tensor came by that was known
-        self._position: int | None = None  # in the plan, while torch.compile traces
+        self._plan = Plan()
         self._inside = False
         self._samples = 1
         self._samples_of: dict[torch.Size, int] = {}  # what a recomputation finds
@@ -79,7 +69,7 @@ class Observers:
     @property
     def is_planned(self) -> bool:
         """Whether torch.compile can trace a forward."""
-        return self._plan is not None
+        return self._plan.is_made
 
     def take(self) -> list[Observation]:
         """Return the observations since the last call, one per distinct tensor, and forget them."""
@@ -107,7 +97,8 @@ class Observers:
         """Take all hooks off, and leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._last, self._pending, self._visits = [], None, [], []
+        self._handles, self._last, self._pending = [], None, []
+        self._plan.begin(follow=False)
 
     def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
         if self.fuse and riding.rides_as_norm(module):
@@ -121,15 +112,16 @@ class Observers:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
-        self._pending, self._visits, self._position, self._group = [], [], None, None
-        if torch.compiler.is_compiling():
+        self._pending, self._group = [], None
+        tracing = torch.compiler.is_compiling()
+        if tracing:
             self.compiled = True
-            self.unplanned = self._inside and self._plan is None
+            self.unplanned = self._inside and not self._plan.is_made
             self._inside &= not self.unplanned
-            self._position = 0 if self._inside else None
         elif not recomputing():
             self.upstream.clear()  # one that failed halfway did not
             self._group = ops.StatisticsGroup() if self._inside else None
+        self._plan.begin(follow=tracing and self._inside)
         if self._inside:
             self._samples = batch_size(module, args, kwargs)
 
@@ -140,14 +132,15 @@ class Observers:
         if output is not None:  # else an exception: half a pass does not count
             if self._group:
                 self._group.finish()
-            if self._position is None:
+            if self._plan.is_followed:
+                self._plan.check_end()
+            else:
                 self._check_deferred()
                 self._leave_out_logits(output)
-                self._make_plan()
-            elif self._position != len(self._plan or ()):
-                raise RuntimeError(f"only {self._position} tensors were observed{_OTHER_ORDER}")
+                self._plan.make()
             self._last = Forward(self._pending, self._last)
-        self._pending, self._visits, self._position, self._group = [], [], None, None
+        self._pending, self._group = [], None
+        self._plan.begin(follow=False)
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -205,9 +198,9 @@ class Observers:
             observation = self._new(x, site, module)
             return x if observation is None else self._know(x, observation)
         observation = self._sight(x, site, module)
-        return (
-            x if observation is None else self._know(Tap.apply(x, observation, self), observation)
-        )
+        if observation is None:
+            return x
+        return self._know(Tap.apply(x, observation, self), observation)
 
     def _sees(self, x: Any, site: str) -> bool:
         """Tell whether x is to be observed in the forward that is under way."""
@@ -215,7 +208,7 @@ class Observers:
             return False
         if torch.compiler.is_compiling():
             return self._inside
-        if self._position is not None:
+        if self._plan.is_followed:
             raise RuntimeError(
                 f"torch.compile broke the forward into several graphs, the first ends before {site}"
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
@@ -231,7 +224,7 @@ class Observers:
     def _sight(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
         """Count x at a site. Return its observation if its statistics are still to be taken."""
         known = self._find(x)
-        if known and recomputing() and not known.recomputed and site in self._always_new:
+        if known and recomputing() and not known.recomputed and site in self._plan.always_new:
             known = None  # FSDP2 hands its module a view of the input, but not in a recomputation
         if known is None:
             self._activations.meet(x)
@@ -272,11 +265,7 @@ class Observers:
         self._visit(observation.site, observation)
 
     def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
-        plan, position = self._plan or [], self._position
-        if position is None or position >= len(plan) or plan[position][0] != site:
-            raise RuntimeError(f"{site} is observed{_OTHER_ORDER}")
-        self._position = position + 1
-        multiplicity = plan[position][1]
+        multiplicity = self._plan.follow(site)
         if multiplicity == 0:
             return x
         samples = self._samples_in(x)
@@ -293,19 +282,8 @@ class Observers:
         return self._samples if x.shape[0] % self._samples == 0 else 1
 
     def _visit(self, site: str, observation: Observation | None) -> None:
-        if self._plan is None and not recomputing():
-            self._visits.append((site, observation))
-
-    def _make_plan(self) -> None:
-        """Note, once, what a traced forward cannot find out; logits are no longer visited then."""
-        if self._plan is None:
-            self._plan = [
-                (site, observation.multiplicity if observation else 0)
-                for site, observation in self._visits
-                if observation is None or observation.multiplicity
-            ]
-            seen_again = {site for site, observation in self._visits if observation is None}
-            self._always_new = {site for site, _ in self._visits} - seen_again
+        if not recomputing():
+            self._plan.visit(site, observation)
 
     def _check_deferred(self) -> None:
         lost = [o.site for o in self._pending if o.statistics is None]
