@@ -1,7 +1,7 @@
 """The order in which a forward meets its observed tensors, for torch.compile.
 
-While it traces, nothing tells tensors apart. A forward before that has left a plan: which sites come
-in which order, and how many instances of eq. 2 each new tensor stands for.
+While it traces, nothing tells tensors apart. A forward before that has left a plan: which sites
+come in which order, and how many instances of eq. 2 each new tensor stands for.
 """
 
 from .taps import Observation

@@ -193,6 +193,10 @@ def audit(compiled):
         "spills": len(spills),
         "loops": len(loops),
         "loop_spills": sum(any(begin <= at <= end for begin, end in loops) for at in spills),
+        "main_loop": max(
+            [sum(begin <= at <= end for at, _ in machine_code) for begin, end in loops],
+            default=sum(not text.startswith("NOP") for _, text in machine_code),
+        ),
         # with its type, so that predicates, labels and declarations stay out
         "instructions": re.findall(
             r"^\s*(?:@!?%p\d+\s+)?([a-z]\w*(?:\.[\w:]+)+)", compiled.asm["ptx"], re.M

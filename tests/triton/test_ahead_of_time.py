@@ -45,7 +45,21 @@ REGISTERS = {
     ACTIVATION: 128,
     ACTIVATION_GRADIENT: 96,
 }
-
+# Instructions of a thread per element, those of rare branches included. In the time that an H200
+# takes to move the bytes of an element of bfloat16 a thread can do 15 for the statistics, 31 for fake
+# quantization and 46 for a gradient. Some do more: in the case "vision" a third of the elements are
+# sampled, and kernels that do a module's work besides are bound by instructions.
+BUDGET = {
+    STATISTICS: 15,
+    GRADIENT: 46,
+    FAKE_QUANT: 31,
+    FAKE_QUANT_GRADIENT: 46,
+    LAYER_NORM: 90,
+    LAYER_NORM_GRADIENT: 90,
+    ACTIVATION: 90,
+    ACTIVATION_GRADIENT: 95,
+}
+VISION_BUDGET = {STATISTICS: 24, GRADIENT: 57}
 
 TARGETS = ["sm_80", "sm_90", "gfx942"]
 
@@ -131,6 +145,15 @@ def test_the_merge_reads_samples_16_bytes_at_a_time(audits):
     merges = [audit for audit in audits if audit["kernel"] == MERGE and is_regular(audit)]
     check(merges, lambda audit: not mnemonics(audit, "ld.global.b16", "load_ushort"))
     check(merges, lambda audit: any(name in audit["instructions"] for name in WIDE_SAMPLE_LOADS))
+
+
+def test_instructions_per_element(audits):
+    for audit in streams(audits):
+        if audit["target"] != "sm_90" or audit["type"] != "bf16":
+            continue
+        budget = BUDGET | (VISION_BUDGET if audit["case"] == "vision" else {})
+        count = audit["main_loop"] / ELEMENTS_PER_THREAD[audit["kernel"]]
+        assert count <= budget[audit["kernel"]], (audit["kernel"], audit["case"], count)
 
 
 def test_nothing_is_atomic(audits):
