@@ -45,8 +45,8 @@ REGISTERS = {
     ACTIVATION: 128,
     ACTIVATION_GRADIENT: 96,
 }
-# Instructions of a thread per element, those of rare branches included. In the time that an H200
-# takes to move the bytes of an element of bfloat16 a thread can do 15 for the statistics, 31 for fake
+# Instructions of a thread per element, those of rare branches included. While an H200
+# moves the bytes of an element of bfloat16, a thread can do 15 for the statistics, 31 for fake
 # quantization and 46 for a gradient. Some do more: in the case "vision" a third of the elements are
 # sampled, and kernels that do a module's work besides are bound by instructions.
 BUDGET = {
