@@ -136,19 +136,19 @@ def _check_observed(machine: Machine, x: Tensor) -> None:
     gradients = triton_kernels.observed_layer_norm_backward(x, *norm, mean, rstd, *terms)
     plain = [tensor.cpu().double().requires_grad_() for tensor in norm[:3]]
     wide = functional.layer_norm(plain[0], x.shape[-1:], *plain[1:])
-    _compare_observed(x, y, wide, statistics, share, f"observed_layer_norm {where}")
+    _compare_observed(x, y, wide, statistics, f"observed_layer_norm {where}")
     _compare_gradients(x, y, wide, plain, statistics, share, gradients, where)
 
     y, *statistics = triton_kernels.observed_activation(x, "gelu", samples, False)
     terms = *statistics, share, share, False, False
     gradient = triton_kernels.observed_activation_backward(x, x, "gelu", *terms)
     wide = functional.gelu(plain[0])
-    _compare_observed(x, y, wide, statistics, share, f"observed_activation {where}")
+    _compare_observed(x, y, wide, statistics, f"observed_activation {where}")
     _compare_gradients(x, y, wide, plain[:1], statistics, share, [gradient], where)
 
 
 def _compare_observed(
-    x: Tensor, y: Tensor, wide: Tensor, statistics: list[Tensor], share: Tensor, where: str
+    x: Tensor, y: Tensor, wide: Tensor, statistics: list[Tensor], where: str
 ) -> None:
     assert _near(y, wide.detach(), wide.detach().square().mean().sqrt()), where
     for ours, tensor in zip(statistics, (x, y), strict=True):

@@ -129,8 +129,10 @@ def tune(
         "exclude": exclude or [],
     }
     settings = Settings(
-        model, data, task, subset, split, tuple(text or ()), label, tokens, steps, batch_size,
-        learning_rate, save_steps, seed, tuning, fields_of(trainer or []),
+        model=model, data=data, task=task, subset=subset, split=split, text=tuple(text or ()),
+        label=label, tokens=tokens, steps=steps, batch_size=batch_size,
+        learning_rate=learning_rate, save_steps=save_steps, seed=seed, tuning=tuning,
+        trainer=fields_of(trainer or []),
     )  # fmt: skip
     bar = _progress()
     task_id = bar.add_task("tuning", total=steps)

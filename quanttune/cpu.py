@@ -44,8 +44,7 @@ def fake_quant_backward(
 
 
 def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = torch.empty((samples, reference.COLUMNS), dtype=dtype)
+    statistics = torch.empty((samples, reference.COLUMNS), dtype=reference.result_dtype(x))
     if samples:
         _C.outlier_statistics(
             x.data_ptr(), statistics.data_ptr(), _TYPES[x.dtype], samples, x.numel() // samples,

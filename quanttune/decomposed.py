@@ -20,7 +20,7 @@ def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
     size = rows.shape[1]
     sampled = rows if exact else rows[:, reference.sample_positions(size, x.device)]
     selected = ops.outlier_statistics(sampled.contiguous(), samples, True)
-    wide = rows.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = rows.to(reference.result_dtype(x))
     highest, lowest = wide.amax(1), wide.amin(1)
     maximum = torch.maximum(highest, -lowest)
     mean = wide.mean(1)

@@ -6,7 +6,7 @@ change nor return what they are given. The one exception has a name that ends in
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,9 +81,13 @@ def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Hand contiguous tensors to the kernel: sample positions count along the logical order."""
 
     def call(*arguments: Any) -> Any:
-        return kernel(*[a.contiguous() if isinstance(a, Tensor) else a for a in arguments])
+        return kernel(*_contiguous(arguments))
 
     return call
+
+
+def _contiguous(arguments: Sequence[Any]) -> list[Any]:
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
 
 
 def _register_in_place(name: str) -> Callable[..., None]:
@@ -113,18 +117,14 @@ def _dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _wide_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
-    return x.new_empty((samples, reference.COLUMNS), dtype=_wide_type(x))
+    return x.new_empty((samples, reference.COLUMNS), dtype=reference.result_dtype(x))
 
 
 def _fake_layer_norm(
     x: Tensor, weight: Any, bias: Any, eps: float, samples: int, exact: bool
 ) -> tuple[Tensor, ...]:
-    moments = [x.new_empty(x.shape[:-1], dtype=_wide_type(x)) for _ in range(2)]
+    moments = [x.new_empty(x.shape[:-1], dtype=reference.result_dtype(x)) for _ in range(2)]
     statistics = [_fake_statistics(x, samples, exact) for _ in range(2)]
     return _dense_like(x), *moments, *statistics
 
@@ -182,7 +182,7 @@ class StatisticsGroup:
         """Call an op that returns statistics."""
         if self._on_gpu is None or not _is_plain_gpu_tensor(x):
             return getattr(torch.ops.quanttune, op).default(x, *arguments)
-        return _dense(getattr(_gpu, op))(x, *arguments, self._on_gpu)
+        return getattr(_gpu, op)(*_contiguous((x, *arguments)), self._on_gpu)
 
     def finish(self) -> None:
         if self._on_gpu is not None:

@@ -131,7 +131,7 @@ def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
     Float32, for float64 input float64.
     """
     if samples == 0:
-        return x.new_empty((0, COLUMNS), dtype=_result_dtype(x))
+        return x.new_empty((0, COLUMNS), dtype=result_dtype(x))
     rows = x.reshape(samples, -1)
     size = rows.shape[1]
     magnitude = rows.abs()
@@ -148,7 +148,7 @@ def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
     columns = [maximum, median, mean, deviation, ratio, *counts]
     result = torch.cat([column.to(wide.dtype) for column in columns], 1)
     result = torch.where(deviation.isfinite(), result, torch.nan)
-    return result.to(_result_dtype(x))
+    return result.to(result_dtype(x))
 
 
 def outlier_statistics_backward(
@@ -167,7 +167,7 @@ def outlier_statistics_backward(
     """
     if x.numel() == 0:
         return grad.clone()
-    rows = x.reshape(len(statistics), -1).to(_result_dtype(x))
+    rows = x.reshape(len(statistics), -1).to(result_dtype(x))
     size = rows.shape[1]
     column = statistics.unbind(1)
     upstream = ratio_grad.to(rows.dtype)
@@ -192,7 +192,8 @@ def outlier_statistics_backward(
     return torch.where(live[:, None], total, rows_grad).reshape(x.shape)
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of the statistics of x: float32, for float64 that."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import reference
-from .reference import _result_dtype
+from .reference import result_dtype
 
 _aten = torch.ops.aten
 
@@ -150,4 +150,4 @@ def _normalize(
 
 
 def _widen(tensor: Tensor, x: Tensor) -> Tensor:
-    return tensor.to(_result_dtype(x))
+    return tensor.to(result_dtype(x))

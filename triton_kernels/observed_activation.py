@@ -10,17 +10,15 @@ from quanttune import reference_observed
 from ._launch import on_device_of, options
 from .observed_statistics import (
     add_terms,
-    buffers,
     fold,
     is_sampled,
-    leave_partials,
     load_terms,
     sample_mask,
     start_partials,
 )
 from .outlier_statistics import LONGEST_PART, MOST_PARTS, PROGRAMS
 from .sampling import position
-from .statistics_group import StatisticsGroup, leave_entry
+from .statistics_group import StatisticsGroup, leave_entry, leave_partials
 
 BLOCK = 1024
 LOADS = 2
@@ -222,8 +220,8 @@ def observed_activation(
         _forward_kernel[(samples * parts,)](
             x,
             y,
-            *buffers(of_x),
-            *buffers(of_y),
+            *of_x.buffers,
+            *of_y.buffers,
             samples,
             size,
             parts,

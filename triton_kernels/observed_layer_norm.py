@@ -12,10 +12,10 @@ from torch import Tensor
 from quanttune import reference_observed
 
 from ._launch import on_device_of, options
-from .observed_statistics import buffers, fold, leave_partials, start_partials
+from .observed_statistics import fold, start_partials
 from .outlier_statistics import LONGEST_PART, MOST_PARTS, PROGRAMS
 from .sampling import position
-from .statistics_group import StatisticsGroup, leave_entry
+from .statistics_group import StatisticsGroup, leave_entry, leave_partials
 
 WIDEST = 16384  # tokens that fit the registers of one program
 ELEMENTS = 16  # of a thread
@@ -205,8 +205,8 @@ def observed_layer_norm(
             y,
             mean,
             rstd,
-            *buffers(of_x),
-            *buffers(of_y),
+            *of_x.buffers,
+            *of_y.buffers,
             samples,
             size,
             width,

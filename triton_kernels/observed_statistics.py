@@ -10,10 +10,9 @@ from torch import Tensor
 from quanttune import reference
 
 from ._columns import COLUMNS, MAXIMUM, MEAN, MEDIAN
-from .outlier_statistics import _fold
-from .outlier_statistics_gradient import _dense_terms, _load_weights, _peak_term
+from .outlier_statistics import fold_tile
+from .outlier_statistics_gradient import dense_terms, load_weights, peak_term
 from .sampling import strata
-from .statistics_group import COUNT_OF_PART, MAXIMUM_OF_PART, PARTIALS, PIVOT, SQUARES, SUM, Rows
 
 # ---------------------------------------------------------------------------- forward
 
@@ -39,7 +38,7 @@ def fold(partials, values, inside, elements, first):
         pivot = _center(values, inside, elements)
     shifted = tl.where(inside, values - pivot, 0.0)
     magnitude = tl.where(inside, tl.abs(values), -1.0)
-    sums, squares, maximum, count = _fold(shifted, magnitude, sums, squares, maximum, count)
+    sums, squares, maximum, count = fold_tile(shifted, magnitude, sums, squares, maximum, count)
     return pivot, sums, squares, maximum, count
 
 
@@ -51,23 +50,6 @@ def _center(values, inside, elements):
     return anchor + tl.div_rn(excess, tl.cast(elements, tl.float32))
 
 
-@triton.jit
-def leave_partials(partial_ptr, sample, parts, part, partials):
-    """Store what a part adds to the statistics of its sample."""
-    pivot, sums, squares, maximum, count = partials
-    column_ptr = partial_ptr + sample * PARTIALS * parts + part
-    tl.store(column_ptr + PIVOT * parts, pivot)
-    tl.store(column_ptr + SUM * parts, tl.sum(sums))
-    tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
-    tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
-    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
-
-
-def buffers(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what a kernel fills for a tensor."""
-    return rows.sample, rows.partials, rows.statistics, rows.entry
-
-
 # ---------------------------------------------------------------------------- backward
 
 
@@ -76,7 +58,7 @@ def load_terms(statistics_ptr, share_ptr, sample, size):
     """Return what `add_terms` needs to know of a sample."""
     row_ptr = statistics_ptr + sample * COLUMNS
     upstream = tl.load(share_ptr + sample)
-    live, slope, maximum_weight, median_weight = _load_weights(row_ptr, upstream, size)
+    live, slope, maximum_weight, median_weight = load_weights(row_ptr, upstream, size)
     maximum = tl.load(row_ptr + MAXIMUM)
     median = tl.load(row_ptr + MEDIAN)
     return live, slope, maximum_weight, median_weight, maximum, median, tl.load(row_ptr + MEAN)
@@ -86,8 +68,8 @@ def load_terms(statistics_ptr, share_ptr, sample, size):
 def add_terms(grad, x, sampled, terms, DETACHED: tl.constexpr):
     """Add the gradient of the ratio of x's sample to that of x, both float32."""
     live, slope, maximum_weight, median_weight, maximum, median, mean = terms
-    added = _dense_terms(x, mean, slope, maximum, maximum_weight, DETACHED)
-    added -= tl.where(sampled, _peak_term(x, median, median_weight), 0.0)
+    added = dense_terms(x, mean, slope, maximum, maximum_weight, DETACHED)
+    added -= tl.where(sampled, peak_term(x, median, median_weight), 0.0)
     return tl.where(live, grad + added, grad)
 
 

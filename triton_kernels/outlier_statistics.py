@@ -16,16 +16,7 @@ from quanttune import reference
 
 from ._launch import on_device_of, options
 from .sampling import gather
-from .statistics_group import (
-    COUNT_OF_PART,
-    MAXIMUM_OF_PART,
-    PARTIALS,
-    PIVOT,
-    SQUARES,
-    SUM,
-    StatisticsGroup,
-    leave_entry,
-)
+from .statistics_group import StatisticsGroup, leave_entry, leave_partials
 
 BLOCK = 1024  # elements of one load of the forward pass: 16 bytes from every thread
 LOADS = 4  # in flight at once
@@ -50,7 +41,7 @@ def _choose_pivot(part_ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fold(shifted, magnitude, sums, squares, maximum, count):
+def fold_tile(shifted, magnitude, sums, squares, maximum, count):
     """Add a tile to the running sums, maximum and number of elements that attain the maximum."""
     sums += tl.sum(shifted, 0)
     squares += tl.sum(shifted * shifted, 0)
@@ -100,7 +91,8 @@ def _partial_kernel(
     whole = length // TILE * TILE
     for tile in range(0, whole, TILE):
         x = tl.load(part_ptr + tile + offsets).to(tl.float32)
-        sums, squares, maximum, count = _fold(x - pivot, tl.abs(x), sums, squares, maximum, count)
+        shifted, magnitude = x - pivot, tl.abs(x)
+        sums, squares, maximum, count = fold_tile(shifted, magnitude, sums, squares, maximum, count)
         if STRATA > 0:
             # right after their neighbours were read, so that they come from the cache
             first = start + tile
@@ -110,29 +102,15 @@ def _partial_kernel(
         x = tl.load(part_ptr + whole + offsets, mask=inside, other=0.0).to(tl.float32)
         shifted = tl.where(inside, x - pivot, 0.0)
         magnitude = tl.where(inside, tl.abs(x), -1.0)
-        sums, squares, maximum, count = _fold(shifted, magnitude, sums, squares, maximum, count)
+        sums, squares, maximum, count = fold_tile(shifted, magnitude, sums, squares, maximum, count)
         if STRATA > 0:
             gather(row_ptr, sample_row_ptr, start + whole, start + length, stride, STRATA)
 
-    column_ptr = partial_ptr + row * PARTIALS * parts + program % parts
-    tl.store(column_ptr + PIVOT * parts, pivot)
-    tl.store(column_ptr + SUM * parts, tl.sum(sums))
-    tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
-    tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
-    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
+    partials = pivot, sums, squares, maximum, count
+    leave_partials(partial_ptr, row, parts, program % parts, partials)
     if program == 0:
-        leave_entry(
-            entry_ptr,
-            sample_ptr,
-            partial_ptr,
-            statistics_ptr,
-            samples,
-            size,
-            parts,
-            part_size,
-            sample_size,
-            sample_pitch,
-        )
+        geometry = samples, size, parts, part_size, sample_size, sample_pitch
+        leave_entry(entry_ptr, sample_ptr, partial_ptr, statistics_ptr, *geometry)
 
 
 def _split(samples: int, size: int) -> tuple[int, int]:
@@ -159,10 +137,7 @@ def outlier_statistics(
     with on_device_of(x):
         _partial_kernel[(samples * rows.parts,)](
             x,
-            rows.sample,
-            rows.partials,
-            rows.statistics,
-            rows.entry,
+            *rows.buffers,
             samples,
             rows.size,
             rows.parts,

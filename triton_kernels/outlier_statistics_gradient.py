@@ -16,7 +16,7 @@ THREADS = 128
 
 
 @triton.jit
-def _load_weights(row_ptr, upstream, size):
+def load_weights(row_ptr, upstream, size):
     """Return whether a row has a gradient, then its weights in deviation, maximum and median."""
     deviation = tl.load(row_ptr + DEVIATION)
     live = (deviation != 0.0) & (upstream != 0.0)
@@ -31,15 +31,15 @@ def _load_weights(row_ptr, upstream, size):
 
 
 @triton.jit
-def _peak_term(x, peak, weight):
+def peak_term(x, peak, weight):
     """Return weight * sign(x) where |x| is the peak. Elsewhere weight * 0, which keeps a NaN."""
     return weight * tl.where(x == peak, 1.0, tl.where(x == -peak, -1.0, 0.0))
 
 
 @triton.jit
-def _dense_terms(x, mean, slope, maximum, weight, DETACHED: tl.constexpr):
+def dense_terms(x, mean, slope, maximum, weight, DETACHED: tl.constexpr):
     """Return what elements outside the sample get: the terms of deviation and maximum."""
-    added = _peak_term(x, maximum, weight)
+    added = peak_term(x, maximum, weight)
     if not DETACHED:
         added = slope * (x - mean) + added
     return added
@@ -79,19 +79,19 @@ def _gradient_kernel(
 
     row_ptr = statistics_ptr + row * COLUMNS
     upstream = tl.load(ratio_grad_ptr + row)
-    live, slope, maximum_weight, median_weight = _load_weights(row_ptr, upstream, size)
+    live, slope, maximum_weight, median_weight = load_weights(row_ptr, upstream, size)
     maximum = tl.load(row_ptr + MAXIMUM)
     median = tl.load(row_ptr + MEDIAN)
     mean = tl.load(row_ptr + MEAN)
 
-    added = _dense_terms(x, mean, slope, maximum, maximum_weight, DETACHED)
+    added = dense_terms(x, mean, slope, maximum, maximum_weight, DETACHED)
     if STRATA == 0:
-        added -= _peak_term(x, median, median_weight)
+        added -= peak_term(x, median, median_weight)
     total = (grad.to(tl.float32) + added).to(grad.dtype)
     tl.store(result_ptr + base + offsets, tl.where(live, total, grad), mask=inside)
     if STRATA > 0:
-        added = _dense_terms(chosen_x, mean, slope, maximum, maximum_weight, DETACHED)
-        added -= _peak_term(chosen_x, median, median_weight)
+        added = dense_terms(chosen_x, mean, slope, maximum, maximum_weight, DETACHED)
+        added -= peak_term(chosen_x, median, median_weight)
         total = (chosen_grad.to(tl.float32) + added).to(grad.dtype)
         at_median = ours & (tl.abs(chosen_x) == median)
         # other threads of this program store the same elements without the median's term first

@@ -65,6 +65,23 @@ class Rows(NamedTuple):
     sample_size: int
     pitch: int  # of the sample
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a kernel is given, in the order of all."""
+        return self.sample, self.partials, self.statistics, self.entry
+
+
+@triton.jit
+def leave_partials(partial_ptr, sample, parts, part, partials):
+    """Store what a part adds to the statistics of its sample."""
+    pivot, sums, squares, maximum, count = partials
+    column_ptr = partial_ptr + sample * PARTIALS * parts + part
+    tl.store(column_ptr + PIVOT * parts, pivot)
+    tl.store(column_ptr + SUM * parts, tl.sum(sums))
+    tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
+    tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
+    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
+
 
 @triton.jit
 def leave_entry(

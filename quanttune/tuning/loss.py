@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from .observers import Observers
 from .taps import Observation
+from .upstream import Upstream
 
 
 def outlier_loss(observations: list[Observation], device: torch.device) -> Tensor:
@@ -42,21 +42,21 @@ class _Combine(torch.autograd.Function):
         outlier: Tensor,
         task_weight: float,
         outlier_weight: Tensor,
-        observers: Observers,
+        upstream: Upstream,
         count: int,
         on_end_backward: Callable[[], None] | None,
     ) -> Tensor:
-        ctx.weights = task_weight, outlier_weight, observers, count
+        ctx.weights = task_weight, outlier_weight, upstream, count
         ctx.on_end_backward = on_end_backward
         return task_weight * task + outlier_weight * outlier
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        task_weight, outlier_weight, observers, count = ctx.weights
-        observers.upstream.publish(grad * outlier_weight / count)
+        task_weight, outlier_weight, upstream, count = ctx.weights
+        upstream.publish(grad * outlier_weight / count)
         # a later backward that has nothing to do with the tuner must find no weight
-        Variable._execution_engine.queue_callback(observers.end_backward)
+        Variable._execution_engine.queue_callback(upstream.clear)
         if ctx.on_end_backward:
             Variable._execution_engine.queue_callback(ctx.on_end_backward)
         return grad * task_weight, None, None, None, None, None, None
@@ -67,10 +67,10 @@ def combine(
     outlier: Tensor,
     task_weight: float,
     outlier_weight: Tensor,
-    observers: Observers,
+    upstream: Upstream,
     count: int,
     on_end_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return the weighted sum of two losses, whose backward tells the taps their weight."""
-    arguments = task_weight, outlier_weight, observers, count, on_end_backward
+    arguments = task_weight, outlier_weight, upstream, count, on_end_backward
     return _Combine.apply(task, outlier, *arguments)

@@ -22,7 +22,7 @@ from .. import ops
 from . import riding
 from .hooks import Hook, batch_size, make_compiler_see_hooks, recomputing
 from .plan import Plan
-from .taps import Forward, Observation, PlannedTap, Tap
+from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
 from .upstream import Upstream
 
 
@@ -84,10 +84,6 @@ class Observers:
         if self._group is None:
             return getattr(ops, op)(*arguments)
         return self._group.call(op, *arguments)
-
-    def end_backward(self) -> None:
-        """Forget the weight of the loss whose backward has ended."""
-        self.upstream.clear()
 
     def end_first_backward(self) -> None:
         """Let activations ride: no forward of those that taught which ones is recomputed now."""
@@ -227,7 +223,8 @@ class Observers:
         if known and recomputing() and not known.recomputed and site in self._plan.always_new:
             known = None  # FSDP2 hands its module a view of the input, but not in a recomputation
         if known is None:
-            self._activations.meet(x)
+            if self.fuse:
+                self._activations.meet(x)
             return self._new(x, site, module)
         if not known.site:  # of an activation that rides: this is the site it is made for
             known.site, known.module, known.multiplicity = site, module, 1
@@ -295,14 +292,9 @@ class Observers:
 
     def _leave_out_logits(self, output: Any) -> None:
         for leaf in tree_leaves(output):
-            known = self._observation_of(leaf) if isinstance(leaf, Tensor) else None
+            if not isinstance(leaf, Tensor):
+                continue
+            known = observation_behind(leaf) or self._known.get(leaf)
             if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
                 known.multiplicity = 0
                 self.heads.add(known.module)
-
-    def _observation_of(self, output: Tensor) -> Observation | None:
-        # accelerate and FSDP2 cast what a model returns to another dtype
-        node = output.grad_fn
-        while node is not None and node.name() == "ToCopyBackward0":
-            node = node.next_functions[0][0]
-        return getattr(node, "observation", None) or self._known.get(output)

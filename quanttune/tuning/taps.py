@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
 from ..reference import RATIO
+from .upstream import traced_share
 
 if TYPE_CHECKING:
     from .observers import Observers
@@ -70,23 +71,15 @@ class Tap(torch.autograd.Function):
         return total, None, None
 
 
-def _share_now(coefficient: Tensor, grad: Tensor, samples: int, multiplicity: int) -> Tensor:
-    """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    weight = coefficient.to(grad.device, dtype) * (multiplicity / samples)
-    return weight.repeat(samples)
+def observation_behind(output: Tensor) -> Observation | None:
+    """Return the observation of a tap's result, also of one that was cast since.
 
-
-# An op, and one that wants the gradient: what depends on a forward's inputs alone a compiler may
-# compute in the forward, where the loss has not published its coefficient yet.
-torch.library.define(
-    "quanttune::share",
-    "(Tensor coefficient, Tensor grad, SymInt samples, int multiplicity) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.impl("quanttune::share", "CompositeExplicitAutograd")(_share_now)
-torch.library.register_fake("quanttune::share")(_share_now)
-_share = torch.ops.quanttune.share.default
+    accelerate and FSDP2 cast what a model returns.
+    """
+    node = output.grad_fn
+    while node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return getattr(node, "observation", None)
 
 
 class PlannedTap(torch.autograd.Function):
@@ -115,7 +108,7 @@ class PlannedTap(torch.autograd.Function):
         x, statistics, coefficient = ctx.saved_tensors
         multiplicity, exact, detach_deviation, kernels = ctx.constants
         samples = len(statistics)
-        share = _share(coefficient, grad, samples, multiplicity)
+        share = traced_share(coefficient, grad, samples, multiplicity)
         total = kernels.outlier_statistics_backward(
             grad, x, statistics, share, exact, detach_deviation
         )

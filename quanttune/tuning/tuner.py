@@ -15,6 +15,7 @@ from .loss import combine, instances, outlier_loss
 from .observers import Observers
 from .sites import find_heads, find_sites
 from .taps import Observation
+from .upstream import Upstream
 
 BALANCES = ("none", "initial")
 LOUD = 3.0  # warn when the outlier term's gradient is this many times the task's
@@ -84,7 +85,7 @@ class Tuner:
         self._observed = observations
         weight = alpha * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
-        arguments = (self._observers, instances(observations))
+        arguments = (self._observers.upstream, instances(observations))
         if not self._checked_gradients:
             self._compare_gradients(loss, outlier, 1 - alpha, weight, *arguments)
         report = self._report_of_reach(observations)
@@ -138,7 +139,7 @@ class Tuner:
         outlier: Tensor,
         task_weight: float,
         outlier_weight: Tensor,
-        observers: Observers,
+        upstream: Upstream,
         count: int,
     ) -> None:
         """Warn, once, if the outlier term would drown the task; this costs two backward passes.
@@ -147,12 +148,13 @@ class Tuner:
         checkpoints, in a compiled model and in a process group.
         """
         self._checked_gradients = True
+        observers = self._observers
         if observers.reentrant or observers.compiled or torch.distributed.is_initialized():
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norms = []
         for weights in ((task_weight, 0 * outlier_weight), (0.0, outlier_weight)):
-            total = combine(task, outlier, *weights, observers, count)
+            total = combine(task, outlier, *weights, upstream, count)
             gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             parts = [g.detach().float().norm() for g in gradients if g is not None]
             norms.append(torch.stack(parts).norm().item() if parts else 0.0)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import result_dtype
+
 
 class Upstream:
     """d(loss)/d(ratio / samples) of one instance of eq. 2, while a backward pass is under way.
@@ -14,8 +16,7 @@ class Upstream:
     """
 
     def __init__(self, like: Tensor) -> None:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.coefficient = torch.zeros((), device=like.device, dtype=dtype)
+        self.coefficient = torch.zeros((), device=like.device, dtype=result_dtype(like))
         self._shares: dict[tuple[Any, ...], Tensor] = {}
 
     def publish(self, coefficient: Tensor) -> None:
@@ -30,9 +31,25 @@ class Upstream:
 
     def share(self, multiplicity: int, statistics: Tensor) -> Tensor:
         """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
-        samples, dtype = len(statistics), statistics.dtype
-        key = multiplicity, samples, dtype, statistics.device
+        samples = len(statistics)
+        key = multiplicity, samples, statistics.dtype, statistics.device
         if key not in self._shares:  # few differ, and a tensor operation costs as much as a kernel
-            weight = self.coefficient.to(statistics.device, dtype) * (multiplicity / samples)
-            self._shares[key] = weight.repeat(samples)
+            self._shares[key] = _share(self.coefficient, statistics, samples, multiplicity)
         return self._shares[key]
+
+
+def _share(coefficient: Tensor, like: Tensor, samples: int, multiplicity: int) -> Tensor:
+    weight = coefficient.to(like.device, result_dtype(like)) * (multiplicity / samples)
+    return weight.repeat(samples)
+
+
+# An op, and one that wants the gradient: what depends on a forward's inputs alone a compiler may
+# compute in the forward, where the loss has not published its coefficient yet.
+torch.library.define(
+    "quanttune::share",
+    "(Tensor coefficient, Tensor grad, SymInt samples, int multiplicity) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("quanttune::share", "CompositeExplicitAutograd")(_share)
+torch.library.register_fake("quanttune::share")(_share)
+traced_share = torch.ops.quanttune.share.default

@@ -65,6 +65,15 @@ def make_parameter(width, dtype, kind):
     return (torch.randn(width) if kind == "bias" else 1 + torch.randn(width) / 2).to(DEVICE, dtype)
 
 
+def make_gradients(x):
+    """Return that of y, and those of the ratios, of which some are not observed."""
+    grad = (torch.randn(x.shape) * 1e-2).to(DEVICE, x.dtype)
+    shares = (torch.randn(2, len(x)) * 0.1).to(DEVICE)
+    if len(x) > 1:
+        shares[0, 0], shares[1, -1] = 0, 0
+    return grad, shares
+
+
 def check_layer_norm(x, weight, bias, exact=False, detach_deviation=False):
     """x: (samples, tokens, width)"""
     samples, width, options = len(x), x.shape[-1], (exact, detach_deviation)
@@ -86,10 +95,7 @@ def check_layer_norm(x, weight, bias, exact=False, detach_deviation=False):
     check_statistics(of_x, x, samples, exact)
     check_statistics(of_y, y, samples, exact)
 
-    grad = (torch.randn(x.shape) * 1e-2).to(DEVICE, x.dtype)
-    shares = (torch.randn(2, samples) * 0.1).to(DEVICE)
-    if samples > 1:
-        shares[0, 0], shares[1, -1] = 0, 0
+    grad, shares = make_gradients(x)
     actual = triton_kernels.observed_layer_norm_backward(
         grad, x, weight, bias, EPS, mean, rstd, of_x, of_y, *shares, *options
     )
@@ -162,10 +168,7 @@ def check_activation(x, kind, exact=False, detach_deviation=False):
     check_statistics(of_x, x, samples, exact)
     check_statistics(of_y, y, samples, exact)
 
-    grad = (torch.randn(x.shape) * 1e-2).to(DEVICE, x.dtype)
-    shares = (torch.randn(2, samples) * 0.1).to(DEVICE)
-    if samples > 1:
-        shares[0, 0], shares[1, -1] = 0, 0
+    grad, shares = make_gradients(x)
     actual = triton_kernels.observed_activation_backward(
         grad, x, kind, of_x, of_y, *shares, *options
     )
