@@ -9,10 +9,12 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quanttune.analysis.environment import environment
 from quanttune.quantization.simulation import quantize, requantize
 from quanttune.recipes import recipe
+from quanttune.recipes.experiment import Arm
 
 RATES = {"minilm": (1e-4, 3e-4, 5e-4), "digits": (3e-4, 1e-3, 2e-3)}
 
@@ -29,21 +31,27 @@ def main() -> None:
         if not arm.learning_rate or (options.arms and arm.name not in options.arms):
             continue
         for rate in RATES[options.task]:
-            model = job.prepare(replace(arm, learning_rate=rate), lambda: None)
-            row = {
-                "arm": arm.name,
-                "steps": job.steps,
-                "learning_rate": rate,
-                "fp32": job.evaluate(model, "validation"),
-            }
-            quantized = quantize(copy.deepcopy(model), data=job.calibration())
-            for bits in job.bits:
-                requantize(quantized, bits, "channel")
-                row[f"W{bits}A{bits}"] = job.evaluate(quantized, "validation")
+            row = validation_row(job, replace(arm, learning_rate=rate))
             print(row, flush=True)
             rows.append(row)
     result = {"task": options.task, "seed": 0, "rows": rows, "environment": environment()}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def validation_row(job: Any, arm: Arm) -> dict[str, Any]:
+    """Tune an arm and return its metric on the validation rows: float, then min-max."""
+    model = job.prepare(arm, lambda: None)
+    row = {
+        "arm": arm.name,
+        "steps": job.steps,
+        "learning_rate": arm.learning_rate,
+        "fp32": job.evaluate(model, "validation"),
+    }
+    quantized = quantize(copy.deepcopy(model), data=job.calibration())
+    for bits in job.bits:
+        requantize(quantized, bits, "channel")
+        row[f"W{bits}A{bits}"] = job.evaluate(quantized, "validation")
+    return row
 
 
 if __name__ == "__main__":

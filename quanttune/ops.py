@@ -7,7 +7,7 @@ change nor return what they are given. The one exception has a name that ends in
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -178,11 +178,14 @@ class StatisticsGroup:
     def __init__(self) -> None:
         self._on_gpu = None if _gpu is reference else _gpu.StatisticsGroup()
 
-    def call(self, op: str, x: Tensor, *arguments: Any) -> Any:
-        """Call an op that returns statistics."""
+    def _call(self, op: str, x: Tensor, *arguments: Any) -> Any:
         if self._on_gpu is None or not _is_plain_gpu_tensor(x):
             return getattr(torch.ops.quanttune, op).default(x, *arguments)
         return getattr(_gpu, op)(*_contiguous((x, *arguments)), self._on_gpu)
+
+    outlier_statistics = partialmethod(_call, "outlier_statistics")
+    observed_layer_norm = partialmethod(_call, "observed_layer_norm")
+    observed_activation = partialmethod(_call, "observed_activation")
 
     def finish(self) -> None:
         if self._on_gpu is not None:

@@ -1,6 +1,6 @@
 """Eqs. 2 and 3 in plain PyTorch, and the comparisons of the tests of tuning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +9,7 @@ from models import BATCH, MODELS, Example
 from torch import Tensor, nn
 
 import quanttune as qt
+from quanttune.losses import Ratio
 from quanttune.tuning.observers import Observers
 from quanttune.tuning.sites import find_heads, find_sites
 
@@ -22,7 +23,10 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 class Oracle:
-    """Eq. 2 by plain hooks on every Linear and LayerNorm, with autograd all the way."""
+    """Eq. 2 by plain hooks on every Linear and LayerNorm, with autograd all the way.
+
+    cost: what a ratio costs. cost_of_rows: what the rows of a tensor cost, instead of their ratios.
+    """
 
     def __init__(
         self,
@@ -30,8 +34,11 @@ class Oracle:
         heads: Sequence[str],
         only: Sequence[str] | None = None,
         detach_deviation: bool = False,
+        cost: Callable[[Tensor], Tensor] = lambda ratio: ratio,
+        cost_of_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.detach_deviation = detach_deviation
+        self.cost, self.cost_of_rows = cost, cost_of_rows
         self.ratios: list[Tensor] = []
         self.batch = BATCH
         self.handles = []
@@ -45,6 +52,9 @@ class Oracle:
 
     def see(self, x: Tensor) -> None:
         rows = x.reshape(1 if x.shape[0] == 1 else self.batch, -1).double()
+        if self.cost_of_rows:
+            self.ratios.append(self.cost_of_rows(rows).mean())
+            return
         magnitude = rows.abs()
         median = magnitude.median(1, keepdim=True).values.detach()
         # amax shares the gradient among ties, which bfloat16 has many of
@@ -52,7 +62,7 @@ class Oracle:
         deviation = rows.std(1)
         if self.detach_deviation:
             deviation = deviation.detach()
-        self.ratios.append(((magnitude.amax(1) - median) / deviation).mean())
+        self.ratios.append(self.cost((magnitude.amax(1) - median) / deviation).mean())
 
     def combine(self, task: Tensor, alpha: float) -> Tensor:
         outlier, self.ratios = torch.stack(self.ratios).mean(), []
@@ -97,6 +107,7 @@ def constant(model: nn.Module, alpha: float = 0.3, **options) -> qt.Tuner:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[Observers]:
-    observers = Observers(model, find_sites(model), find_heads(model), False, False)
+    sites = find_sites(model), find_heads(model)
+    observers = Observers(model, *sites, Ratio(), exact=False, detach_deviation=False)
     yield observers
     observers.remove()

@@ -18,6 +18,7 @@ from oracle import (
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from quanttune.reference import RATIO
 from quanttune.tuning.loss import instances
 from quanttune.tuning.observers import batch_size
 from quanttune.tuning.sites import find_sites
@@ -110,7 +111,7 @@ def test_every_input_and_output_counts_but_each_tensor_is_computed_once(name):
             observations = observers.take()
             assert instances(observations) == literal
             assert len(observations) < literal
-            assert all(len(observation.ratio) == BATCH for observation in observations)
+            assert all(len(observation.statistics) == BATCH for observation in observations)
 
 
 def test_a_layer_norm_that_feeds_query_key_and_value_counts_four_times():
@@ -162,7 +163,7 @@ def test_samples_come_from_the_model_input_and_not_from_the_layer(name, site, ro
     module.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     with observing(example.model) as observers:
         example.task_loss()
-        ratios = {o.site: o.ratio for o in observers.take()}
+        ratios = {o.site: o.statistics[:, RATIO] for o in observers.take()}
     assert [shape[0] for shape in shapes] == [rows]
     assert len(ratios[f"{site}.output"]) == BATCH
 
@@ -186,7 +187,7 @@ def test_a_tensor_that_does_not_depend_on_the_batch_is_one_sample():
     _, expected = expected_step(example, 0.3)
     with observing(example.model) as observers:
         example.task_loss()
-        counts = {o.site: len(o.ratio) for o in observers.take()}
+        counts = {o.site: len(o.statistics) for o in observers.take()}
     assert counts == {"mlp.input": 1, "mlp.output": 1, "head.input": BATCH}
     total = constant(example.model).combine(example.task_loss())
     assert_near(gradients(example.model, total), expected)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..analysis.environment import environment
 from ..analysis.ranges import residual_ranges
+from ..losses import OutlierLoss
 from ..quantization.calibrators import Calibrator, MinMax, Percentile
 from ..quantization.simulation import quantize, requantize
 
@@ -30,6 +31,8 @@ class Arm:
     summary: str
     learning_rate: float = 0.0
     alpha: float = 0.0
+    balance: str = "none"
+    loss: str | OutlierLoss = "ratio"
     detach_deviation: bool = False
     qat_bits: int | None = None  # fake quantization in the loop
     same_as: str | None = None  # an arm whose result this one has by construction

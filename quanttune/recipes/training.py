@@ -39,7 +39,14 @@ def train(
         trained = quantize(copy.deepcopy(model), arm.qat_bits, calibrator="dynamic")
     tuner = None
     if arm.alpha:
-        tuner = attach(model, arm.alpha, total_steps=steps, detach_deviation=arm.detach_deviation)
+        tuner = attach(
+            model,
+            arm.alpha,
+            total_steps=steps,
+            balance=arm.balance,
+            loss=arm.loss,
+            detach_deviation=arm.detach_deviation,
+        )
     groups = _groups(trained, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=arm.learning_rate, fused=True)
     scheduler = LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))

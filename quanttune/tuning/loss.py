@@ -9,20 +9,24 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
+from ..losses import OutlierLoss
 from .taps import Observation
 from .upstream import Upstream
 
 
-def outlier_loss(observations: list[Observation], device: torch.device) -> Tensor:
+def outlier_loss(
+    observations: list[Observation], loss: OutlierLoss, device: torch.device
+) -> Tensor:
     """Return L_out = mean over instances and samples of the ratio (eq. 2), without a graph."""
     groups: dict[tuple[int, torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for observation in observations:
-        ratio = observation.ratio
-        groups[observation.multiplicity, ratio.shape, ratio.device].append(ratio)
+        statistics = observation.statistics
+        assert statistics is not None
+        groups[observation.multiplicity, statistics.shape, statistics.device].append(statistics)
     # few sums of stacks instead of a small operation per tensor
     sums = [
-        multiplicity * len(ratios) * torch.stack(ratios).mean().to(device)
-        for (multiplicity, _, _), ratios in groups.items()
+        multiplicity * len(group) * loss.values(torch.stack(group)).mean().to(device)
+        for (multiplicity, _, _), group in groups.items()
     ]
     return torch.stack(sums).sum() / instances(observations)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from ..losses import OutlierLoss
 from . import riding
 from .hooks import Hook, batch_size, make_compiler_see_hooks, recomputing
 from .plan import Plan
@@ -34,11 +35,12 @@ class Observers:
         model: nn.Module,
         sites: dict[str, nn.Module],
         heads: set[nn.Module],
+        loss: OutlierLoss,
         exact: bool,
         detach_deviation: bool,
         fuse: bool = False,
     ) -> None:
-        self.model, self.heads = model, heads
+        self.model, self.heads, self.loss = model, heads, loss
         self.exact, self.detach_deviation, self.fuse = exact, detach_deviation, fuse
         make_compiler_see_hooks()
         self.enabled = True
@@ -79,11 +81,10 @@ class Observers:
             self._last = self._last.before
         return taken
 
-    def measure(self, op: str, *arguments: Any) -> Any:
-        """Return what an op does, whose statistics are there at the end of the forward."""
-        if self._group is None:
-            return getattr(ops, op)(*arguments)
-        return self._group.call(op, *arguments)
+    @property
+    def kernels(self) -> Any:
+        """The ops that take statistics, which are there at the end of the forward."""
+        return ops if self._group is None else self._group
 
     def end_first_backward(self) -> None:
         """Let activations ride: no forward of those that taught which ones is recomputed now."""
@@ -266,7 +267,7 @@ class Observers:
         if multiplicity == 0:
             return x
         samples = self._samples_in(x)
-        options = self.exact, self.detach_deviation, self.fuse
+        options = self.loss, self.exact, self.detach_deviation, self.fuse
         y, statistics = PlannedTap.apply(
             x, self.upstream.coefficient, samples, multiplicity, *options
         )

@@ -144,7 +144,8 @@ def _terms(ctx: Any) -> tuple[Any, ...]:
         if observation is not None:
             observation.awaits_gradient = False
             multiplicity = observation.multiplicity
-        shares.append(observers.upstream.share(multiplicity, rows))
+        share = observers.upstream.share(multiplicity, rows)
+        shares.append(observers.loss.weigh(share, rows))
     return (*statistics, *shares, observers.exact, observers.detach_deviation)
 
 
@@ -162,8 +163,8 @@ class RidingNorm(torch.autograd.Function):
         after: Observation,
         observers: "Observers",
     ) -> Tensor:
-        y, mean, rstd, *statistics = observers.measure(
-            "observed_layer_norm", x, weight, bias, eps, after.samples, observers.exact
+        y, mean, rstd, *statistics = observers.kernels.observed_layer_norm(
+            x, weight, bias, eps, after.samples, observers.exact
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
@@ -193,8 +194,8 @@ class RidingActivation(torch.autograd.Function):
         after: Observation,
         observers: "Observers",
     ) -> Tensor:
-        y, *statistics = observers.measure(
-            "observed_activation", x, kind, after.samples, observers.exact
+        y, *statistics = observers.kernels.observed_activation(
+            x, kind, after.samples, observers.exact
         )
         ctx.save_for_backward(x)
         ctx.kind = kind

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
-from ..reference import RATIO
+from ..losses import OutlierLoss
 from .upstream import traced_share
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ class Observation:
     version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
     awaits_gradient: bool = False
 
-    @property
-    def ratio(self) -> Tensor:
-        """The terms of eq. 2, of shape (samples,)."""
-        assert self.statistics is not None
-        return self.statistics[:, RATIO]
-
 
 @dataclass(eq=False)
 class Forward:
@@ -52,8 +46,9 @@ class Tap(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.observation, ctx.observers = observation, observers
         # not saved by autograd, which may copy it elsewhere before the statistics are there
-        observation.statistics = observers.measure(
-            "outlier_statistics", x, observation.samples, observers.exact
+        kernels = observers.kernels
+        observation.statistics = observers.loss.measure(
+            kernels, x, observation.samples, observers.exact
         )
         return x.view_as(x)
 
@@ -65,8 +60,8 @@ class Tap(torch.autograd.Function):
         statistics = observation.statistics
         observation.awaits_gradient = False
         share = observers.upstream.share(observation.multiplicity, statistics)
-        total = ops.outlier_statistics_backward(
-            grad, x, statistics, share, observers.exact, observers.detach_deviation
+        total = observers.loss.backward(
+            ops, grad, x, statistics, share, observers.exact, observers.detach_deviation
         )
         return total, None, None
 
@@ -92,24 +87,22 @@ class PlannedTap(torch.autograd.Function):
         coefficient: Tensor,
         samples: int,
         multiplicity: int,
+        loss: OutlierLoss,
         exact: bool,
         detach_deviation: bool,
         decompose: bool,
     ) -> tuple[Tensor, Tensor]:
         kernels = decomposed if decompose else ops
-        statistics = kernels.outlier_statistics(x, samples, exact)
+        statistics = loss.measure(kernels, x, samples, exact)
         ctx.save_for_backward(x, statistics, coefficient)
-        ctx.constants = multiplicity, exact, detach_deviation, kernels
+        ctx.constants = multiplicity, loss, kernels, exact, detach_deviation
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient = ctx.saved_tensors
-        multiplicity, exact, detach_deviation, kernels = ctx.constants
-        samples = len(statistics)
-        share = traced_share(coefficient, grad, samples, multiplicity)
-        total = kernels.outlier_statistics_backward(
-            grad, x, statistics, share, exact, detach_deviation
-        )
-        return total, None, None, None, None, None, None
+        multiplicity, loss, kernels, *options = ctx.constants
+        share = traced_share(coefficient, grad, len(statistics), multiplicity)
+        total = loss.backward(kernels, grad, x, statistics, share, *options)
+        return total, *[None] * 7

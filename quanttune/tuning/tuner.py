@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses import OutlierLoss, find_loss
 from ..reference import MAXIMUM
 from . import schedule
 from .hooks import Hook
@@ -81,7 +82,7 @@ class Tuner:
                 "training mode (model.train()) and be called itself, not through its submodules, "
                 "with a batch that is not empty"
             )
-        outlier = outlier_loss(observations, loss.device)
+        outlier = outlier_loss(observations, self._observers.loss, loss.device)
         self._observed = observations
         weight = alpha * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
@@ -191,6 +192,7 @@ def attach(
     total_steps: int | None = None,
     *,
     balance: str = "none",
+    loss: str | OutlierLoss = "ratio",
     detach_deviation: bool = False,
     exact: bool = False,
     fuse: bool = False,
@@ -217,6 +219,8 @@ def attach(
             "constant" for not at all.
         balance: "none", as in the paper, or "initial": L_out counts relative to its first value,
             times the first task loss. Use it where the two losses are far apart.
+        loss: what a tensor costs: "ratio" (eq. 2), another name of `quanttune.losses.LOSSES`, or an
+            object of a class there. The last two of them take several passes over each tensor.
         detach_deviation: hold the deviation constant in the gradient of the ratio. It lowers large
             outliers faster than the paper's form, which stays the default.
         exact: take medians over all elements, not over a sample, of tensors with more than 65,536
@@ -239,7 +243,15 @@ def attach(
     if is_attached(model):
         raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
     sites = find_sites(model, include, exclude)
-    observers = Observers(model, sites, find_heads(model), exact, detach_deviation, fuse)
+    observers = Observers(
+        model,
+        sites,
+        find_heads(model),
+        find_loss(loss, detach_deviation, fuse),
+        exact,
+        detach_deviation,
+        fuse,
+    )
     return Tuner(model, observers, alpha, decay, total_steps, balance)
 
 

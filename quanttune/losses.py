@@ -1,0 +1,195 @@
+"""What an observed tensor may cost, sample by sample: the paper's ratio, and other outlier losses.
+
+`attach(model, loss=...)` takes a name from LOSSES or an object of a class below. A new loss is a
+class with three methods: `measure` its statistics, whose first column is max|A|, tell its `values`
+from them, and add its gradient to the one that arrives (`backward`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .reference import RATIO, result_dtype
+
+
+class OutlierLoss(Protocol):
+    """A loss of each sample of an observed tensor. A is the sample, flattened; N its size."""
+
+    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
+        """Return what is kept of x, of shape (samples, columns)."""
+
+    def values(self, statistics: Tensor) -> Tensor:
+        """Return the loss of each sample, of shape (..., samples) for (..., samples, columns)."""
+
+    def backward(
+        self,
+        kernels: Any,
+        grad: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        share: Tensor,
+        exact: bool,
+        detach_deviation: bool,
+    ) -> Tensor:
+        """Return grad + the gradient of sum(share * values) with respect to x."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """r = (max|A| - median|A|) / std(A), eq. 2 of the paper (QuantTune, arXiv 2403.06497)."""
+
+    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
+        return kernels.outlier_statistics(x, samples, exact)
+
+    def values(self, statistics: Tensor) -> Tensor:
+        return statistics[..., RATIO]
+
+    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
+        """Return the gradient with respect to the ratio: share * d(value)/dr."""
+        return share
+
+    def backward(
+        self,
+        kernels: Any,
+        grad: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        share: Tensor,
+        exact: bool,
+        detach_deviation: bool,
+    ) -> Tensor:
+        weight = self.weigh(share, statistics)
+        return kernels.outlier_statistics_backward(
+            grad, x, statistics, weight, exact, detach_deviation
+        )
+
+
+@dataclass(frozen=True)
+class HingeRatio(Ratio):
+    """max(r - margin, 0): tensors that are mild enough are left alone."""
+
+    margin: float = 8.0
+
+    def values(self, statistics: Tensor) -> Tensor:
+        return (statistics[..., RATIO] - self.margin).clamp(min=0)
+
+    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
+        return share * (statistics[:, RATIO] > self.margin)
+
+
+@dataclass(frozen=True)
+class LogRatio(Ratio):
+    """log(1 + r): every tensor's ratio counts relative to itself."""
+
+    def values(self, statistics: Tensor) -> Tensor:
+        return statistics[..., RATIO].log1p()
+
+    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
+        return share / (1 + statistics[:, RATIO])
+
+
+class _InPyTorch:
+    """A loss that no kernel computes: several passes over x, forward and backward."""
+
+    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
+        rows = x.detach().reshape(samples, -1).to(result_dtype(x))
+        return torch.stack([rows.abs().amax(1), *self._moments(rows)], 1)
+
+    def backward(
+        self,
+        kernels: Any,
+        grad: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        share: Tensor,
+        exact: bool,
+        detach_deviation: bool,
+    ) -> Tensor:
+        rows = x.reshape(len(statistics), -1).to(statistics.dtype)
+        added = share[:, None] * self._gradient(rows, statistics[:, 1:, None].unbind(1))
+        return (grad.to(added.dtype) + added.reshape(x.shape)).to(grad.dtype)
+
+    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return what the loss and its gradient need of each row."""
+        raise NotImplementedError
+
+    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+        """Return d(value)/dx of each row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Kurtosis(_InPyTorch):
+    """(k - target)^2 for the kurtosis k = mean(((A - mean) / std)^4), std with N.
+
+    Source: KURE (arXiv 2002.07686), there of weights; its target 1.8 is the kurtosis of a uniform
+    distribution. A constant sample costs nothing.
+    """
+
+    target: float = 1.8
+
+    def values(self, statistics: Tensor) -> Tensor:
+        return (statistics[..., 4] - self.target).square()
+
+    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
+        mean, deviation = rows.mean(1), rows.std(1, correction=0)
+        normal = _normalize(rows, mean[:, None], deviation[:, None])
+        kurtosis = torch.where(deviation == 0, self.target, normal.pow(4).mean(1))
+        return mean, deviation, normal.pow(3).mean(1), kurtosis
+
+    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+        mean, deviation, skewness, kurtosis = moments
+        normal = _normalize(rows, mean, deviation)
+        slope = 8 * (kurtosis - self.target) / torch.where(deviation == 0, 1, deviation)
+        return slope / rows.shape[1] * (normal.pow(3) - skewness - kurtosis * normal)
+
+
+@dataclass(frozen=True)
+class Tweo(_InPyTorch):
+    """mean((|A| / threshold)^power): what is far above the threshold costs most.
+
+    It knows absolute sizes only, so a tensor of small range costs nothing however it is shaped.
+    Source: TWEO (arXiv 2511.23225), there of the outputs of blocks.
+    """
+
+    threshold: float = 3.0
+    power: float = 4.0
+
+    def values(self, statistics: Tensor) -> Tensor:
+        return statistics[..., 1]
+
+    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return ((rows / self.threshold).abs().pow(self.power).mean(1),)
+
+    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+        scaled = rows / self.threshold
+        slope = self.power / (self.threshold * rows.shape[1])
+        return slope * scaled.sign() * scaled.abs().pow(self.power - 1)
+
+
+def _normalize(rows: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    return (rows - mean) / torch.where(deviation == 0, 1, deviation)
+
+
+LOSSES: dict[str, Callable[[], OutlierLoss]] = {
+    "ratio": Ratio,
+    "hinge_ratio": HingeRatio,
+    "log_ratio": LogRatio,
+    "kurtosis": Kurtosis,
+    "tweo": Tweo,
+}
+
+
+def find_loss(loss: "str | OutlierLoss", detach_deviation: bool, fuse: bool) -> OutlierLoss:
+    """Return the loss of a name, or the one that is given, after a check of what goes with it."""
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        loss = LOSSES[loss]()
+    for option, wanted in (("detach_deviation", detach_deviation), ("fuse", fuse)):
+        if wanted and not isinstance(loss, Ratio):
+            raise ValueError(f"{option}=True is for losses of the ratio, not for {loss}")
+    return loss
