@@ -40,6 +40,7 @@ def correctness(machine: Machine) -> dict[str, Any]:
         for shape in TOKENS if machine.dry else TOKENS + GPU_TOKENS:
             x = _rows(machine, "outlier", (shape[0], shape[1] * shape[2]), dtype)
             _check_observed(machine, x.view(shape))
+            _check_padded(x.view(shape))
             checked += 1
     repeats = 2 if machine.dry else 250
     for dtype in DTYPES.values():
@@ -145,6 +146,24 @@ def _check_observed(machine: Machine, x: Tensor) -> None:
     wide = functional.gelu(plain[0])
     _compare_observed(x, y, wide, statistics, f"observed_activation {where}")
     _compare_gradients(x, y, wide, plain[:1], statistics, share, [gradient], where)
+
+
+def _check_padded(x: Tensor) -> None:
+    """Compare tensors whose samples end, or begin, with padding."""
+    samples, tokens, width = x.shape
+    length = torch.arange(samples) * tokens // max(samples - 1, 1)
+    begin = (tokens - length) * (torch.arange(samples) % 2)
+    ranges = (torch.stack([begin, length], 1) * width).to(x.device)
+    statistics = triton_kernels.outlier_statistics(x, samples, False, ranges)
+    expected = reference.outlier_statistics(x.cpu(), samples, False, ranges.cpu())
+    where = f"padded {x.dtype} {tuple(x.shape)}"
+    assert torch.equal(statistics.cpu()[:, COUNTED], expected[:, COUNTED]), where
+    share = _weights(x.flatten(1)).float()
+    options = torch.zeros_like(x), x, statistics, share, False, False, ranges
+    gradient = triton_kernels.outlier_statistics_backward(*options)
+    wide = (tensor.cpu().double() for tensor in options[:4])
+    theirs = reference.outlier_statistics_backward(*wide, False, False, ranges.cpu())
+    assert _near(gradient, theirs, theirs.square().mean().sqrt()), where
 
 
 def _compare_observed(

@@ -5,9 +5,13 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "fake_quantization.h"
 #include "memory.h"
 #include "outlier_statistics.h"
+#include "range_search.h"
 
 namespace py = pybind11;
 namespace qt = quanttune;
@@ -40,16 +44,43 @@ void fake_quant_backward(Address grad, Address x, Address scale, Address grad_x,
   qt::fake_quant_backward(at(grad), at(x), at(grad_x), qt::Type(type), grid, threads);
 }
 
+const qt::Range* ranges_at(Address address, std::int64_t rows, std::int64_t size) {
+  const auto* ranges = at<const qt::Range>(address);
+  for (std::int64_t row = 0; ranges && row < rows; ++row) {
+    const auto [begin, length] = ranges[row];
+    if (begin < 0 || length < 0 || begin > size - length)
+      throw std::invalid_argument("range of " + std::to_string(length) + " elements from " +
+                                  std::to_string(begin) + " on in a sample of " +
+                                  std::to_string(size));
+  }
+  return ranges;
+}
+
 void outlier_statistics(Address x, Address statistics, int type, std::int64_t rows,
-                        std::int64_t size, bool exact, int threads) {
-  qt::outlier_statistics(at(x), at(statistics), qt::Type(type), rows, size, exact, threads);
+                        std::int64_t size, bool exact, Address ranges, int threads) {
+  qt::outlier_statistics(at(x), at(statistics), qt::Type(type), rows, size, exact,
+                         ranges_at(ranges, rows, size), threads);
 }
 
 void outlier_statistics_backward(Address grad, Address x, Address statistics, Address ratio_grad,
                                  Address grad_x, int type, std::int64_t rows, std::int64_t size,
-                                 bool exact, bool detach_deviation, int threads) {
+                                 bool exact, bool detach_deviation, Address ranges,
+                                 int threads) {
   qt::outlier_statistics_backward(at(grad), at(x), at(statistics), at(ratio_grad), at(grad_x),
-                                  qt::Type(type), rows, size, exact, detach_deviation, threads);
+                                  qt::Type(type), rows, size, exact, detach_deviation,
+                                  ranges_at(ranges, rows, size), threads);
+}
+
+void quantization_errors(Address x, Address steps, Address errors, int type, std::int64_t size,
+                         std::int64_t candidates, int qmin, int qmax, int threads) {
+  qt::quantization_errors(at(x), at<const float>(steps), at<double>(errors), qt::Type(type), size,
+                          candidates, qmin, qmax, threads);
+}
+
+void magnitude_histogram(Address x, Address counts, int type, std::int64_t size, float width,
+                         std::int64_t bins, int threads) {
+  qt::magnitude_histogram(at(x), at<std::int64_t>(counts), qt::Type(type), size, width, bins,
+                          threads);
 }
 
 }  // namespace
@@ -61,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dynamic_fake_quant", &dynamic_fake_quant, unlocked);
   m.def("fake_quant_backward", &fake_quant_backward, unlocked);
   m.def("outlier_statistics", &outlier_statistics, unlocked);
+  m.def("quantization_errors", &quantization_errors, unlocked);
+  m.def("magnitude_histogram", &magnitude_histogram, unlocked);
   m.def("prefer_large_pages", &qt::prefer_large_pages);
   m.def("outlier_statistics_backward", &outlier_statistics_backward, unlocked);
 }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "codes.h"
 #include "parallel.h"
 
 namespace quanttune {
@@ -15,29 +16,13 @@ namespace {
 
 constexpr std::int64_t kChunk = 1 << 15;  // elements of a task: below this, waking a thread costs more
 
-// Ties to even for |x| < 2^22: 1.5 * 2^23 leaves a float no fraction bits. The result is never -0.
-QUANTTUNE_INLINE Floats round_half_even(Floats x) {
-  const Floats to_integer = splat(12582912.0f);
-  return (x + to_integer) - to_integer;
-}
-
-// NaN fails both comparisons, and stays.
-QUANTTUNE_INLINE Floats clamp(Floats x, float low, float high) {
-  x = x < low ? splat(low) : x;
-  return x > high ? splat(high) : x;
-}
-
-struct Bounds {
-  float low, high;
-};
-
 QUANTTUNE_INLINE Floats snap(Floats x, Floats step, Bounds bounds) {
-  return round_half_even(clamp(x / step, bounds.low, bounds.high)) * step;
+  return code_of(x, step, bounds) * step;
 }
 
 QUANTTUNE_INLINE Masks is_inside(Floats x, Floats step, Bounds bounds) {
   // one code beyond each bound still rounds exactly, and tells "outside" from "at the bound"
-  const Floats code = round_half_even(clamp(x / step, bounds.low - 1, bounds.high + 1));
+  const Floats code = code_of(x, step, Bounds{bounds.low - 1, bounds.high + 1});
   return (code >= bounds.low) & (code <= bounds.high);
 }
 

@@ -109,38 +109,47 @@ void finish_row(const Row<T>& row, Result* out) {
 
 template <class T>
 void statistics_typed(const T* x, typename Traits<T>::Scalar* statistics, std::int64_t rows,
-                      std::int64_t size, bool exact, int threads) {
-  const Geometry geometry(size, exact);
-  const Sample* sample = Sample::of(geometry);
-  const std::int64_t chunks = geometry.chunks;
-  const std::int64_t room = geometry.chunk / geometry.stride + kLanes;
+                      std::int64_t size, bool exact, const Range* ranges, int threads) {
+  const Geometry whole(size, exact);
+  const Sample* sample = Sample::of(whole);
+  const std::int64_t chunks = whole.chunks;
+  const std::int64_t room = whole.chunk / whole.stride + kLanes;
   const Scratch<Wide<typename Traits<T>::Bits>, 0> picked(rows * chunks * room);
   std::vector<Glimpse<T>> glimpses(rows);
   std::vector<Partial> partials(rows * chunks);
   std::vector<std::atomic<std::int64_t>> waiting(rows);  // chunks that are not summarized yet
-  for (auto& left : waiting) left = chunks;
   if (rows * size < kSerial) threads = 1;
+  const auto at = [&](std::int64_t row) {
+    const std::int64_t begin = ranges ? ranges[row].begin : 0, first = row * chunks;
+    return Row<T>{x + row * size + begin, ranges ? whole.part(ranges[row].size) : whole, sample,
+                  glimpses[row], &partials[first], picked.data() + first * room, room};
+  };
 
-  parallel_for(rows, threads, [&](std::int64_t row) { glimpses[row] = glimpse(x + row * size, size); });
+  parallel_for(rows, threads, [&](std::int64_t index) {
+    const Row<T> row = at(index);
+    waiting[index] = row.geometry.chunks;
+    if (row.geometry.size) glimpses[index] = glimpse(row.x, row.geometry.size);
+    else std::fill_n(statistics + index * kColumns, kColumns, 0);
+  });
   parallel_for(rows * chunks, threads, [&](std::int64_t task) {
-    const std::int64_t at = task / chunks, chunk = task % chunks;
-    const Row<T> row{x + at * size,         geometry, sample, glimpses[at], &partials[at * chunks],
-                     picked.data() + at * chunks * room, room};
+    const std::int64_t index = task / chunks, chunk = task % chunks;
+    const Row<T> row = at(index);
+    if (chunk >= row.geometry.chunks) return;
     summarize(row, chunk);
     // whoever comes last has most of what was picked in its cache, and leaves the memory to the others
-    if (--waiting[at] == 0) finish_row(row, statistics + at * kColumns);
+    if (--waiting[index] == 0) finish_row(row, statistics + index * kColumns);
   });
 }
 
 }  // namespace
 
 void outlier_statistics(const void* x, void* statistics, Type type, std::int64_t rows,
-                        std::int64_t size, bool exact, int threads) {
+                        std::int64_t size, bool exact, const Range* ranges, int threads) {
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     statistics_typed(static_cast<const T*>(x),
                      static_cast<typename Traits<T>::Scalar*>(statistics), rows, size, exact,
-                     threads);
+                     ranges, threads);
   });
 }
 

@@ -97,24 +97,33 @@ void add_sampled(const T* grad, const T* x, T* grad_x, std::int64_t begin, std::
 }
 
 template <class T>
+void copy(const T* from, T* to, std::int64_t size) {
+  if (from != to) std::memcpy(to, from, size * sizeof(T));
+}
+
+template <class T>
 void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar* statistics,
                     const typename Traits<T>::Scalar* ratio_grad, T* grad_x, std::int64_t rows,
-                    std::int64_t size, bool exact, bool detach, int threads) {
+                    std::int64_t size, bool exact, bool detach, const Range* ranges, int threads) {
   using Scalar = typename Traits<T>::Scalar;
-  const Geometry geometry(size, exact);
-  const Sample* sample = Sample::of(geometry);
+  const Geometry whole(size, exact);
+  const Sample* sample = Sample::of(whole);
   if (rows * size < kSerial) threads = 1;
-  parallel_for(rows * geometry.chunks, threads, [&](std::int64_t task) {
-    const std::int64_t row = task / geometry.chunks, chunk = task % geometry.chunks;
-    const std::int64_t start = chunk * geometry.chunk, stop = start + geometry.length(chunk);
-    const T *upstream = grad + row * size, *values = x + row * size;
-    T* out = grad_x + row * size;
-    const RowGradient<Scalar> gradient(statistics + row * kColumns, ratio_grad[row], size, detach);
-    for (std::int64_t begin = start; begin < stop; begin += geometry.piece) {
-      const std::int64_t end = std::min(begin + geometry.piece, stop);
+  parallel_for(rows * whole.chunks, threads, [&](std::int64_t task) {
+    const std::int64_t row = task / whole.chunks, chunk = task % whole.chunks;
+    const Range range = ranges ? ranges[row] : Range{0, size};
+    const std::int64_t first = row * size + range.begin, rest = range.begin + range.size;
+    if (chunk == 0) copy(grad + row * size, grad_x + row * size, range.begin);
+    if (chunk == 0) copy(grad + row * size + rest, grad_x + row * size + rest, size - rest);
+    const Geometry geometry = whole.part(range.size);
+    const std::int64_t start = chunk * whole.chunk, stop = std::min(start + whole.chunk, range.size);
+    const T *upstream = grad + first, *values = x + first;
+    T* out = grad_x + first;
+    const RowGradient<Scalar> gradient(statistics + row * kColumns, ratio_grad[row], range.size, detach);
+    for (std::int64_t begin = start; begin < stop; begin += whole.piece) {
+      const std::int64_t end = std::min(begin + whole.piece, stop);
       if (!gradient.live) {
-        if (upstream != out)
-          std::memcpy(out + begin, upstream + begin, (end - begin) * sizeof(T));
+        copy(upstream + begin, out + begin, end - begin);
       } else if (sample) {
         add_sampled(upstream, values, out, begin, end, geometry, *sample, gradient);
       } else {
@@ -129,13 +138,14 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
 void outlier_statistics_backward(const void* grad, const void* x, const void* statistics,
                                  const void* ratio_grad, void* grad_x, Type type,
                                  std::int64_t rows, std::int64_t size, bool exact,
-                                 bool detach_deviation, int threads) {
+                                 bool detach_deviation, const Range* ranges, int threads) {
   dispatch(type, [&](auto tag) {
     using T = decltype(tag);
     using Scalar = typename Traits<T>::Scalar;
     backward_typed(static_cast<const T*>(grad), static_cast<const T*>(x),
                    static_cast<const Scalar*>(statistics), static_cast<const Scalar*>(ratio_grad),
-                   static_cast<T*>(grad_x), rows, size, exact, detach_deviation, threads);
+                   static_cast<T*>(grad_x), rows, size, exact, detach_deviation,
+                   ranges, threads);
   });
 }
 

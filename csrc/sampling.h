@@ -30,18 +30,24 @@ struct Geometry {
   std::int64_t chunk, chunks;
 
   Geometry(std::int64_t size, bool exact)
-      : size(size),
-        stride(exact ? 1 : (size + kSampleSize - 1) / kSampleSize),
-        samples(size / stride),
-        piece(round_up(kPiece, stride)),
-        chunk(round_up(kChunk, piece)),
-        chunks((size + chunk - 1) / chunk) {}
+      : Geometry(size, exact ? 1 : (size + kSampleSize - 1) / kSampleSize, 0) {}
+
+  // Of the part of such a row that is no padding, and that counts if it has a stratum.
+  Geometry part(std::int64_t length) const { return {length < stride ? 0 : length, stride, 0}; }
 
   bool is_sampled() const { return stride > 1; }
   std::int64_t words() const { return (piece + kLanes - 1) / kLanes; }  // of sixteen elements, per piece
   std::int64_t length(std::int64_t index) const { return std::min(chunk, size - index * chunk); }
 
  private:
+  Geometry(std::int64_t size, std::int64_t stride, int)
+      : size(size),
+        stride(stride),
+        samples(size / stride),
+        piece(round_up(kPiece, stride)),
+        chunk(round_up(kChunk, piece)),
+        chunks((size + chunk - 1) / chunk) {}
+
   static std::int64_t round_up(std::int64_t size, std::int64_t step) {
     return (size + step - 1) / step * step;
   }

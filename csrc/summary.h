@@ -25,7 +25,7 @@ struct Row {
   using Bits = typename Traits<T>::Bits;
 
   const T* x;
-  const Geometry& geometry;
+  Geometry geometry;
   const Sample* sample;
   const Glimpse<T>& glimpse;
   Partial* partials;

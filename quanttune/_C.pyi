@@ -38,7 +38,15 @@ def fake_quant_backward(
     /,
 ) -> None: ...
 def outlier_statistics(
-    x: int, statistics: int, type: int, rows: int, size: int, exact: bool, threads: int, /
+    x: int,
+    statistics: int,
+    type: int,
+    rows: int,
+    size: int,
+    exact: bool,
+    ranges: int,
+    threads: int,
+    /,
 ) -> None: ...
 def outlier_statistics_backward(
     grad: int,
@@ -51,7 +59,23 @@ def outlier_statistics_backward(
     size: int,
     exact: bool,
     detach_deviation: bool,
+    ranges: int,
     threads: int,
     /,
+) -> None: ...
+def quantization_errors(
+    x: int,
+    steps: int,
+    errors: int,
+    type: int,
+    size: int,
+    candidates: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
+    /,
+) -> None: ...
+def magnitude_histogram(
+    x: int, counts: int, type: int, size: int, width: float, bins: int, threads: int, /
 ) -> None: ...
 def prefer_large_pages(address: int, bytes: int, /) -> None: ...

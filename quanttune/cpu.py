@@ -43,12 +43,14 @@ def fake_quant_backward(
     return grad_x
 
 
-def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+def outlier_statistics(
+    x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+) -> Tensor:
     statistics = torch.empty((samples, reference.COLUMNS), dtype=reference.result_dtype(x))
     if samples:
         _C.outlier_statistics(
             x.data_ptr(), statistics.data_ptr(), _TYPES[x.dtype], samples, x.numel() // samples,
-            exact, torch.get_num_threads(),
+            exact, _address_of_ranges(ranges, samples), torch.get_num_threads(),
         )  # fmt: skip
     return statistics
 
@@ -60,6 +62,7 @@ def outlier_statistics_backward(
     ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
+    ranges: Tensor | None = None,
 ) -> Tensor:
     grad_x = _new(grad)
     if x.numel():
@@ -67,9 +70,37 @@ def outlier_statistics_backward(
         _C.outlier_statistics_backward(
             grad.data_ptr(), x.data_ptr(), statistics.data_ptr(), ratio_grad.data_ptr(),
             grad_x.data_ptr(), _TYPES[x.dtype], len(statistics), x.numel() // len(statistics),
-            exact, detach_deviation, torch.get_num_threads(),
+            exact, detach_deviation, _address_of_ranges(ranges, len(statistics)),
+            torch.get_num_threads(),
         )  # fmt: skip
     return grad_x
+
+
+def quantization_errors(x: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tensor:
+    errors = torch.empty(steps.shape, dtype=torch.float64)
+    _C.quantization_errors(
+        x.data_ptr(), steps.data_ptr(), errors.data_ptr(), _TYPES[x.dtype], x.numel(), len(steps),
+        qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return errors
+
+
+def magnitude_histogram(x: Tensor, width: float, bins: int) -> Tensor:
+    counts = torch.empty(bins, dtype=torch.int64)
+    _C.magnitude_histogram(
+        x.data_ptr(), counts.data_ptr(), _TYPES[x.dtype], x.numel(), width, bins,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return counts
+
+
+def _address_of_ranges(ranges: Tensor | None, samples: int) -> int:
+    if ranges is None:
+        return 0
+    if ranges.dtype != torch.int64 or ranges.shape != (samples, 2):
+        got = f"{ranges.dtype} of shape {tuple(ranges.shape)}"
+        raise ValueError(f"ranges must be int64 of shape ({samples}, 2), got {got}")
+    return ranges.data_ptr()
 
 
 def _new(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, reference_observed
+from . import reference, reference_observed, reference_range
 
 
 class Backend(NamedTuple):
@@ -72,8 +72,9 @@ def _register(
 
 def _kernel(module: Any, name: str) -> Callable[..., Any]:
     """Return a module's function of that name, or what is composed of others that it has."""
-    if hasattr(module, name):
-        return getattr(module, name)
+    for candidate in (module, reference_range):
+        if hasattr(candidate, name):
+            return getattr(candidate, name)
     return partial(getattr(reference_observed, name), kernels=module)
 
 
@@ -117,7 +118,7 @@ def _dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+def _fake_statistics(x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None) -> Tensor:
     return x.new_empty((samples, reference.COLUMNS), dtype=reference.result_dtype(x))
 
 
@@ -160,13 +161,15 @@ fake_quant_backward = _register(
     fake=lambda grad, x, scale, qmin, qmax, axis: _dense_like(grad),
 )
 outlier_statistics = _register(
-    "outlier_statistics", "Tensor x, SymInt samples, bool exact", fake=_fake_statistics
+    "outlier_statistics",
+    "Tensor x, SymInt samples, bool exact, Tensor? ranges=None",
+    fake=_fake_statistics,
 )
 outlier_statistics_backward = _register(
     "outlier_statistics_backward",
     "Tensor grad, Tensor x, Tensor statistics, Tensor ratio_grad, bool exact, "
-    "bool detach_deviation",
-    fake=lambda grad, x, statistics, ratio_grad, exact, detach_deviation: _dense_like(grad),
+    "bool detach_deviation, Tensor? ranges=None",
+    fake=lambda grad, *others: _dense_like(grad),
 )
 
 
@@ -181,7 +184,7 @@ class StatisticsGroup:
     def _call(self, op: str, x: Tensor, *arguments: Any) -> Any:
         if self._on_gpu is None or not _is_plain_gpu_tensor(x):
             return getattr(torch.ops.quanttune, op).default(x, *arguments)
-        return getattr(_gpu, op)(*_contiguous((x, *arguments)), self._on_gpu)
+        return getattr(_gpu, op)(*_contiguous((x, *arguments)), group=self._on_gpu)
 
     outlier_statistics = partialmethod(_call, "outlier_statistics")
     observed_layer_norm = partialmethod(_call, "observed_layer_norm")
@@ -224,4 +227,16 @@ observed_activation_backward = _register(
     "observed_activation_backward",
     f"Tensor grad, Tensor x, str kind, {_BOTH_SIDES}",
     fake=lambda grad, x, *others: _dense_like(x),
+)
+quantization_errors = _register(
+    "quantization_errors",
+    "Tensor x, Tensor steps, int qmin, int qmax",
+    fake=lambda x, steps, qmin, qmax: steps.new_empty(
+        steps.shape, dtype=reference_range.sum_dtype(x)
+    ),
+)
+magnitude_histogram = _register(
+    "magnitude_histogram",
+    "Tensor x, float width, int bins",
+    fake=lambda x, width, bins: x.new_empty(bins, dtype=torch.int64),
 )

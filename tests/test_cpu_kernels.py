@@ -49,7 +49,7 @@ def test_the_sanitized_build_is_what_a_sanitizer_sees():
 
 
 def every_op(x, rows):
-    """Return what each kernel makes of x: statistics, their gradient, codes and their gradient."""
+    """Return what each kernel makes of x: statistics, codes, their gradients, what grids lose."""
     kind = result_dtype(x.dtype)
     columns = cpu.outlier_statistics(x, rows, False)
     ratio_grad = torch.linspace(-2, 3, rows).to(kind)
@@ -60,7 +60,11 @@ def every_op(x, rows):
     quantized = [cpu.fake_quant(x, *grid) for grid in (whole, channels)]
     passed = [cpu.fake_quant_backward(grad, x, *grid) for grid in (whole, channels)]
     dynamic = [cpu.dynamic_fake_quant(x, -128, 127, axis) for axis in (None, 0, x.dim() - 1)]
-    return [columns, added, *quantized, *passed, *dynamic]
+    searched = [
+        cpu.quantization_errors(x, torch.tensor([0.01, 0.2]), -128, 127),
+        cpu.magnitude_histogram(x, 0.01, 500),
+    ]
+    return [columns, added, *quantized, *passed, *dynamic, *searched]
 
 
 # ------------------------------------------------------------------------------ threads and forks

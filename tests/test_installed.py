@@ -17,6 +17,7 @@ OPS = {
     "fake_quant_backward",
     "outlier_statistics",
     "outlier_statistics_backward",
+    "quantization_errors",
 }
 
 

@@ -13,4 +13,5 @@ from .outlier_statistics import outlier_statistics as outlier_statistics
 from .outlier_statistics_gradient import (
     outlier_statistics_backward as outlier_statistics_backward,
 )
+from .range_search import quantization_errors as quantization_errors
 from .statistics_group import StatisticsGroup as StatisticsGroup

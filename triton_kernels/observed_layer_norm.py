@@ -155,7 +155,7 @@ def _forward_kernel(
     leave_partials(x_partial_ptr, sample, parts, part, x_partials)
     leave_partials(y_partial_ptr, sample, parts, part, y_partials)
     if program == 0:
-        geometry = samples, size, parts, part_size, sample_size, sample_pitch
+        geometry = None, samples, size, parts, part_size, stride, sample_pitch
         leave_entry(x_entry_ptr, x_sample_ptr, x_partial_ptr, x_statistics_ptr, *geometry)
         leave_entry(y_entry_ptr, y_sample_ptr, y_partial_ptr, y_statistics_ptr, *geometry)
 

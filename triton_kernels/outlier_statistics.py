@@ -15,7 +15,7 @@ from torch import Tensor
 from quanttune import reference
 
 from ._launch import on_device_of, options
-from .sampling import gather
+from .sampling import gather, load_range, unit_of
 from .statistics_group import StatisticsGroup, leave_entry, leave_partials
 
 BLOCK = 1024  # elements of one load of the forward pass: 16 bytes from every thread
@@ -29,15 +29,16 @@ LONGEST_PART = 2**21  # well within the integers that float32 holds
 
 @triton.jit
 def _choose_pivot(part_ptr, length, BLOCK: tl.constexpr):
-    """Return the mean of the first block."""
+    """Return the mean of the first block; 0 if there is none."""
     offsets = tl.arange(0, BLOCK)
     inside = offsets < length
     # by way of the first element, so that the pivot of a constant is that constant exactly
-    first = tl.load(part_ptr).to(tl.float32)
+    first = tl.load(part_ptr, mask=length > 0, other=0.0).to(tl.float32)
     block = tl.load(part_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     excess = tl.sum(tl.where(inside, block - first, 0.0))
     # a correctly rounded division, which is the same on every GPU
-    return first + tl.div_rn(excess, tl.minimum(length, BLOCK).to(tl.float32))
+    divisor = tl.maximum(tl.minimum(length, BLOCK), 1)
+    return first + tl.div_rn(excess, divisor.to(tl.float32))
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def _partial_kernel(
     partial_ptr,
     statistics_ptr,
     entry_ptr,
+    ranges_ptr,
     samples,
     size,
     parts,
@@ -71,14 +73,16 @@ def _partial_kernel(
     LOADS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRATA: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     TILE: tl.constexpr = LOADS * BLOCK
     # backwards: what the producer of x wrote last may still be in the cache
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     row = (program // parts).to(tl.int64)
     start = program % parts * part_size
-    length = tl.minimum(size - start, part_size)
-    row_ptr = x_ptr + row * size
+    begin, row_size = load_range(ranges_ptr, row, size, stride, UNIT)
+    length = tl.maximum(tl.minimum(row_size - start, part_size), 0)
+    row_ptr = x_ptr + row * size + begin
     part_ptr = row_ptr + start
     sample_row_ptr = sample_ptr + row * sample_pitch
     offsets = tl.arange(0, LOADS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -109,8 +113,8 @@ def _partial_kernel(
     partials = pivot, sums, squares, maximum, count
     leave_partials(partial_ptr, row, parts, program % parts, partials)
     if program == 0:
-        geometry = samples, size, parts, part_size, sample_size, sample_pitch
-        leave_entry(entry_ptr, sample_ptr, partial_ptr, statistics_ptr, *geometry)
+        geometry = samples, size, parts, part_size, stride, sample_pitch
+        leave_entry(entry_ptr, sample_ptr, partial_ptr, statistics_ptr, ranges_ptr, *geometry)
 
 
 def _split(samples: int, size: int) -> tuple[int, int]:
@@ -122,7 +126,11 @@ def _split(samples: int, size: int) -> tuple[int, int]:
 
 
 def outlier_statistics(
-    x: Tensor, samples: int, exact: bool, group: StatisticsGroup | None = None
+    x: Tensor,
+    samples: int,
+    exact: bool,
+    ranges: Tensor | None = None,
+    group: StatisticsGroup | None = None,
 ) -> Tensor:
     """See the reference. With a group, the result is there once that has been finished.
 
@@ -130,14 +138,16 @@ def outlier_statistics(
     (16-bit types: 16 times).
     """
     if x.dtype == torch.float64 or samples == 0:  # GPUs that train have no float64 to speak of
-        return reference.outlier_statistics(x, samples, exact)
+        return reference.outlier_statistics(x, samples, exact, ranges)
     merging = StatisticsGroup() if group is None else group
-    (rows,) = merging.reserve([x], samples, exact, *_split(samples, x.numel() // samples))
+    split = _split(samples, x.numel() // samples)
+    (rows,) = merging.reserve([x], samples, exact, *split, ranges)
     tile_strata = triton.next_power_of_2(triton.cdiv(TILE, rows.stride))
     with on_device_of(x):
         _partial_kernel[(samples * rows.parts,)](
             x,
             *rows.buffers,
+            ranges,
             samples,
             rows.size,
             rows.parts,
@@ -148,6 +158,7 @@ def outlier_statistics(
             LOADS=LOADS,
             BLOCK=BLOCK,
             STRATA=0 if rows.stride == 1 else tile_strata,
+            UNIT=1 if ranges is None else unit_of(x),
             **options(THREADS),
         )
     if group is None:

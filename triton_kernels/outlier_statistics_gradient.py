@@ -9,7 +9,7 @@ from quanttune import reference
 
 from ._columns import COLUMNS, DEVIATION, MAXIMUM, MAXIMUM_COUNT, MEAN, MEDIAN, MEDIAN_COUNT, RATIO
 from ._launch import on_device_of, options
-from .sampling import position, strata
+from .sampling import load_range, position, strata
 
 BLOCK = 2048  # elements per program
 THREADS = 128
@@ -45,17 +45,17 @@ def dense_terms(x, mean, slope, maximum, weight, DETACHED: tl.constexpr):
     return added
 
 
-@triton.jit(do_not_specialize=["tiles", "stride", "sample_size"])
+@triton.jit(do_not_specialize=["tiles", "stride"])
 def _gradient_kernel(
     grad_ptr,
     x_ptr,
     statistics_ptr,
     ratio_grad_ptr,
     result_ptr,
+    ranges_ptr,
     size,
     tiles,
     stride,
-    sample_size,
     BLOCK: tl.constexpr,
     STRATA: tl.constexpr,
     DETACHED: tl.constexpr,
@@ -67,11 +67,12 @@ def _gradient_kernel(
     offsets = tl.arange(0, BLOCK)
     inside = offsets < size - start
     base = row * size + start
+    begin, row_size = load_range(ranges_ptr, row, size, stride, 1)
     # STRATA is how many strata can touch a block, or 0 where every element is in the sample
     if STRATA > 0:
-        stratum = start // stride + tl.arange(0, STRATA)
-        chosen = position(stratum, stride) - start
-        ours = (chosen >= 0) & (chosen < BLOCK) & (stratum < sample_size)
+        stratum = tl.maximum(start - begin, 0) // stride + tl.arange(0, STRATA)
+        chosen = position(stratum, stride) + (begin - start)
+        ours = (chosen >= 0) & (chosen < BLOCK) & (stratum < row_size // stride)
         chosen_x = tl.load(x_ptr + base + chosen, mask=ours, other=0.0).to(tl.float32)
         chosen_grad = tl.load(grad_ptr + base + chosen, mask=ours, other=0.0)
     x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -79,7 +80,7 @@ def _gradient_kernel(
 
     row_ptr = statistics_ptr + row * COLUMNS
     upstream = tl.load(ratio_grad_ptr + row)
-    live, slope, maximum_weight, median_weight = load_weights(row_ptr, upstream, size)
+    live, slope, maximum_weight, median_weight = load_weights(row_ptr, upstream, row_size)
     maximum = tl.load(row_ptr + MAXIMUM)
     median = tl.load(row_ptr + MEDIAN)
     mean = tl.load(row_ptr + MEAN)
@@ -88,6 +89,9 @@ def _gradient_kernel(
     if STRATA == 0:
         added -= peak_term(x, median, median_weight)
     total = (grad.to(tl.float32) + added).to(grad.dtype)
+    if ranges_ptr is not None:
+        place = start - begin + offsets
+        total = tl.where((place >= 0) & (place < row_size), total, grad)
     tl.store(result_ptr + base + offsets, tl.where(live, total, grad), mask=inside)
     if STRATA > 0:
         added = dense_terms(chosen_x, mean, slope, maximum, maximum_weight, DETACHED)
@@ -106,15 +110,16 @@ def outlier_statistics_backward(
     ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
+    ranges: Tensor | None = None,
 ) -> Tensor:
     if x.dtype == torch.float64 or x.numel() == 0:
         return reference.outlier_statistics_backward(
-            grad, x, statistics, ratio_grad, exact, detach_deviation
+            grad, x, statistics, ratio_grad, exact, detach_deviation, ranges
         )
     samples = len(statistics)
     size = x.numel() // samples
     tiles = triton.cdiv(size, BLOCK)
-    stride, sample_size = strata(size, exact)
+    stride, _ = strata(size, exact)
     # a block that begins inside a stratum touches one more
     touched = BLOCK // stride + (2 if BLOCK % stride else 0)
     result = torch.empty_like(grad)
@@ -125,10 +130,10 @@ def outlier_statistics_backward(
             statistics,
             ratio_grad.float().contiguous(),
             result,
+            ranges,
             size,
             tiles,
             stride,
-            sample_size,
             BLOCK=BLOCK,
             STRATA=0 if stride == 1 else triton.next_power_of_2(touched),
             DETACHED=detach_deviation,

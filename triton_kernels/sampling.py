@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from quanttune import reference
 
@@ -10,6 +11,23 @@ def strata(size: int, exact: bool) -> tuple[int, int]:
     """Return how many elements a stratum holds, and how many strata a row of `size` elements."""
     stride = 1 if exact else -(-size // reference.SAMPLE_SIZE)
     return stride, size // stride
+
+
+def unit_of(x: Tensor) -> int:
+    """Return a number that divides where ranges begin and end, for the alignment of loads."""
+    return 16 if x.dim() and x.shape[-1] % 16 == 0 else 1
+
+
+@triton.jit
+def load_range(ranges_ptr, row, size, stride, UNIT: tl.constexpr):
+    """Return where the part of a row begins that is no padding, and its size."""
+    begin = 0
+    length = size
+    if ranges_ptr is not None:
+        begin = tl.multiple_of(tl.load(ranges_ptr + 2 * row).to(tl.int32), UNIT)
+        length = tl.multiple_of(tl.load(ranges_ptr + 2 * row + 1).to(tl.int32), UNIT)
+        length = tl.where(length < stride, 0, length)
+    return begin, length
 
 
 @triton.jit

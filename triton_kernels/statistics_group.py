@@ -29,7 +29,7 @@ from ._columns import (
 from ._launch import on_device_of, options
 from ._math import magnitude_of_bits
 from ._selection import median_bits
-from .sampling import strata
+from .sampling import load_range, strata, unit_of
 
 MERGE_THREADS = 1024
 REGISTER_SAMPLE = 65536  # values whose keys fit the registers of one program
@@ -44,9 +44,9 @@ PIVOT, SUM, SQUARES, MAXIMUM_OF_PART, COUNT_OF_PART = (tl.constexpr(index) for i
 PARTIALS = tl.constexpr(5)
 
 # an entry of the table; its width keeps entries on boundaries of 16 bytes, as Triton assumes
-_SAMPLE, _PARTIALS, _STATISTICS = (tl.constexpr(index) for index in range(3))
-_SAMPLES, _SIZE, _PARTS, _PART_SIZE, _SAMPLE_SIZE, _PITCH = (
-    tl.constexpr(index) for index in range(3, 9)
+_SAMPLE, _PARTIALS, _STATISTICS, _RANGES = (tl.constexpr(index) for index in range(4))
+_SAMPLES, _SIZE, _PARTS, _PART_SIZE, _STRIDE, _PITCH = (
+    tl.constexpr(index) for index in range(4, 10)
 )
 _ENTRY = tl.constexpr(16)
 
@@ -89,22 +89,27 @@ def leave_entry(
     sample_ptr,
     partial_ptr,
     statistics_ptr,
+    ranges_ptr,
     samples,
     size,
     parts,
     part_size,
-    sample_size,
+    stride,
     sample_pitch,
 ):
     """Tell the merge where everything is."""
     tl.store(entry_ptr + _SAMPLE, sample_ptr.to(tl.int64))
     tl.store(entry_ptr + _PARTIALS, partial_ptr.to(tl.int64))
     tl.store(entry_ptr + _STATISTICS, statistics_ptr.to(tl.int64))
+    if ranges_ptr is None:
+        tl.store(entry_ptr + _RANGES, tl.cast(0, tl.int64))
+    else:
+        tl.store(entry_ptr + _RANGES, ranges_ptr.to(tl.int64))
     tl.store(entry_ptr + _SAMPLES, tl.cast(samples, tl.int64))
     tl.store(entry_ptr + _SIZE, tl.cast(size, tl.int64))
     tl.store(entry_ptr + _PARTS, tl.cast(parts, tl.int64))
     tl.store(entry_ptr + _PART_SIZE, tl.cast(part_size, tl.int64))
-    tl.store(entry_ptr + _SAMPLE_SIZE, tl.cast(sample_size, tl.int64))
+    tl.store(entry_ptr + _STRIDE, tl.cast(stride, tl.int64))
     tl.store(entry_ptr + _PITCH, tl.cast(sample_pitch, tl.int64))
 
 
@@ -120,8 +125,9 @@ def _merge(partial_row_ptr, size, parts, part_size, PARTS: tl.constexpr):
     maxima = tl.load(column_ptr + MAXIMUM_OF_PART * parts, mask=inside, other=-1.0)
     counts = tl.load(column_ptr + COUNT_OF_PART * parts, mask=inside, other=0.0)
 
-    length = tl.where(inside, tl.minimum(size - part * part_size, part_size), 0).to(tl.float64)
-    total = size.to(tl.float64)
+    length = tl.minimum(size - part * part_size, part_size)
+    length = tl.where(inside, tl.maximum(length, 0), 0).to(tl.float64)
+    total = tl.maximum(size, 1).to(tl.float64)
     excess = sums / tl.maximum(length, 1.0)
     part_mean = pivot + excess
     mean = tl.sum(part_mean * length) / total
@@ -140,6 +146,7 @@ def _merge_kernel(
     table_ptr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    RANGED: tl.constexpr,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -148,16 +155,22 @@ def _merge_kernel(
     entry_ptr = table_ptr + tl.program_id(1) * _ENTRY
     if row >= tl.load(entry_ptr + _SAMPLES):
         return
-    # the selection first: it needs all registers there are
-    sample_size = tl.load(entry_ptr + _SAMPLE_SIZE).to(tl.int32)
+    size = tl.load(entry_ptr + _SIZE).to(tl.int32)
+    stride = tl.load(entry_ptr + _STRIDE).to(tl.int32)
     sample_ptr = tl.load(entry_ptr + _SAMPLE).to(tl.pointer_type(DTYPE))
     sample_row_ptr = sample_ptr + row * tl.load(entry_ptr + _PITCH)
+    if RANGED:
+        ranges_ptr = tl.load(entry_ptr + _RANGES).to(tl.pointer_type(tl.int64))
+        begin, size = load_range(ranges_ptr, row, size, stride, 1)
+        # a whole row is its own sample; of any other it was gathered from the range
+        sample_row_ptr += tl.where(stride == 1, begin, 0)
+    # the selection first: it needs all registers there are
+    sample_size = size // stride
     if ALIGNED:
         sample_row_ptr = tl.multiple_of(sample_row_ptr, 16)
     bits, median_count = median_bits(sample_row_ptr, sample_size, HALF, BLOCK, ALIGNED)
     median = magnitude_of_bits(bits, DTYPE)
 
-    size = tl.load(entry_ptr + _SIZE).to(tl.int32)
     parts = tl.load(entry_ptr + _PARTS).to(tl.int32)
     part_size = tl.load(entry_ptr + _PART_SIZE).to(tl.int32)
     partial_ptr = tl.load(entry_ptr + _PARTIALS).to(tl.pointer_type(tl.float32))
@@ -171,13 +184,14 @@ def _merge_kernel(
     spoiled = tl.where(deviation - deviation == 0.0, 0.0, float("nan")).to(tl.float32)
     statistics_ptr = tl.load(entry_ptr + _STATISTICS).to(tl.pointer_type(tl.float32))
     row_ptr = statistics_ptr + row * COLUMNS
-    tl.store(row_ptr + MAXIMUM, maximum + spoiled)
-    tl.store(row_ptr + MEDIAN, median + spoiled)
+    some = size > 0  # else a row of padding, which has zeros
+    tl.store(row_ptr + MAXIMUM, tl.where(some, maximum, 0.0) + spoiled)
+    tl.store(row_ptr + MEDIAN, tl.where(some, median, 0.0) + spoiled)
     tl.store(row_ptr + MEAN, mean.to(tl.float32) + spoiled)
     tl.store(row_ptr + DEVIATION, deviation.to(tl.float32) + spoiled)
     tl.store(row_ptr + RATIO, ratio.to(tl.float32) + spoiled)
-    tl.store(row_ptr + MAXIMUM_COUNT, maximum_count.to(tl.float32) + spoiled)
-    tl.store(row_ptr + MEDIAN_COUNT, median_count.to(tl.float32) + spoiled)
+    tl.store(row_ptr + MAXIMUM_COUNT, tl.where(some, maximum_count, 0).to(tl.float32) + spoiled)
+    tl.store(row_ptr + MEDIAN_COUNT, tl.where(some, median_count, 0).to(tl.float32) + spoiled)
 
 
 class _Variant(NamedTuple):
@@ -186,6 +200,7 @@ class _Variant(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     aligned: bool
+    ranged: bool
     parts: int
     half: int
 
@@ -210,7 +225,13 @@ class StatisticsGroup:
         self._pending: dict[_Variant, _Pending] = {}
 
     def reserve(
-        self, tensors: Sequence[Tensor], samples: int, exact: bool, parts: int, part_size: int
+        self,
+        tensors: Sequence[Tensor],
+        samples: int,
+        exact: bool,
+        parts: int,
+        part_size: int,
+        ranges: Tensor | None = None,
     ) -> list[Rows]:
         """Return room for the statistics of tensors of one shape, all of which the caller fills but
         `statistics`.
@@ -219,15 +240,26 @@ class StatisticsGroup:
         for variant, pending in list(self._pending.items()):
             if len(pending.rows) + len(tensors) > MOST_SITES or pending.size >= MOST_PENDING:
                 _launch(variant, self._pending.pop(variant))
-        return [self._reserve(x, samples, exact, parts, part_size) for x in tensors]
+        return [self._reserve(x, samples, exact, parts, part_size, ranges) for x in tensors]
 
-    def _reserve(self, x: Tensor, samples: int, exact: bool, parts: int, part_size: int) -> Rows:
+    def _reserve(
+        self,
+        x: Tensor,
+        samples: int,
+        exact: bool,
+        parts: int,
+        part_size: int,
+        ranges: Tensor | None,
+    ) -> Rows:
         size = x.numel() // samples
         stride, sample_size = strata(size, exact)
         # a whole row is its own sample; of any other it is gathered, on 32-byte boundaries
         pitch = size if stride == 1 else triton.cdiv(sample_size, 16) * 16
         sample = x if stride == 1 else x.new_empty(samples * pitch)
-        pending = self._pending_like(sample, parts, sample_size, pitch)
+        # a whole row is read from where its range begins
+        unit = 16 if ranges is None or stride > 1 else unit_of(x)
+        aligned = pitch % 16 == unit % 16 == 0 and sample.data_ptr() % 16 == 0
+        pending = self._pending_like(sample, aligned, ranges is not None, parts, sample_size)
         rows = Rows(
             x.new_empty((samples, reference.COLUMNS), dtype=torch.float32),
             sample,
@@ -250,12 +282,15 @@ class StatisticsGroup:
             _launch(variant, pending)
         self._pending.clear()
 
-    def _pending_like(self, sample: Tensor, parts: int, sample_size: int, pitch: int) -> _Pending:
+    def _pending_like(
+        self, sample: Tensor, aligned: bool, ranged: bool, parts: int, sample_size: int
+    ) -> _Pending:
         half = max(triton.next_power_of_2(sample_size) // 2, 64)
         variant = _Variant(
             sample.device,
             sample.dtype,
-            pitch % 16 == 0 and sample.data_ptr() % 16 == 0,
+            aligned,
+            ranged,
             max(triton.next_power_of_2(parts), 16),
             half if sample_size <= REGISTER_SAMPLE else 0,
         )
@@ -272,6 +307,7 @@ def _launch(variant: _Variant, pending: _Pending) -> None:
             pending.table,
             DTYPE=_TYPES[variant.dtype],
             ALIGNED=variant.aligned,
+            RANGED=variant.ranged,
             PARTS=variant.parts,
             HALF=variant.half,
             BLOCK=MERGE_BLOCK,

@@ -29,6 +29,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -63,9 +64,12 @@ TOKENS = {
 ACTIVATIONS = {"gelu": [BRAIN, SINGLE], "gelu_tanh": [BRAIN], "relu": [BRAIN]}
 HIDDEN = (64, 197 * 3072)
 
+OPTIONS = ("exact", "detached", "padded", "odd padded")
+PADDED = {"padded": (BRAIN, (64, 512, 768)), "odd padded": (SINGLE, (64, 30, 100))}
+
 # one target has everything; on the others what could differ
 COVERAGE = {
-    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, "exact", "detached", *TOKENS, *ACTIVATIONS}),
+    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, *OPTIONS, *TOKENS, *ACTIVATIONS}),
     "sm_80": ([BRAIN], {"long", "tensor", "tokens", "wide tokens", "gelu"}),
     "gfx942": (
         [SINGLE, BRAIN],
@@ -90,12 +94,20 @@ def calls():
     x = empty(SHORT, BRAIN)
     gradient = (x, x, empty((16, 7)), empty(16), False)
     yield "detached", triton_kernels.outlier_statistics_backward, (*gradient, True)
+    for name, (dtype, shape) in PADDED.items():
+        x, samples = empty(shape, dtype), shape[0]
+        ranges = empty((samples, 2), torch.int64)
+        gradient = (x, x, empty((samples, 7)), empty(samples), False)
+        yield name, triton_kernels.outlier_statistics, (x, samples, False, ranges)
+        yield name, triton_kernels.outlier_statistics_backward, (*gradient, False, ranges)
     for name, grids in GRIDS.items():
         for dtype, shape, axis in grids:
             x, scale = empty(shape, dtype), empty(() if axis is None else shape[axis])
             arguments = (x, scale, -128, 127, axis)
             yield name, triton_kernels.fake_quant, arguments
             yield name, triton_kernels.fake_quant_backward, (x, *arguments)
+            if axis is None:
+                yield name, triton_kernels.quantization_errors, (x, empty(90), -128, 127)
     yield from calls_of_observed()
 
 

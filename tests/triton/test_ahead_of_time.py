@@ -13,6 +13,7 @@ MERGE = "outlier_statistics_merge_kernel"
 GRADIENT = "outlier_statistics_backward_gradient_kernel"
 FAKE_QUANT = "fake_quant_forward_kernel"
 FAKE_QUANT_GRADIENT = "fake_quant_backward_backward_kernel"
+ERRORS = "quantization_errors_errors_kernel"
 LAYER_NORM = "observed_layer_norm_forward_kernel"
 LAYER_NORM_GRADIENT = "observed_layer_norm_backward_backward_kernel"
 ACTIVATION = "observed_activation_forward_kernel"
@@ -24,13 +25,14 @@ ELEMENTS_PER_THREAD = {
     GRADIENT: 16,
     FAKE_QUANT: 32,
     FAKE_QUANT_GRADIENT: 32,
+    ERRORS: 16,
     LAYER_NORM: 16,
     LAYER_NORM_GRADIENT: 8,
     ACTIVATION: 16,
     ACTIVATION_GRADIENT: 8,
 }
 KERNELS = {*ELEMENTS_PER_THREAD, MERGE}
-READING_ONE = {STATISTICS, FAKE_QUANT, LAYER_NORM, ACTIVATION}
+READING_ONE = {STATISTICS, FAKE_QUANT, ERRORS, LAYER_NORM, ACTIVATION}
 WIDE_LOADS = {"ld.global.v4.b32", "global_load_dwordx4", "buffer_load_dwordx4"}
 WIDE_SAMPLE_LOADS = {*WIDE_LOADS, "flat_load_dwordx4"}
 WIDE_STORES = {"st.global.v4.b32", "global_store_dwordx4", "buffer_store_dwordx4"}
@@ -40,6 +42,7 @@ REGISTERS = {
     GRADIENT: 96,
     FAKE_QUANT: 96,
     FAKE_QUANT_GRADIENT: 96,
+    ERRORS: 128,
     LAYER_NORM: 128,
     LAYER_NORM_GRADIENT: 128,  # it runs 512 programs: four on each of an H200's 132
     ACTIVATION: 128,
@@ -54,6 +57,7 @@ BUDGET = {
     GRADIENT: 46,
     FAKE_QUANT: 31,
     FAKE_QUANT_GRADIENT: 46,
+    ERRORS: 30,  # and candidate
     LAYER_NORM: 96,
     LAYER_NORM_GRADIENT: 88,
     ACTIVATION: 92,
@@ -137,7 +141,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(audits):
         assert loads >= elements * tensors_read, audit["case"]
         if audit["kernel"] in (LAYER_NORM, LAYER_NORM_GRADIENT, ACTIVATION):
             assert stores >= elements, audit["case"]  # and sums
-        elif audit["kernel"] != STATISTICS:  # which stores sums and samples
+        elif audit["kernel"] not in (STATISTICS, ERRORS):  # which store sums and samples
             assert stores == elements, audit["case"]
 
 
@@ -163,7 +167,8 @@ def test_nothing_is_atomic(audits):
 
 
 def test_every_rounding_is_the_definition_s(audits):
-    quantizing = [audit for audit in audits if audit["kernel"].startswith("fake_quant")]
+    names = (FAKE_QUANT, FAKE_QUANT_GRADIENT, ERRORS)
+    quantizing = [audit for audit in audits if audit["kernel"] in names]
     check(quantizing, lambda audit: mnemonics(audit, "div.rn.f32", "v_div_fixup_f32"))
     if audits[0]["target"].startswith("sm_"):
         # exp and erf come as they are

@@ -51,7 +51,7 @@ def test_a_group_has_the_bits_of_one_tensor_at_a_time(
     assert launches == [(len(x), 1) for x in rows]
     launches.clear()
     group = triton_kernels.StatisticsGroup()
-    actual = [triton_kernels.outlier_statistics(x, len(x), False, group) for x in rows]
+    actual = [triton_kernels.outlier_statistics(x, len(x), False, group=group) for x in rows]
     group.finish()
     for ours, theirs in zip(actual, expected, strict=True):
         assert_same_bits(ours, theirs)
@@ -69,7 +69,7 @@ def test_a_group_does_not_keep_much(monkeypatch, launches, small_sample):
     monkeypatch.setattr(statistics_group, "MOST_PENDING", 3 * sample_bytes)
     group = triton_kernels.StatisticsGroup()
     for _ in range(7):
-        triton_kernels.outlier_statistics(x, 1, False, group)
+        triton_kernels.outlier_statistics(x, 1, False, group=group)
     group.finish()
     assert launches == [(1, 3), (1, 3), (1, 1)]
 
