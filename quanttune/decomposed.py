@@ -14,7 +14,7 @@ from .reference import MEDIAN, MEDIAN_COUNT
 outlier_statistics_backward = reference.outlier_statistics_backward
 
 
-def outlier_statistics(x: Tensor, samples: int, exact: bool) -> Tensor:
+def outlier_statistics(x: Tensor, samples: int, exact: bool, ranges: None = None) -> Tensor:
     """See the reference. Sums are float32 (float64 for that)."""
     rows = x.reshape(samples, -1)
     size = rows.shape[1]

@@ -18,8 +18,13 @@ from .reference import RATIO, result_dtype
 class OutlierLoss(Protocol):
     """A loss of each sample of an observed tensor. A is the sample, flattened; N its size."""
 
-    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
-        """Return what is kept of x, of shape (samples, columns)."""
+    def measure(
+        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+    ) -> Tensor:
+        """Return what is kept of x, of shape (samples, columns).
+
+        ranges: which elements of each sample are no padding; see `reference.outlier_statistics`.
+        """
 
     def values(self, statistics: Tensor) -> Tensor:
         """Return the loss of each sample, of shape (..., samples) for (..., samples, columns)."""
@@ -33,6 +38,7 @@ class OutlierLoss(Protocol):
         share: Tensor,
         exact: bool,
         detach_deviation: bool,
+        ranges: Tensor | None = None,
     ) -> Tensor:
         """Return grad + the gradient of sum(share * values) with respect to x."""
 
@@ -41,8 +47,10 @@ class OutlierLoss(Protocol):
 class Ratio:
     """r = (max|A| - median|A|) / std(A), eq. 2 of the paper (QuantTune, arXiv 2403.06497)."""
 
-    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
-        return kernels.outlier_statistics(x, samples, exact)
+    def measure(
+        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+    ) -> Tensor:
+        return kernels.outlier_statistics(x, samples, exact, ranges)
 
     def values(self, statistics: Tensor) -> Tensor:
         return statistics[..., RATIO]
@@ -60,10 +68,11 @@ class Ratio:
         share: Tensor,
         exact: bool,
         detach_deviation: bool,
+        ranges: Tensor | None = None,
     ) -> Tensor:
         weight = self.weigh(share, statistics)
         return kernels.outlier_statistics_backward(
-            grad, x, statistics, weight, exact, detach_deviation
+            grad, x, statistics, weight, exact, detach_deviation, ranges
         )
 
 
@@ -91,12 +100,44 @@ class LogRatio(Ratio):
         return share / (1 + statistics[:, RATIO])
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The samples of a tensor as rows, with zeros for padding."""
+
+    values: Tensor
+    inside: Tensor | None
+    size: Tensor  # (samples, 1)
+
+    @classmethod
+    def of(cls, x: Tensor, samples: int, ranges: Tensor | None) -> "_Rows":
+        values = x.detach().reshape(samples, -1).to(result_dtype(x))
+        length = values.shape[1]
+        if ranges is None:
+            return cls(values, None, values.new_full((samples, 1), length))
+        begin, size = ranges[:, :1], ranges[:, 1:]
+        at = torch.arange(length, device=x.device)
+        inside = (at >= begin) & (at < begin + size)
+        size = size.clamp(min=1).to(values.dtype)
+        return cls(torch.where(inside, values, 0), inside, size)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of values that are 0 in padding, of shape (samples, 1)."""
+        return values.sum(1, keepdim=True) / self.size
+
+    def normalized(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """Return (A - mean) / deviation; 0 in padding and where the deviation is 0."""
+        normal = (self.values - mean) / torch.where(deviation == 0, 1, deviation)
+        return normal if self.inside is None else torch.where(self.inside, normal, 0)
+
+
 class _InPyTorch:
     """A loss that no kernel computes: several passes over x, forward and backward."""
 
-    def measure(self, kernels: Any, x: Tensor, samples: int, exact: bool) -> Tensor:
-        rows = x.detach().reshape(samples, -1).to(result_dtype(x))
-        return torch.stack([rows.abs().amax(1), *self._moments(rows)], 1)
+    def measure(
+        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+    ) -> Tensor:
+        rows = _Rows.of(x, samples, ranges)
+        return torch.cat([rows.values.abs().amax(1, keepdim=True), *self._moments(rows)], 1)
 
     def backward(
         self,
@@ -107,17 +148,19 @@ class _InPyTorch:
         share: Tensor,
         exact: bool,
         detach_deviation: bool,
+        ranges: Tensor | None = None,
     ) -> Tensor:
-        rows = x.reshape(len(statistics), -1).to(statistics.dtype)
-        added = share[:, None] * self._gradient(rows, statistics[:, 1:, None].unbind(1))
-        return (grad.to(added.dtype) + added.reshape(x.shape)).to(grad.dtype)
+        rows = _Rows.of(x, len(statistics), ranges)
+        slope = self._gradient(rows, statistics[:, 1:, None].unbind(1)) / rows.size
+        added = (share[:, None] * slope).reshape(x.shape)
+        return (grad.to(added.dtype) + added).to(grad.dtype)
 
-    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return what the loss and its gradient need of each row."""
+    def _moments(self, rows: _Rows) -> tuple[Tensor, ...]:
+        """Return what the loss and its gradient need of each row, each of shape (samples, 1)."""
         raise NotImplementedError
 
-    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
-        """Return d(value)/dx of each row."""
+    def _gradient(self, rows: _Rows, moments: tuple[Tensor, ...]) -> Tensor:
+        """Return N d(value)/dx of each row, 0 in padding."""
         raise NotImplementedError
 
 
@@ -134,24 +177,26 @@ class Kurtosis(_InPyTorch):
     def values(self, statistics: Tensor) -> Tensor:
         return (statistics[..., 4] - self.target).square()
 
-    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
-        mean, deviation = rows.mean(1), rows.std(1, correction=0)
-        normal = _normalize(rows, mean[:, None], deviation[:, None])
-        kurtosis = torch.where(deviation == 0, self.target, normal.pow(4).mean(1))
-        return mean, deviation, normal.pow(3).mean(1), kurtosis
+    def _moments(self, rows: _Rows) -> tuple[Tensor, ...]:
+        mean = rows.mean(rows.values)
+        deviation = rows.mean(rows.normalized(mean, torch.ones_like(mean)).square()).sqrt()
+        normal = rows.normalized(mean, deviation)
+        kurtosis = torch.where(deviation == 0, self.target, rows.mean(normal.pow(4)))
+        return mean, deviation, rows.mean(normal.pow(3)), kurtosis
 
-    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+    def _gradient(self, rows: _Rows, moments: tuple[Tensor, ...]) -> Tensor:
         mean, deviation, skewness, kurtosis = moments
-        normal = _normalize(rows, mean, deviation)
+        normal = rows.normalized(mean, deviation)
         slope = 8 * (kurtosis - self.target) / torch.where(deviation == 0, 1, deviation)
-        return slope / rows.shape[1] * (normal.pow(3) - skewness - kurtosis * normal)
+        added = slope * (normal.pow(3) - skewness - kurtosis * normal)
+        return added if rows.inside is None else torch.where(rows.inside, added, 0)
 
 
 @dataclass(frozen=True)
 class Tweo(_InPyTorch):
     """mean((|A| / threshold)^power): what is far above the threshold costs most.
 
-    It knows absolute sizes only, so a tensor of small range costs nothing however it is shaped.
+    It knows absolute sizes only, so a tensor of small range costs little however it is shaped.
     Source: TWEO (arXiv 2511.23225), there of the outputs of blocks.
     """
 
@@ -161,17 +206,12 @@ class Tweo(_InPyTorch):
     def values(self, statistics: Tensor) -> Tensor:
         return statistics[..., 1]
 
-    def _moments(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return ((rows / self.threshold).abs().pow(self.power).mean(1),)
+    def _moments(self, rows: _Rows) -> tuple[Tensor, ...]:
+        return (rows.mean((rows.values / self.threshold).abs().pow(self.power)),)
 
-    def _gradient(self, rows: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
-        scaled = rows / self.threshold
-        slope = self.power / (self.threshold * rows.shape[1])
-        return slope * scaled.sign() * scaled.abs().pow(self.power - 1)
-
-
-def _normalize(rows: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    return (rows - mean) / torch.where(deviation == 0, 1, deviation)
+    def _gradient(self, rows: _Rows, moments: tuple[Tensor, ...]) -> Tensor:
+        scaled = rows.values / self.threshold
+        return self.power / self.threshold * scaled.sign() * scaled.abs().pow(self.power - 1)
 
 
 LOSSES: dict[str, Callable[[], OutlierLoss]] = {

@@ -31,7 +31,6 @@ class Arm:
     summary: str
     learning_rate: float = 0.0
     alpha: float = 0.0
-    balance: str = "none"
     loss: str | OutlierLoss = "ratio"
     detach_deviation: bool = False
     qat_bits: int | None = None  # fake quantization in the loop

@@ -43,7 +43,6 @@ def train(
             model,
             arm.alpha,
             total_steps=steps,
-            balance=arm.balance,
             loss=arm.loss,
             detach_deviation=arm.detach_deviation,
         )

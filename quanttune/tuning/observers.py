@@ -21,7 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops
 from ..losses import OutlierLoss
 from . import riding
-from .hooks import Hook, batch_size, make_compiler_see_hooks, recomputing
+from .hooks import Hook, make_compiler_see_hooks, recomputing
+from .layout import Layouts
+from .padding import Mask
 from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
 from .upstream import Upstream
@@ -39,10 +41,12 @@ class Observers:
         exact: bool,
         detach_deviation: bool,
         fuse: bool = False,
+        mask: Mask | None = None,
     ) -> None:
         self.model, self.heads, self.loss = model, heads, loss
         self.exact, self.detach_deviation, self.fuse = exact, detach_deviation, fuse
         make_compiler_see_hooks()
+        self._names = list(sites)
         self.enabled = True
         self.upstream = Upstream(next(iter(model.parameters()), torch.empty(0)))
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
@@ -50,8 +54,7 @@ class Observers:
         self.unplanned = False  # it has before there was a plan, and nothing was observed
         self._plan = Plan()
         self._inside = False
-        self._samples = 1
-        self._samples_of: dict[torch.Size, int] = {}  # what a recomputation finds
+        self._layouts = Layouts(model, mask)
         self._pending: list[Observation] = []
         self._group: ops.StatisticsGroup | None = None  # of the forward that is under way
         self._last: Forward | None = None
@@ -72,6 +75,12 @@ class Observers:
     def is_planned(self) -> bool:
         """Whether torch.compile can trace a forward."""
         return self._plan.is_made
+
+    @property
+    def unreached(self) -> list[str]:
+        """The modules that the first forward did not call."""
+        reached = {site.rpartition(".")[0] for site in self._plan.reached}
+        return [name for name in self._names if name not in reached]
 
     def take(self) -> list[Observation]:
         """Return the observations since the last call, one per distinct tensor, and forget them."""
@@ -120,7 +129,9 @@ class Observers:
             self._group = ops.StatisticsGroup() if self._inside else None
         self._plan.begin(follow=tracing and self._inside)
         if self._inside:
-            self._samples = batch_size(module, args, kwargs)
+            self._layouts.begin(args, kwargs)
+        if self._last is None:
+            self._layouts.forget()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._inside:
@@ -137,6 +148,7 @@ class Observers:
                 self._plan.make()
             self._last = Forward(self._pending, self._last)
         self._pending, self._group = [], None
+        self._layouts.end()
         self._plan.begin(follow=False)
 
     def _before(
@@ -158,7 +170,7 @@ class Observers:
     def _norm(self, name: str, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a LayerNorm that rides."""
         tracing = torch.compiler.is_compiling()
-        if tracing or not (riding.fits(module, x) and self._sees(x, f"{name}.input")):
+        if tracing or not (riding.fits(module, x) and self._sees(x, f"{name}.input", whole=True)):
             y = plain(self._observe(x, f"{name}.input", module))
             return self._observe(y, f"{name}.output", module)
         before = self._sight(x, f"{name}.input", module)
@@ -173,7 +185,7 @@ class Observers:
         self, name: str, kind: str, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor
     ) -> Tensor:
         """Run an activation that rides, or learn whether it could."""
-        if torch.compiler.is_compiling() or not self._sees(x, name):
+        if torch.compiler.is_compiling() or not self._sees(x, name, whole=True):
             return plain(x)
         known = self._find(x)
         if name not in self._activations.riding:
@@ -191,16 +203,21 @@ class Observers:
             return x
         if torch.compiler.is_compiling():
             return self._observe_planned(x, site, module)
-        if site in self._activations.deferred and self._find(x) is None:
+        padding = self._layouts.of(x).padding
+        if site in self._activations.deferred and padding is None and self._find(x) is None:
             observation = self._new(x, site, module)
             return x if observation is None else self._know(x, observation)
         observation = self._sight(x, site, module)
         if observation is None:
             return x
-        return self._know(Tap.apply(x, observation, self), observation)
+        if padding is None:
+            return self._know(Tap.apply(x, observation, self), observation)
+        observation.ranges = padding.ranges_in(x)
+        y = padding.unpack(Tap.apply(padding.pack(x), observation, self))
+        return self._know(y, observation)
 
-    def _sees(self, x: Any, site: str) -> bool:
-        """Tell whether x is to be observed in the forward that is under way."""
+    def _sees(self, x: Any, site: str, whole: bool = False) -> bool:
+        """Tell whether x is to be observed in the forward that is under way, and has no padding."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return False
         if torch.compiler.is_compiling():
@@ -210,7 +227,8 @@ class Observers:
                 f"torch.compile broke the forward into several graphs, the first ends before {site}"
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
             )
-        return self._inside or (recomputing() and self.enabled and self.model.training)
+        sees = self._inside or (recomputing() and self.enabled and self.model.training)
+        return sees and not (whole and self._layouts.of(x).padding)
 
     def _find(self, x: Tensor) -> Observation | None:
         known = self._known.get(x)
@@ -239,10 +257,10 @@ class Observers:
     def _new(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
         """Return an observation of x, or of a result that has its shape; "" is no site yet."""
         if not recomputing():
-            self._samples_of[x.shape] = self._samples_in(x)
-        samples = self._samples_of.get(x.shape)
-        if samples is None:  # recomputed, but its forward was not observed
+            self._layouts.keep(x, is_first=self._last is None)
+        if not self._layouts.knows(x):  # recomputed, but its forward was not observed
             return None
+        samples = self._layouts.of(x).samples
         graph = torch.is_grad_enabled()
         self.reentrant |= not graph
         observation = Observation(site, module, samples, recomputing(), graph, int(site != ""))
@@ -266,18 +284,23 @@ class Observers:
         multiplicity = self._plan.follow(site)
         if multiplicity == 0:
             return x
-        samples = self._samples_in(x)
+        samples, padding = self._layouts.of(x)
         options = self.loss, self.exact, self.detach_deviation, self.fuse
+        ranges = padding.ranges_in(x) if padding else None
         y, statistics = PlannedTap.apply(
-            x, self.upstream.coefficient, samples, multiplicity, *options
+            padding.pack(x) if padding else x,
+            self.upstream.coefficient,
+            samples,
+            multiplicity,
+            *options,
+            ranges,
         )
-        observation = Observation(site, module, samples, False, True, multiplicity, statistics)
+        y = padding.unpack(y) if padding else y
+        observation = Observation(
+            site, module, samples, False, True, multiplicity, statistics=statistics
+        )
         self._pending.append(observation)
         return y
-
-    def _samples_in(self, x: Tensor) -> int:
-        # batch-major if the samples divide it; else it is one sample, apart from the batch
-        return self._samples if x.shape[0] % self._samples == 0 else 1
 
     def _visit(self, site: str, observation: Observation | None) -> None:
         if not recomputing():

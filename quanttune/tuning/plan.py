@@ -17,6 +17,7 @@ class Plan:
 
     def __init__(self) -> None:
         self.always_new: set[str] = set()  # sites at which no tensor came by that was known
+        self.reached: set[str] = set()  # sites at which any did
         self._entries: list[tuple[str, int]] | None = None
         self._visits: list[tuple[str, Observation | None]] = []
         self._position: int | None = None
@@ -46,8 +47,9 @@ class Plan:
                 for site, observation in self._visits
                 if observation is None or observation.multiplicity
             ]
+            self.reached = {site for site, _ in self._visits}
             seen_again = {site for site, observation in self._visits if observation is None}
-            self.always_new = {site for site, _ in self._visits} - seen_again
+            self.always_new = self.reached - seen_again
 
     def follow(self, site: str) -> int:
         """Return how many instances the tensor at the next site, which must be this, stands for."""

@@ -1,4 +1,4 @@
-"""Which modules are observed: every Linear, Conv1D and LayerNorm (section 4 of the paper)."""
+"""Which modules are observed: by default every Linear, Conv1D and LayerNorm, as in the paper."""
 
 import sys
 from collections.abc import Sequence
@@ -6,31 +6,50 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+LINEAR, LAYER_NORM, RMS_NORM = "linear", "layer_norm", "rms_norm"
+KINDS = {LINEAR: "Linear, Conv1D", LAYER_NORM: "LayerNorm", RMS_NORM: "RMSNorm"}
+PAPER = (LINEAR, LAYER_NORM)
+
 
 def find_sites(
-    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    kinds: Sequence[str] = PAPER,
 ) -> dict[str, nn.Module]:
     """Return the observed modules by qualified name, each once.
 
     include, exclude: patterns of fnmatch over qualified names, such as "blocks.*.mlp.*".
     """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"sites must be some of {', '.join(KINDS)}, got {kind!r}")
     sites = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, observed_types())
+        if _kind_of(module) in kinds
         and any(fnmatchcase(name, pattern) for pattern in include)
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     }
     if not sites:
         raise ValueError(
-            f"no Linear, Conv1D or LayerNorm of {type(model).__name__} matches "
+            f"no {' or '.join(KINDS[kind] for kind in kinds)} of {type(model).__name__} matches "
             f"include={list(include)} and exclude={list(exclude)}"
         )
     return sites
 
 
+def _kind_of(module: nn.Module) -> str | None:
+    if isinstance(module, nn.LayerNorm):
+        return LAYER_NORM
+    if isinstance(module, observed_types()):
+        return LINEAR
+    # each model of transformers has a class of its own
+    return RMS_NORM if type(module).__name__.lower().endswith("rmsnorm") else None
+
+
 def observed_types() -> tuple[type[nn.Module], ...]:
-    """Return the classes of observed modules; Conv1D is the transposed Linear of GPT-2."""
+    """Return the paper's classes; Conv1D is the transposed Linear of GPT-2."""
     transformers = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, nn.LayerNorm, *([transformers.Conv1D] if transformers else []))
 

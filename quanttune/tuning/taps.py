@@ -25,6 +25,7 @@ class Observation:
     recomputed: bool  # by a checkpoint, during backward
     graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
+    ranges: Tensor | None = None  # of what is no padding
     statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
     version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
     awaits_gradient: bool = False
@@ -48,7 +49,7 @@ class Tap(torch.autograd.Function):
         # not saved by autograd, which may copy it elsewhere before the statistics are there
         kernels = observers.kernels
         observation.statistics = observers.loss.measure(
-            kernels, x, observation.samples, observers.exact
+            kernels, x, observation.samples, observers.exact, observation.ranges
         )
         return x.view_as(x)
 
@@ -60,9 +61,8 @@ class Tap(torch.autograd.Function):
         statistics = observation.statistics
         observation.awaits_gradient = False
         share = observers.upstream.share(observation.multiplicity, statistics)
-        total = observers.loss.backward(
-            ops, grad, x, statistics, share, observers.exact, observers.detach_deviation
-        )
+        options = observers.exact, observers.detach_deviation, observation.ranges
+        total = observers.loss.backward(ops, grad, x, statistics, share, *options)
         return total, None, None
 
 
@@ -91,18 +91,19 @@ class PlannedTap(torch.autograd.Function):
         exact: bool,
         detach_deviation: bool,
         decompose: bool,
+        ranges: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        kernels = decomposed if decompose else ops
-        statistics = loss.measure(kernels, x, samples, exact)
-        ctx.save_for_backward(x, statistics, coefficient)
+        kernels = decomposed if decompose and ranges is None else ops
+        statistics = loss.measure(kernels, x, samples, exact, ranges)
+        ctx.save_for_backward(x, statistics, coefficient, ranges)
         ctx.constants = multiplicity, loss, kernels, exact, detach_deviation
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, coefficient = ctx.saved_tensors
+        x, statistics, coefficient, ranges = ctx.saved_tensors
         multiplicity, loss, kernels, *options = ctx.constants
         share = traced_share(coefficient, grad, len(statistics), multiplicity)
-        total = loss.backward(kernels, grad, x, statistics, share, *options)
-        return total, *[None] * 7
+        total = loss.backward(kernels, grad, x, statistics, share, *options, ranges)
+        return total, *[None] * 8

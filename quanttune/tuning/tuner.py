@@ -14,7 +14,8 @@ from . import schedule
 from .hooks import Hook
 from .loss import combine, instances, outlier_loss
 from .observers import Observers
-from .sites import find_heads, find_sites
+from .padding import Mask
+from .sites import PAPER, find_heads, find_sites
 from .taps import Observation
 from .upstream import Upstream
 
@@ -37,6 +38,7 @@ class Tuner:
         decay: str,
         total_steps: int | None,
         balance: str,
+        observe_every: int = 1,
     ) -> None:
         self.model = model
         self.steps = 0
@@ -44,11 +46,11 @@ class Tuner:
         self.outlier_loss: Tensor | None = None
         self._observers = observers
         self._schedule = alpha, decay, total_steps
-        self._balance = balance
+        self._balance, self._every = balance, observe_every
         self.balance_factor: Tensor | None = None
         self._observed: list[Observation] = []
         self._checked_gradients = self._checked_reach = False
-        observers.enabled = self.alpha != 0
+        self.resume(0)
 
     @property
     def alpha(self) -> float:
@@ -58,7 +60,8 @@ class Tuner:
     def combine(self, loss: Tensor) -> Tensor:
         """Return (1 - alpha) * loss + alpha * L_out (eq. 3) over all forwards since the last call.
 
-        With alpha = 0, or without gradients, that is `loss` itself.
+        With alpha = 0, or without gradients, that is `loss` itself. With observe_every = k the last
+        term is there at every k-th step, with k times its weight.
 
         Raises:
             ValueError: the loss is no scalar tensor. RuntimeError: no activation was observed.
@@ -70,6 +73,8 @@ class Tuner:
         alpha = self.alpha
         if alpha == 0 or not (torch.is_grad_enabled() and loss.requires_grad):
             return loss
+        if not self._observers.enabled:
+            return (1 - alpha) * loss
         if not observations and self._observers.unplanned:
             raise RuntimeError(
                 "the compiled model was called before the model itself: one forward in training "
@@ -84,7 +89,7 @@ class Tuner:
             )
         outlier = outlier_loss(observations, self._observers.loss, loss.device)
         self._observed = observations
-        weight = alpha * self._balance_factor(loss.detach(), outlier)
+        weight = alpha * self._every * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
         arguments = (self._observers.upstream, instances(observations))
         if not self._checked_gradients:
@@ -99,7 +104,7 @@ class Tuner:
     def resume(self, steps: int) -> None:
         """Go on with the schedule after this many optimizer steps."""
         self.steps = steps
-        self._observers.enabled = self.alpha != 0
+        self._observers.enabled = self.alpha != 0 and steps % self._every == 0
 
     def ranges(self) -> dict[str, float]:
         """Return max|A| of each observed tensor, by site, at the last `combine`."""
@@ -169,6 +174,16 @@ class Tuner:
     def _report_of_reach(self, observations: list[Observation]) -> Callable[[], None] | None:
         """Return what names, after the first backward, the sites that got no gradient in it."""
 
+        if self._checked_reach:
+            return None
+        if unreached := self._observers.unreached:
+            warnings.warn(
+                f"the first forward did not call {len(unreached)} observed module(s), and may use "
+                f"their weights otherwise: {', '.join(unreached[:5])}. Their tensors do not count; "
+                "exclude=[...] says that this is known",
+                stacklevel=3,
+            )
+
         def report() -> None:
             if self._checked_reach:
                 return
@@ -182,7 +197,7 @@ class Tuner:
                     stacklevel=2,
                 )
 
-        return None if self._checked_reach else report
+        return report
 
 
 def attach(
@@ -195,7 +210,10 @@ def attach(
     loss: str | OutlierLoss = "ratio",
     detach_deviation: bool = False,
     exact: bool = False,
+    observe_every: int = 1,
     fuse: bool = False,
+    mask: Mask | None = "attention_mask",
+    sites: Sequence[str] = PAPER,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Tuner:
@@ -203,8 +221,8 @@ def attach(
 
     Only hooks are added: no module is replaced and nothing enters the state_dict. The model is
     observed when it is called in training mode with gradients enabled; a copy of it is not
-    attached. Samples are counted along the first dimension of its first input; padded tokens count
-    like any other, and so do all forwards between two `combine`. PyTorch refuses modules that
+    attached. Samples are counted along the first dimension of its first input; all forwards between
+    two `combine` count. PyTorch refuses modules that
     change an observed output in place, such as ReLU(inplace=True) after a Linear.
 
     torch.compile: run one forward of the attached model in training mode before the first compiled
@@ -212,7 +230,7 @@ def attach(
     hooks.
 
     Args:
-        model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm.
+        model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm, or what `sites` says.
         alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0
             training is bit for bit what it is without quanttune.
         decay: how alpha falls to 0 over `total_steps` optimizer steps: "linear", "cosine", or
@@ -225,9 +243,15 @@ def attach(
             outliers faster than the paper's form, which stays the default.
         exact: take medians over all elements, not over a sample, of tensors with more than 65,536
             elements per sample.
+        observe_every: observe at every k-th optimizer step only, and count L_out k times there.
         fuse: let LayerNorm, GELU and ReLU modules observe themselves in the kernel that they run
             (their class is another one meanwhile), and let torch.compile do as much: fewer passes
             over memory on a GPU. On a CPU it costs more than it saves.
+        mask: which tokens are padding, and stay out of the statistics: the name of an argument of
+            the model's forward, (samples, tokens) with 0 for padding, or a function that gets all
+            arguments by name and returns such a tensor. It holds for observed tensors of shape
+            (samples, tokens, ...) or (samples * tokens, channels). None: padding counts.
+        sites: the kinds of modules to observe: "linear" (Conv1D too), "layer_norm", "rms_norm".
         include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
             logits are left out in any case.
 
@@ -242,17 +266,19 @@ def attach(
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
     if is_attached(model):
         raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
-    sites = find_sites(model, include, exclude)
+    if observe_every < 1:
+        raise ValueError(f"observe_every must be at least 1, got {observe_every}")
     observers = Observers(
         model,
-        sites,
+        find_sites(model, include, exclude, sites),
         find_heads(model),
         find_loss(loss, detach_deviation, fuse),
         exact,
         detach_deviation,
         fuse,
+        mask,
     )
-    return Tuner(model, observers, alpha, decay, total_steps, balance)
+    return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
