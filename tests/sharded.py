@@ -6,75 +6,37 @@ A case returns the largest relative error of a parameter's gradient, by norm, or
 import copy
 import datetime
 import json
-import os
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import timm.layers.config
 import torch
 import torch.distributed as dist
 from models import BATCH, MODELS, Example
 from oracle import Oracle, constant, expected_step, gradients
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
+from sharded_trainers import lightning_trainer, timm_task, transformers_trainer, two_steps
+from sharding import (
+    ALPHA,
+    BFLOAT16,
+    EVEN,
+    WORLD,
+    Gradients,
+    Sizes,
+    accelerate_fsdp,
+    checkpoints,
+    ddp,
+    fsdp,
+    gathered,
+    largest_error,
+    share,
+    split,
+    synchronized,
+    wrap_blocks,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-WORLD = 2
-EVEN = (BATCH // WORLD,) * WORLD  # rows of each process
-ALPHA = 0.3
-BLOCKS = ("BertLayer", "OPTDecoderLayer", "Block", "SwinTransformerBlock")
-BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-
-Gradients = dict[str, Tensor]
-Sizes = tuple[int, ...]
-
-# ---------------------------------------------------------------------------------- ways to train
-
-
-def ddp(model: nn.Module, **options) -> nn.Module:
-    return DistributedDataParallel(model, **options)
-
-
-def fsdp(
-    model: nn.Module,
-    blocks: Sequence[str] = BLOCKS,
-    precision: MixedPrecisionPolicy | None = None,
-    output: torch.dtype | None = None,
-) -> nn.Module:
-    """Shard each block and the root; `output` is the dtype of the root's result."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    precision = precision or MixedPrecisionPolicy()
-    for module in list(model.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    root = MixedPrecisionPolicy(precision.param_dtype, precision.reduce_dtype, output)
-    return fully_shard(model, mesh=mesh, mp_policy=root)
-
-
-def checkpoints(model: nn.Module, reentrant: bool = False) -> None:
-    """Turn on those of the model's own library."""
-    if hasattr(model, "set_grad_checkpointing"):
-        timm.layers.config._USE_REENTRANT_CKPT = reentrant
-        model.set_grad_checkpointing()
-    else:
-        model.config.use_cache = False
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
-
-
-def wrap_blocks(model: nn.Module) -> None:
-    """Put a CheckpointWrapper around each block, as PyTorch's own recipes do."""
-    apply_activation_checkpointing(model, check_fn=lambda part: type(part).__name__ in BLOCKS)
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -136,43 +98,6 @@ def mean_over_processes(example: Example, sizes: Sizes, dtype: torch.dtype) -> G
     return mean
 
 
-def share(sizes: Sizes, rank: int | None = None) -> slice:
-    """Return the rows of a process, by default of this one."""
-    rank = dist.get_rank() if rank is None else rank
-    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-
-
-def split(rows: slice, parts: int) -> list[slice]:
-    size = (rows.stop - rows.start) // parts
-    return [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
-
-
-def synchronized(model: nn.Module, last: bool):
-    """Reduce gradients over processes after the last micro-batch only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        return nullcontext()
-    return nullcontext() if last else model.no_sync()
-
-
-def gathered(model: nn.Module, scale: float) -> Gradients:
-    """Return whole gradients, under the names that the parameters had before any wrapper."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None:
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-            found[name] = whole / scale
-    return found
-
-
-def largest_error(actual: Gradients, expected: Gradients) -> float:
-    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
-    errors = [((actual[n] - e).norm() / e.norm()).item() for n, e in expected.items()]
-    return float("nan") if any(e != e for e in errors) else max(errors)
-
-
 def logits_behind_a_cast() -> float:
     """A BERT names no head: it is known by its output, also where FSDP casts that."""
     example = MODELS["bert"]()
@@ -191,48 +116,9 @@ def unused_module(shard: Callable[[nn.Module], nn.Module]) -> float:
     example.model.zero_grad()
     example.model.spare = nn.Linear(4, 4)
     model = shard(example.model)
-    constant(example.model, ALPHA).combine(example.task_loss(model, share(EVEN))).backward()
+    tuner = constant(example.model, ALPHA, exclude=["spare"])
+    tuner.combine(example.task_loss(model, share(EVEN))).backward()
     return largest_error(gathered(model, 1.0), expected)
-
-
-def trainer(name: str) -> float:
-    """Two steps of the Trainer against two of a plain loop in one process, by what they moved."""
-    from test_trainer import batch_of, parameters, rows
-    from test_trainer import trainer as make_trainer
-
-    torch.manual_seed(0)
-    example = MODELS[name]()
-    data = rows(2 * BATCH, name)
-    start = parameters(example.model)
-    twin = copy.deepcopy(example.model)
-    for step in range(2):
-        batch = batch_of(data[step * BATCH : (step + 1) * BATCH])
-        with Oracle(twin, example.heads) as oracle:
-            loss = oracle.combine(twin(**batch).loss, ALPHA * (1 - step / 2))
-        expected = gradients(twin, loss)
-        with torch.no_grad():
-            for key, parameter in twin.named_parameters():
-                parameter -= 0.1 * expected[key]
-    os.environ |= {key: str(dist.get_rank()) for key in ("RANK", "LOCAL_RANK")}
-    os.environ |= {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    with TemporaryDirectory() as folder:
-        run = make_trainer(
-            folder,
-            example.model,
-            data,
-            max_steps=2,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=BATCH // WORLD,
-            train_sampling_strategy="sequential",
-            ddp_find_unused_parameters=False,
-        )
-        assert run.args.world_size == WORLD
-        run.train()
-    moved, expected = (
-        {key: start[key] - p for key, p in parameters(model).items()}
-        for model in (example.model, twin)
-    )
-    return largest_error(moved, expected)
 
 
 # ---------------------------------------------------------------------------------------- all cases
@@ -256,7 +142,15 @@ for _name in ("bert", "opt"):  # post-LN and pre-LN
             _name, fsdp, checkpoints, attach_first=True
         ),
         f"{_name}-bfloat16": Case(_name, partial(fsdp, precision=BFLOAT16), dtype=torch.bfloat16),
-        f"{_name}-trainer": partial(trainer, _name),
+        f"{_name}-trainer": partial(two_steps, _name, transformers_trainer),
+        f"{_name}-trainer-of-lightning": partial(two_steps, _name, lightning_trainer),
+        f"{_name}-accelerate": Case(_name, accelerate_fsdp),
+        f"{_name}-accelerate-checkpoints": Case(
+            _name, partial(accelerate_fsdp, activation_checkpointing=True)
+        ),
+        f"{_name}-accelerate-attached-first": Case(
+            _name, partial(accelerate_fsdp, cpu_ram_efficient_loading=True), attach_first=True
+        ),
     }
     for _way, _shard in {"ddp": ddp, "fsdp": fsdp}.items():
         CASES |= {
@@ -275,6 +169,7 @@ for _name in ("bert", "opt"):  # post-LN and pre-LN
 CASES |= {
     "unused-module-ddp": partial(unused_module, partial(ddp, find_unused_parameters=True)),
     "unused-module-fsdp": partial(unused_module, fsdp),
+    "task-of-timm": timm_task,
     "logits-behind-a-cast": logits_behind_a_cast,
 }
 
@@ -288,6 +183,9 @@ def run_cases(rank: int, folder: Path) -> None:
     warnings.simplefilter("error")
     # a tap hands on a view, of which PyTorch refuses a change in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # Lightning 2.6: of torch, and of its user
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
     outcomes: dict[str, float | str] = {}
     for name, case in CASES.items():
         store = dist.FileStore(str(folder / name), WORLD)

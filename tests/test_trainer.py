@@ -1,14 +1,18 @@
 """The Trainer of transformers: its steps are those of a plain loop, resumed or compiled as well."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from models import BATCH, MODELS, TOKENS, WORDS
 from oracle import assert_near, assert_same_bits, constant, quiet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+import quanttune.trainer
 from quanttune.trainer import QuantTuneTrainer
 
 TUNING = {"alpha": 0.3, "decay": "linear"}
@@ -82,67 +86,105 @@ def test_a_step_is_that_of_a_plain_loop(name, micro_batches, tmp_path):
     assert {"alpha", "loss_task", "loss_out"} <= run.state.log_history[0].keys()
 
 
-def test_a_resumed_training_is_the_same(tmp_path):
-    torch.manual_seed(0)
+class Interrupt(TrainerCallback):
+    """Ends a training at its first checkpoint."""
+
+    def on_save(self, *_, **__) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("balance", ["none", "initial"])
+def test_a_resumed_training_is_the_same(balance, tmp_path):
     data = rows(16, "bert")
     start = MODELS["bert"]().model
-    ends = []
-    for interrupted in (False, True):
-        model = copy.deepcopy(start)
-        settings = {
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "optim": "adamw_torch",
-            "learning_rate": 1e-3,
-        }
-        folder = tmp_path / str(interrupted)
-        trainer(folder, model, data, **settings).train()
-        if interrupted:
-            run = trainer(folder, MODELS["bert"]().model, data, **settings)
-            run.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-            model = run.model
-            assert [log["alpha"] for log in run.state.log_history if "alpha" in log] == [
-                pytest.approx(0.3 * (1 - step / 6)) for step in (1, 2, 3, 4, 5, 6)
-            ]
-        ends.append(parameters(model))
-        assert not any(m._forward_hooks for m in model.modules())  # detached
-    assert_same_bits(*ends)
+    settings = {
+        "tuning": {**TUNING, "balance": balance},
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+    }
+    whole = trainer(tmp_path / "whole", copy.deepcopy(start), data, **settings)
+    whole.train()
+    first = trainer(tmp_path / "parts", copy.deepcopy(start), data, **settings)
+    first.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer(tmp_path / "parts", MODELS["bert"]().model, data, **settings)
+    second.train(resume_from_checkpoint=True)
+    assert_same_bits(parameters(second.model), parameters(whole.model))
+    assert [log["alpha"] for log in second.state.log_history if "alpha" in log] == [
+        pytest.approx(0.3 * (1 - step / 6)) for step in (1, 2, 3, 4, 5, 6)
+    ]
+    assert not any(m._forward_hooks for m in second.model.modules())  # detached
 
 
-def test_a_compiled_model(tmp_path):
+def test_after_an_interruption_a_new_training_finds_its_own_balance(tmp_path):
+    run = trainer(
+        tmp_path,
+        MODELS["bert"]().model,
+        rows(16, "bert"),
+        tuning={**TUNING, "balance": "initial"},
+        max_steps=2,
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    run.add_callback(Interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        assert run.tuner.balance_factor == run.tuner.task_loss / run.tuner.outlier_loss
+
+
+@pytest.mark.parametrize(
+    ("name", "balance", "backend"), [("bert", "none", "eager"), ("opt", "initial", "eager")]
+)
+def test_a_compiled_model(name, balance, backend, tmp_path):
     ends = []
-    start = MODELS["bert"]().model
-    data = rows(8, "bert")
+    start = MODELS[name]().model
+    data = rows(8, name)
     for compiled in (False, True):
         model = copy.deepcopy(start)
         trainer(
             tmp_path,
             model,
             data,
+            tuning={**TUNING, "balance": balance},
             max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
             torch_compile=compiled,
-            torch_compile_backend="aot_eager" if compiled else None,
+            torch_compile_backend=backend if compiled else None,
         ).train()
         ends.append(parameters(model))
     assert_near(ends[1], ends[0], 1e-5)
 
 
-def test_a_service_is_told_the_ranges(tmp_path):
-    run = trainer(tmp_path, MODELS["bert"]().model, rows(BATCH, "bert"))
-    run.args.report_to = ["service"]
-    seen: dict[str, float] = {}
-
-    def see(module, args):
-        seen["range"] = args[0].abs().max().item()
-
-    handle = run.model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(see)
+def test_tensorboard_is_told_the_terms_and_the_ranges(tmp_path):
+    model = MODELS["bert"]().model
+    data = rows(2 * BATCH, "bert")
+    settings = {"max_steps": 2, "per_device_train_batch_size": BATCH, "report_to": "tensorboard"}
+    run = trainer(tmp_path, model, data, **settings)
+    seen: list[float] = []
+    model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].abs().max().item())
+    )
     run.train()
-    handle.remove()
-    (log,) = [log for log in run.state.log_history if "loss" in log]
-    assert log["range/bert.encoder.layer.1.output.dense.input"] == pytest.approx(seen["range"])
-    assert log["loss"] == pytest.approx(0.7 * log["loss_task"] + 0.3 * log["loss_out"], rel=1e-5)
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+
+    def series(tag: str) -> list[float]:
+        return [event.value for event in events.Scalars(f"train/{tag}")]
+
+    assert series("alpha") == pytest.approx([0.15, 0.0])
+    for step, loss in enumerate(series("loss")):
+        alpha = 0.3 * (1 - step / 2)
+        terms = series("loss_task")[step], series("loss_out")[step]
+        assert loss == pytest.approx((1 - alpha) * terms[0] + alpha * terms[1], rel=1e-5)
+    assert series("range/bert.encoder.layer.1.output.dense.input") == pytest.approx(seen)
 
 
 def test_evaluation_is_not_tuned(tmp_path):
@@ -152,3 +194,18 @@ def test_evaluation_is_not_tuned(tmp_path):
     run.train()
     loss = run.evaluate()["eval_loss"]
     assert loss == pytest.approx(run.model(**batch_of(data)).loss.item(), rel=1e-5)
+
+
+def test_no_library_is_imported_before_its_trainer_is_asked_for(tmp_path):
+    libraries = "{'transformers', 'lightning', 'timm'}"
+    code = f"import sys, quanttune.trainer; assert not {libraries} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "quanttune.trainer.lightning_callback", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "quanttune\[lightning\]"'):
+        quanttune.trainer.QuantTuneCallback  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        quanttune.trainer.Trainer  # noqa: B018

@@ -8,27 +8,20 @@ file has gone since, is not whole.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from ..files import sync, write_json
 
 MARK = "complete.json"
 
 
-def mark(checkpoint: Path, notes: dict[str, Any]) -> None:
+def mark(checkpoint: Path) -> None:
     """Note, once its files are on the disk, that a checkpoint is whole."""
     files = _files(checkpoint)
     for file in files:
         sync(checkpoint / file)
     sync(checkpoint)
-    write_json(checkpoint / MARK, {"files": files, **notes})
+    write_json(checkpoint / MARK, {"files": files})
     sync(checkpoint.parent)
-
-
-def notes(checkpoint: Path) -> dict[str, Any]:
-    """Return what was noted with the mark."""
-    data: dict[str, Any] = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-    return data
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -36,7 +29,8 @@ def is_complete(checkpoint: Path) -> bool:
     if not (checkpoint / MARK).exists():
         return False
     files = _files(checkpoint)
-    return all(files.get(name) == size for name, size in notes(checkpoint)["files"].items())
+    marked = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["files"]
+    return all(files.get(name) == size for name, size in marked.items())
 
 
 def find(run: Path) -> tuple[list[Path], list[Path]]:

@@ -1,4 +1,4 @@
-"""Outlier-driven tuning with the Trainer of transformers. Needs the extra `trainer`."""
+"""Outlier-driven tuning with the Trainer of transformers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from .tuning.tuner import Tuner, attach
+from ..reference import result_dtype
+from ..tuning.tuner import Tuner, attach
+from . import common
 
 # Their loss is the mean over a micro-batch, though they take **kwargs, from which Trainer concludes
 # that it is normalized over all micro-batches of a step (transformers#47688).
@@ -19,6 +21,8 @@ _MEAN_LOSS = {
     *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
     *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
 }
+
+_STATE = "quanttune"  # the key in trainer_state.json, beside those of stateful callbacks
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
@@ -29,10 +33,13 @@ else:
 class QuantTuneMixin(_AnyTrainer):
     """Add the outlier loss to a Trainer: `class Mine(QuantTuneMixin, Seq2SeqTrainer)`.
 
-    The model is attached while it trains. The weight alpha follows the global step, so a resumed
-    training goes on where it was. What `log` reports gets `loss_task` and `loss_out`, the two terms
-    of eq. 3 at the last micro-batch, the `alpha` of the next step and, if it is reported to a
-    service such as TensorBoard, as `range/<site>` the largest magnitude there.
+    The model is attached while it trains. The weight alpha follows the global step, and what
+    balance="initial" found is kept in trainer_state.json, so a resumed training goes on where it
+    was. A model that is compiled gets the first batch twice.
+
+    What `log` reports gets `loss_task` and `loss_out`, the two terms of eq. 3 at the last
+    micro-batch, the `alpha` of the next step and, if it is reported to a service such as
+    TensorBoard, as `range/<site>` the largest magnitude there.
 
     Under gradient accumulation both terms are means over all micro-batches of a step. For sequence
     and image classification `loss_is_scaled_for_ga` becomes False, unless the class sets it:
@@ -75,26 +82,23 @@ class QuantTuneMixin(_AnyTrainer):
             num_items_in_batch = None  # with it, Trainer multiplies a mean by the processes
         if not (self.tuner and model.training):
             return compute(model, inputs, return_outputs, num_items_in_batch)
-        if self.args.torch_compile and not self.tuner.is_planned:
-            # one forward without, which draws from no generator
-            with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-                self.tuner.combine(compute(model, dict(inputs), False, num_items_in_batch))
-        loss, outputs = compute(model, inputs, True, num_items_in_batch)
         # where the loss is a share of the step's, the outlier loss has to be one too
         parts = 1
         if self._is_share(num_items_in_batch):
             parts = self.current_gradient_accumulation_steps
+        common.plan(
+            self.tuner,
+            model,
+            lambda: compute(model, dict(inputs), False, num_items_in_batch) * parts,
+        )
+        loss, outputs = compute(model, inputs, True, num_items_in_batch)
         loss = self.tuner.combine(loss * parts) / parts
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Report the terms of eq. 3 and the ranges with the training loss."""
         if "loss" in logs and self.tuner:
-            terms = {"loss_task": self.tuner.task_loss, "loss_out": self.tuner.outlier_loss}
-            logs["alpha"] = self.tuner.alpha
-            logs |= {name: term.item() for name, term in terms.items() if term is not None}
-            if self.args.report_to:  # too many for a terminal
-                logs |= {f"range/{site}": value for site, value in self.tuner.ranges().items()}
+            logs |= common.logs(self.tuner, ranges=bool(self.args.report_to))
         super().log(logs, *args, **kwargs)
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
@@ -110,7 +114,10 @@ class QuantTuneTrainer(QuantTuneMixin, Trainer):
 
 
 class _Schedule(TrainerCallback):
-    """Attaches the model while it trains, and counts the optimizer's steps."""
+    """Attaches the model while it trains, counts the optimizer's steps, and keeps the balance.
+
+    Not an ExportableState: on resuming, that is made anew of what JSON can hold.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -122,11 +129,21 @@ class _Schedule(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.trainer.tuner = attach(model, total_steps=state.max_steps, **self.trainer.tuning)
         self.trainer.tuner.resume(state.global_step)
+        if _STATE in state.stateful_callbacks:
+            like = next(model.parameters())
+            self.trainer.tuner.balance_factor = torch.tensor(
+                state.stateful_callbacks[_STATE]["balance_factor"],
+                device=like.device,
+                dtype=result_dtype(like),
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.trainer.tuner.resume(state.global_step)
+        tuner = self.trainer.tuner
+        tuner.resume(state.global_step)
+        if tuner.balance_factor is not None and _STATE not in state.stateful_callbacks:
+            state.stateful_callbacks[_STATE] = {"balance_factor": tuner.balance_factor.item()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
