@@ -11,6 +11,11 @@ from . import reference as reference
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
+from .quantization.learning import freeze_scales as freeze_scales
+from .quantization.learning import learn_scales as learn_scales
 from .quantization.simulation import quantize as quantize
+from .quantization.storage import load as load
+from .quantization.storage import save as save
+from .quantization.summary import summary as summary
 from .tuning.tuner import Tuner as Tuner
 from .tuning.tuner import attach as attach

@@ -51,7 +51,7 @@ def test_doctor_names_backends_and_versions(tmp_path):
 
 def test_every_verb_has_help_with_an_example():
     for command in cli.app.registered_commands:
-        name = command.callback.__name__
+        name = command.name
         result = runner.invoke(cli.app, [name, "--help"])
         assert f"Example: quanttune {name}" in result.output
 

@@ -10,8 +10,10 @@ from models import MODELS
 from torch import nn
 from torch.nn import functional as F
 
+import quanttune as qt
 from quanttune import fake_quant, quantize
 from quanttune.fake_quantizer import scale_of
+from quanttune.quantization.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
 
 
@@ -192,6 +194,90 @@ def test_requantize_equals_quantizing_anew():
         assert torch.equal(again(x), fresh(x))
 
 
+def test_weights_may_have_bits_of_their_own():
+    x, layer = torch.randn(7, 6), nn.Linear(6, 5)
+    weight = torch.stack([rounded(row, 4) for row in layer.weight.detach()])
+    expected = F.linear(rounded(x, 8), weight, layer.bias).detach()
+    model = quantize(nn.Sequential(layer), 8, weight_bits=4, coverage="linear", data=[x])
+    torch.testing.assert_close(model(x).detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        ({"0": {"bits": 16}}, (16, 16, 16, 8)),
+        ({"0.*": {"bits": 6}, "*.weight_quantizer": {"bits": 4}}, (6, 4, 6, 8)),
+        ({"*.weight_quantizer": {"bits": 4}, "0.*": {"bits": 6}}, (6, 6, 6, 8)),  # the last counts
+        ({"0.output*": None}, (8, 8, None, 8)),
+        ({"*": {"bits": 5}, "1": None}, (5, 5, 5, None)),
+        ({"0.weight_quantizer": None}, (8, None, 8, 8)),
+    ],
+)
+def test_overrides_are_quantized_like_by_hand(overrides, bits):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5)), torch.randn(7, 6)
+    layer = copy.deepcopy(model[0])
+
+    def by_hand(x, bits, calibrated=None):
+        return x if bits is None else rounded(x, bits, calibrated)
+
+    weight = torch.stack([by_hand(row, bits[1]) for row in layer.weight.detach()])
+    hidden, before = F.linear(by_hand(x, bits[0]), weight, layer.bias), layer(x)
+    hidden = by_hand(by_hand(hidden, bits[2], before), bits[3], before)
+    expected = by_hand(F.layer_norm(hidden, (5,)), bits[3], F.layer_norm(before, (5,)))
+    quantize(model, overrides=overrides, data=[x])
+    torch.testing.assert_close(model(x).detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_overrides_reach_functional_sites_and_embeddings():
+    x = torch.randn(2, 5, 8)
+    overrides = {"*score*": None, "add0_quantizer": {"bits": 12}}
+    model = quantize(Attention(True).eval(), 8, overrides=overrides, data=[x])
+    bits = {name: quantizer.bits for name, quantizer in quantizers(model).items()}
+    assert bits.pop("add0_quantizer") == 12
+    assert set(bits.values()) == {8}
+    plain = quantize(Attention(True).eval(), 8, data=[x])
+    assert set(quantizers(plain)) - set(quantizers(model)) == {"attention0_score_quantizer"}
+    tables = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    quantize(tables, overrides={"0": None}, data=[torch.arange(9)])
+    assert torch.equal(tables[0](torch.arange(9)), tables[0].weight)
+
+
+def test_requantize_leaves_in_float_what_an_override_left():
+    x = torch.randn(2, 5, 8)
+    overrides = {"qkv.weight_quantizer": None, "norm": {"bits": 4}}
+    model = quantize(Attention(True).eval(), 8, overrides=overrides, data=[x])
+    requantize(model, 6, "channel")
+    assert {quantizer.bits for quantizer in quantizers(model).values()} == {6}
+    assert isinstance(model.qkv.weight_quantizer, nn.Identity)
+    scheme = describe(model)["scheme"]
+    assert (scheme["bits"], scheme["overrides"]) == (6, {"qkv.weight_quantizer": None})
+
+
+def test_the_summary_lists_every_grid():
+    x, layer = torch.randn(7, 6), nn.Linear(6, 5)
+    weight = layer.weight.abs().max().item()
+    model = quantize(nn.Sequential(layer), 8, weight_bits=4, coverage="linear", data=[x])
+    text = str(qt.summary(model)).splitlines()
+    assert text[0] == "Sequential, coverage linear"
+    assert text[1].split() == ["site", "kind", "bits", "granularity", "scale", "absmax"]
+    first, second = qt.summary(model).sites
+    assert (first.name, first.kind, first.bits) == ("0.weight_quantizer", "weight", 4)
+    assert (second.name, second.kind, second.bits) == ("0.input_quantizer", "input", 8)
+    assert (first.granularity, second.granularity) == ("channel", "tensor")
+    assert first.scale == pytest.approx(weight / 7)
+    assert first.absmax == pytest.approx(weight)
+    assert second.scale == pytest.approx(x.abs().max().item() / 127)
+    assert text[2].split() == [
+        "0.weight_quantizer", "weight", "4", "channel", f"{weight / 7:.4g}", f"{weight:.4g}",
+    ]  # fmt: skip
+    dynamic = quantize(nn.Sequential(nn.Linear(6, 5)), calibrator="dynamic")
+    assert {site.scale for site in qt.summary(dynamic).sites if site.kind != "weight"} == {None}
+    with pytest.raises(
+        ValueError, match=r"Linear is not quantized: call quantize\(model, \.\.\.\)"
+    ):
+        qt.summary(nn.Linear(6, 5))
+
+
 def test_min_max_ranges_are_those_of_all_batches():
     batches = [torch.randn(3, 6) * factor for factor in (1.0, 5.0, 2.0)]
     model = quantize(nn.Sequential(nn.Linear(6, 2)), 7, data=iter(batches))
@@ -302,9 +388,16 @@ def broken(value: float) -> torch.Tensor:
     [
         ({"bits": 1}, "bits must be from 2 to 16, got 1"),
         ({"bits": 17}, "bits must be from 2 to 16, got 17"),
-        ({"calibrator": "best"}, "calibrator must be one of minmax, percentile, dynamic"),
+        ({"calibrator": "best"}, "calibrator must be one of minmax, ema, percentile, "),
         ({"coverage": "all"}, "coverage must be one of linear, full_no_softmax, full, got 'all'"),
         ({"weights": "row"}, 'weights must be "channel" or "tensor", got \'row\''),
+        ({"weight_bits": 0}, "bits must be from 2 to 16, got 0"),
+        ({"overrides": {"*": {"bits": 1}}}, "bits must be from 2 to 16, got 1"),
+        (
+            {"overrides": {"*": {"scale": 1}}},
+            r"overrides must map patterns to .* got '\*': {'scale",
+        ),
+        ({"overrides": {"1*": None}}, "override '1\\*' matches no quantizer .* 0.weight_quantizer"),
         ({"data": None}, "calibrator='minmax' needs data"),
         ({"data": []}, "data is empty: calibration needs at least one batch"),
         ({"data": [broken(float("nan"))]}, "0.input_quantizer held NaN or inf"),

@@ -1,8 +1,8 @@
 """Quantize what no module holds: the products of attention and the sums of the residual stream.
 
-While the model's forward runs, a TorchFunctionMode sees these calls. Their quantizers belong to the
-module that calls, under the name of the operation and how many of its kind came before in that
-call: `add0_quantizer`, `attention0_query_quantizer`.
+While the model, or a part of it, is called, a TorchFunctionMode sees these operations. Their
+quantizers belong to the module that calls, under the name of the operation and how many of its kind
+came before in that call: `add0_quantizer`, `attention0_query_quantizer`.
 """
 
 from collections import Counter
@@ -41,26 +41,30 @@ class FunctionalSites:
         self._leaves = {module for module in self._names if not any(module.children())}
         self._calls: list[tuple[nn.Module, Counter[str]]] = []
         self._mode: _Mode | None = None
-        handles = [model.register_forward_pre_hook(self._start)]
+        handles = []
         for module in self._names:
             handles.append(module.register_forward_pre_hook(self._push))
             handles.append(module.register_forward_hook(self._pop, always_call=True))
-        handles.append(model.register_forward_hook(self._stop, always_call=True))
         for handle in handles:
             undo.callback(handle.remove)
 
     def quantize(self, kind: str, site: str, x: Tensor) -> Tensor:
-        """Round x, or let it pass if its kind is not covered."""
+        """Round x, or let it pass if it is not covered."""
         if kind not in self.scheme.kinds:
             return x
         module, _ = self._calls[-1]
         name = f"{site}_quantizer"
         if not hasattr(module, name):
+            where = f"{self._names[module]}.{name}".lstrip(".")
             if self.frozen:
-                where = f"{self._names[module]}.{name}".lstrip(".")
                 raise RuntimeError(f"{where} was never reached during calibration: give more data")
-            module.add_module(name, self.scheme.activation_quantizer(self.device))
+            self.add(module, where, kind)
         return getattr(module, name)(x)
+
+    def add(self, module: nn.Module, site: str, kind: str | None) -> None:
+        """Give a module the quantizer of an operation that it calls."""
+        quantizer = self.scheme.activation_quantizer(site, kind, self.device)
+        module.add_module(site.rpartition(".")[2], quantizer)
 
     def number(self, operation: str) -> str:
         """Name an operation of the current module call: add0, add1, ..."""
@@ -73,21 +77,18 @@ class FunctionalSites:
         """Whether the call comes from a module without children, such as an activation function."""
         return not self._calls or self._calls[-1][0] in self._leaves
 
-    def _start(self, *_: Any) -> None:
-        self._calls.clear()
-        self._mode = _Mode(self)
-        self._mode.__enter__()
-
     def _push(self, module: nn.Module, _: Any) -> None:
+        # the outermost call is the model, or a part that activation checkpointing runs again
+        if not self._calls:
+            self._mode = _Mode(self)
+            self._mode.__enter__()
         self._calls.append((module, Counter()))
 
     def _pop(self, *_: Any) -> None:
         self._calls.pop()
-
-    def _stop(self, *_: Any) -> None:
-        if self._mode:
+        if not self._calls and self._mode:
             self._mode.__exit__(None, None, None)
-        self._mode = None
+            self._mode = None
 
 
 class _Mode(TorchFunctionMode):

@@ -3,28 +3,62 @@
 import torch
 from torch import Tensor, nn
 
-from ..fake_quantizer import dynamic_fake_quant, fake_quant, scale_of
+from ..fake_quantizer import dynamic_fake_quant, fake_quant, integer_range, scale_of
+from ..reference import absmax
 from .calibrators import Calibrator
+from .learned_scale import learned_fake_quant, positive
 
 
-class ActivationQuantizer(nn.Module):
+class _Quantizer(nn.Module):
+    """A grid of constant scale; or of one that is learned, as a factor of where it began."""
+
+    bits: int
+    scale: Tensor  # of a weight: None while it follows the weight
+    factor: nn.Parameter | None
+
+    @property
+    def step(self) -> Tensor:
+        """The scale that is rounded with at present."""
+        return self.scale if self.factor is None else positive(self.scale * self.factor.detach())
+
+    def hold(self) -> None:
+        """Make the scale, if it was learned, a constant."""
+        self.scale, self.factor = self.step, None
+
+    def _learn(self, scale: Tensor) -> nn.Parameter:
+        self.scale = scale
+        self.factor = nn.Parameter(torch.ones_like(scale))
+        return self.factor
+
+    def _round(self, x: Tensor, axis: int | None = None) -> Tensor:
+        if self.factor is None:
+            return fake_quant(x, self.scale, self.bits, axis)
+        return learned_fake_quant(x, self.scale * self.factor, self.bits, axis)
+
+
+class ActivationQuantizer(_Quantizer):
     """Round an activation to the grid of one scale per tensor.
 
     While `calibrator` is set, tensors only pass by it; `freeze` turns what it saw into `scale`. A
     `dynamic` quantizer takes the range of each tensor from itself.
     """
 
-    absmax: Tensor  # what the grid covers
-    scale: Tensor
+    absmax: Tensor  # what the grid covers; NaN before anything was seen
 
-    def __init__(self, bits: int, calibrator: Calibrator | None, device: torch.device) -> None:
+    def __init__(
+        self, bits: int, kind: str, calibrator: Calibrator | None, device: torch.device
+    ) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.kind = bits, kind
         self.calibrator = calibrator
+        self.observer: str | None = None  # the calibrator's name
         self.dynamic = calibrator is None
         self.reached = False
-        self.register_buffer("absmax", torch.zeros((), device=device), persistent=False)
-        self.register_buffer("scale", torch.ones((), device=device))
+        # float32 whatever the default type is
+        options = {"dtype": torch.float32, "device": device}
+        self.register_buffer("absmax", torch.full((), torch.nan, **options))  # type: ignore[call-overload]
+        self.register_buffer("scale", torch.ones((), **options))  # type: ignore[call-overload]
+        self.register_parameter("factor", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrator is not None:
@@ -36,7 +70,7 @@ class ActivationQuantizer(nn.Module):
             return dynamic_fake_quant(x, self.bits)
         if not self.reached:
             raise RuntimeError("this tensor was never reached during calibration: give more data")
-        return fake_quant(x, self.scale, self.bits)
+        return self._round(x)
 
     def freeze(self, site: str) -> None:
         """Compute the scale from what the calibrator saw, and quantize from now on."""
@@ -44,22 +78,35 @@ class ActivationQuantizer(nn.Module):
             seen = self.calibrator.absmax()
             if not seen.isfinite():
                 raise ValueError(f"{site} held NaN or inf during calibration: absmax {seen}")
-            self.absmax = seen.to(self.scale.device)
+            self.absmax = seen.to(self.scale)
             self.set_bits(self.bits)
         self.calibrator = None
 
     def set_bits(self, bits: int) -> None:
         """Cover the same range with integers of another width."""
-        self.bits, self.scale = bits, scale_of(self.absmax, bits)
+        if self.factor is not None:
+            raise ValueError("the scales are being learned: call freeze_scales(model) first")
+        self.bits = bits
+        if self.reached:
+            self.scale = scale_of(self.absmax, bits)
+
+    def learn(self) -> nn.Parameter:
+        """Begin to learn the scale, and return the parameter that does."""
+        return self._learn(self.step)
+
+    def hold(self) -> None:
+        if self.factor is not None:
+            super().hold()
+            self.absmax = self.scale * integer_range(self.bits)[1]
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, " + ("dynamic" if self.dynamic else f"scale={self.scale:.4g}")
+        return f"bits={self.bits}, " + ("dynamic" if self.dynamic else f"scale={self.step:.4g}")
 
 
-class WeightQuantizer(nn.Module):
-    """Round a weight to min-max grids: one per index of `axis`, or (None) one for the tensor.
+class WeightQuantizer(_Quantizer):
+    """Round a weight to grids: one per index of `axis`, or (None) one for the tensor.
 
-    The scale follows the weight, so that a quantized model can be trained further. It is not
+    Without a `scale` the grids are min-max, and follow the weight when it is trained. It is not
     `enabled` while activations are calibrated: their ranges are those of the float model.
     """
 
@@ -67,9 +114,25 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.axis = bits, axis
         self.enabled = True
+        self.register_buffer("scale", None)
+        self.register_parameter("factor", None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return dynamic_fake_quant(weight, self.bits, self.axis) if self.enabled else weight
+        if not self.enabled:
+            return weight
+        if self.scale is None:
+            return dynamic_fake_quant(weight, self.bits, self.axis)
+        return self._round(weight, self.axis)
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """Return the scales of a weight, of shape () or (channels,)."""
+        if self.scale is not None:
+            return self.step
+        return scale_of(absmax(weight.detach(), self.axis).float(), self.bits)
+
+    def learn(self, weight: Tensor) -> nn.Parameter:
+        """Begin to learn the scales, which no longer follow the weight."""
+        return self._learn(self.scale_of(weight))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"

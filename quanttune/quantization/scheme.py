@@ -1,30 +1,36 @@
-"""What a quantized model is: bits, granularity of weights, coverage, calibrator."""
+"""What a quantized model is: bits, granularity of weights, coverage, calibrator, exceptions."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
 
 from ..fake_quantizer import integer_range
 from . import coverage as coverages
-from .calibrators import CALIBRATORS, Calibrator
+from .calibrators import CALIBRATORS, Calibrator, make_calibrator
 from .quantizer import ActivationQuantizer, WeightQuantizer
 
 DYNAMIC = "dynamic"  # no calibration: the range of each activation is taken from itself
+Overrides = Mapping[str, Mapping[str, int] | None]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Symmetric uniform quantization of weights and activations to `bits`; see `quantize`."""
+    """Symmetric uniform quantization of weights and activations; see `quantize`."""
 
     bits: int = 8
+    weight_bits: int | None = None  # those of activations
     calibrator: str | Callable[[], Calibrator] = "minmax"
     coverage: str = "full_no_softmax"
     weights: str = "channel"
     residual: bool = True
+    overrides: Overrides = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         integer_range(self.bits)
+        integer_range(self._weight_bits)
         coverages.kinds_of(self.coverage, self.residual)
         names = (*CALIBRATORS, DYNAMIC)
         if isinstance(self.calibrator, str) and self.calibrator not in names:
@@ -34,6 +40,14 @@ class Scheme:
             )
         if self.weights not in ("channel", "tensor"):
             raise ValueError(f'weights must be "channel" or "tensor", got {self.weights!r}')
+        for pattern, override in self.overrides.items():
+            if override is not None and set(override) != {"bits"}:
+                raise ValueError(
+                    f'overrides must map patterns to {{"bits": ...}} or None, got {pattern!r}: '
+                    f"{override!r}"
+                )
+            if override:
+                integer_range(override["bits"])
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -44,15 +58,37 @@ class Scheme:
     def dynamic(self) -> bool:
         return self.calibrator == DYNAMIC
 
-    def activation_quantizer(self, device: torch.device) -> ActivationQuantizer:
-        """Make the quantizer of one activation, ready to calibrate."""
-        make = (
-            CALIBRATORS.get(self.calibrator)
-            if isinstance(self.calibrator, str)
-            else self.calibrator
-        )
-        return ActivationQuantizer(self.bits, make() if make else None, device)
+    @property
+    def _weight_bits(self) -> int:
+        return self.bits if self.weight_bits is None else self.weight_bits
 
-    def weight_quantizer(self, output_axis: int) -> WeightQuantizer:
-        """Make the quantizer of one weight whose output channels lie along `output_axis`."""
-        return WeightQuantizer(self.bits, output_axis if self.weights == "channel" else None)
+    def activation_quantizer(
+        self, site: str, kind: str | None, device: torch.device
+    ) -> ActivationQuantizer | nn.Identity:
+        """Make what the activation of a site goes through, ready to calibrate."""
+        bits = self._bits_of(site, self.bits)
+        if kind is None or kind not in self.kinds or bits is None:
+            return nn.Identity()
+        calibrator = None if self.dynamic else make_calibrator(self.calibrator, bits)
+        quantizer = ActivationQuantizer(bits, kind, calibrator, device)
+        quantizer.observer = self.calibrator if isinstance(self.calibrator, str) else None
+        return quantizer
+
+    def weight_quantizer(self, site: str, output_axis: int) -> WeightQuantizer | nn.Identity:
+        """Make what a weight goes through whose output channels lie along `output_axis`."""
+        bits = self._bits_of(site, self._weight_bits)
+        if bits is None:
+            return nn.Identity()
+        return WeightQuantizer(bits, output_axis if self.weights == "channel" else None)
+
+    def _bits_of(self, site: str, bits: int) -> int | None:
+        """Return the width that the last pattern says that matches a quantizer or its module."""
+        for pattern, override in reversed(list(self.overrides.items())):
+            if matches(pattern, site):
+                return None if override is None else override["bits"]
+        return bits
+
+
+def matches(pattern: str, site: str) -> bool:
+    """Tell whether a pattern names a quantizer, or the module that it belongs to."""
+    return fnmatchcase(site, pattern) or fnmatchcase(site.rpartition(".")[0], pattern)

@@ -1,30 +1,30 @@
 """Turn a float model into one that computes on integer grids, simulated in floating point."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from .calibrators import Calibrator
-from .functional import FunctionalSites
-from .quantizer import ActivationQuantizer, WeightQuantizer
-from .scheme import Scheme
-from .twins import QuantizedConv2d, QuantizedEmbedding, Twin, twin_of
+from .description import announce
+from .insertion import insert, quantizers, state_of, weight_quantizers
+from .scheme import Overrides, Scheme, matches
 
 
 def quantize(
     model: nn.Module,
     bits: int = 8,
     *,
+    weight_bits: int | None = None,
     calibrator: str | Callable[[], Calibrator] = "minmax",
     coverage: str = "full_no_softmax",
     weights: str = "channel",
     residual: bool = True,
+    overrides: Overrides | None = None,
     data: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Quantize a model in place to symmetric uniform integers, and return it.
@@ -36,32 +36,38 @@ def quantize(
 
     Args:
         model: a float model; `copy.deepcopy` it first to keep it.
-        bits: of weights and activations, 2 to 16.
-        calibrator: "minmax", "percentile" (99.9 % of the magnitudes), a function that makes a
-            `Calibrator`, or "dynamic", which needs no data and can be trained through (each
+        bits: of activations and weights, 2 to 16.
+        weight_bits: of weights, if they have others: 4 with bits=8 is W4A8.
+        calibrator: "minmax", "ema", "percentile" (99.9 % of the magnitudes), "percentile_ema",
+            "mse", "omse", "kl" (quanttune.quantization.calibrators has the rules), a function that
+            makes a `Calibrator`, or "dynamic", which needs no data and can be trained through (each
             activation takes its range from itself, gradients pass straight through).
         coverage: a preset of quanttune.quantization.coverage; `residual=False` leaves the residual
             stream in float.
         weights: "channel", one scale per output channel, or "tensor". Biases stay float.
+        overrides: what is quantized otherwise: fnmatch patterns on the names of quantizers
+            (`summary` lists them) or of the modules they belong to, with {"bits": ...}, or None to
+            leave it in float, such as {"*.fc2": {"bits": 16}, "head": None}. The last match counts.
         data: batches of inputs: tensors, mappings (passed as keywords), or tuples and lists such as
             (inputs, labels), whose first element is taken.
 
     Raises:
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
-            finite, the model has nothing to quantize or is quantized already.
+            finite, the model has nothing to quantize or is quantized already, an override matches
+            nothing.
     """
-    scheme = Scheme(bits, calibrator, coverage, weights, residual)
-    if any(isinstance(module, (Twin, ActivationQuantizer)) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is quantized already")
+    scheme = Scheme(bits, weight_bits, calibrator, coverage, weights, residual, overrides or {})
     if data is None and not scheme.dynamic:
         raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
     with ExitStack() as undo:  # an error leaves the model as it was
-        functional = _swap_modules(model, scheme, undo)
+        functional = insert(model, scheme, undo)
         if data is not None and not scheme.dynamic:
             _calibrate(model, data)
+            _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
         undo.pop_all()
+    announce(model)
     return model
 
 
@@ -69,22 +75,19 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     """Give a quantized model another width and granularity of weights, but keep its ranges.
 
     What minmax and percentile cover does not depend on the width, so one calibration serves all.
+    Overrides of the width are forgotten; what they left in float stays in float.
     """
-    scheme = Scheme(bits, weights=weights)
+    state = state_of(model)
+    only_float = {p: override for p, override in state.scheme.overrides.items() if not override}
+    scheme = replace(
+        state.scheme, bits=bits, weight_bits=None, weights=weights, overrides=only_float
+    )
     for quantizer in quantizers(model).values():
         quantizer.set_bits(bits)
-    for module in model.modules():
-        if isinstance(module, Twin):
-            module.weight_quantizer = scheme.weight_quantizer(module.output_axis)
-
-
-def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the quantizers of a quantized model's activations by site: they hold the scales."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ActivationQuantizer)
-    }
+    for name, (module, _) in weight_quantizers(model).items():
+        module.weight_quantizer = scheme.weight_quantizer(name, module.output_axis)
+    state.scheme = scheme
+    announce(model)
 
 
 def forward_batch(model: nn.Module, batch: Any) -> Any:
@@ -109,61 +112,6 @@ def forward_batches(model: nn.Module, data: Iterable[Any]) -> int:
     return batches
 
 
-def _swap_modules(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
-    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    modules = [(module, _covered_twin(module, scheme)) for module in model.modules()]
-    if not any(twin for _, twin in modules):
-        raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
-    undo.callback(_drop_quantizers, model)
-    # before the twins, whose quantizers are none of its sites
-    functional = FunctionalSites(model, scheme, device, undo)
-    for module, twin in modules:
-        if twin:
-            undo.callback(setattr, module, "__class__", type(module))
-            _become(module, twin, scheme, device)
-        elif isinstance(module, nn.LayerNorm):
-            for handle in _wrap_norm(module, scheme, device):
-                undo.callback(handle.remove)
-    return functional
-
-
-def _covered_twin(module: nn.Module, scheme: Scheme) -> Any:
-    twin = twin_of(module)
-    return None if twin is QuantizedEmbedding and "embedding" not in scheme.kinds else twin
-
-
-def _become(module: Any, twin: Any, scheme: Scheme, device: torch.device) -> None:
-    # in place: whoever holds the module, shares it or ties its weight sees the twin
-    module.__class__ = twin
-    module.weight_quantizer = scheme.weight_quantizer(twin.output_axis)
-    if twin is QuantizedEmbedding:
-        return
-    kind = "convolution" if twin is QuantizedConv2d else "input"
-    for name, covered in (("input_quantizer", kind), ("output_quantizer", "output")):
-        has = covered in scheme.kinds
-        module.add_module(name, scheme.activation_quantizer(device) if has else nn.Identity())
-
-
-def _wrap_norm(
-    module: nn.Module, scheme: Scheme, device: torch.device
-) -> Iterator[RemovableHandle]:
-    """Quantize what goes into a LayerNorm (a residual sum) and what comes out of it."""
-    if "residual" in scheme.kinds:
-        module.input_quantizer = scheme.activation_quantizer(device)
-        yield module.register_forward_pre_hook(_quantize_input)
-    if "norm" in scheme.kinds:
-        module.output_quantizer = scheme.activation_quantizer(device)
-        yield module.register_forward_hook(_quantize_output)
-
-
-def _quantize_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.input_quantizer(args[0]), *args[1:])
-
-
-def _quantize_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module.output_quantizer(output)
-
-
 def _calibrate(model: nn.Module, data: Iterable[Any]) -> None:
     _enable_weights(model, False)
     if not forward_batches(model, data):
@@ -171,18 +119,20 @@ def _calibrate(model: nn.Module, data: Iterable[Any]) -> None:
     _enable_weights(model, True)
 
 
-def _drop_quantizers(model: nn.Module) -> None:
-    ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name.endswith("_quantizer") and isinstance(child, ours):
-                delattr(module, name)
-
-
 def _enable_weights(model: nn.Module, enabled: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, WeightQuantizer):
-            module.enabled = enabled
+    for _, quantizer in weight_quantizers(model).values():
+        quantizer.enabled = enabled
+
+
+def _check_overrides(model: nn.Module, scheme: Scheme) -> None:
+    """Refuse a pattern that names no quantizer, not even one that it left in float."""
+    names = [name for name, _ in model.named_modules() if name.endswith("_quantizer")]
+    for pattern in scheme.overrides:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(
+                f"override {pattern!r} matches no quantizer and no module that has one: there are "
+                f"{', '.join(names[:3])}, ..."
+            )
 
 
 def _freeze(model: nn.Module) -> None:

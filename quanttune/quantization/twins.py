@@ -14,7 +14,7 @@ class Twin:
     """What every twin has: the dimension of its weight's outputs, and quantizers."""
 
     output_axis = 0
-    weight_quantizer: WeightQuantizer
+    weight_quantizer: WeightQuantizer | nn.Identity
     input_quantizer: nn.Module
     output_quantizer: nn.Module
 
@@ -39,7 +39,8 @@ class QuantizedEmbedding(Twin, nn.Embedding):
     """An embedding table; per channel it has one scale per row."""
 
     def forward(self, indices: Tensor) -> Tensor:
-        if self.weight_quantizer.axis is None:
+        # an Identity, where an override leaves the table in float, has no axis
+        if getattr(self.weight_quantizer, "axis", 0) is None:
             return F.embedding(indices, self.weight_quantizer(self.weight), self.padding_idx)
         # rows have their own scales, so only those that are looked up need rounding
         rows = F.embedding(indices, self.weight, self.padding_idx)

@@ -84,14 +84,8 @@ class RunFolder:
             file.write(_line(log))
 
     def publish(self, model: Any, processor: Any) -> None:
-        """Save the final model, under its name only when it is whole."""
-        partial = self.path / f".{MODEL}"
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for path in partial.rglob("*"):
-            sync(path)
-        partial.rename(self.model)
-        sync(self.path)
+        """Save the final model."""
+        publish(model, processor, self.model)
 
     def _strangers(self) -> list[str]:
         """Return what is in the folder and not from the start of a run that was killed."""
@@ -113,6 +107,25 @@ class RunFolder:
     def _read(path: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return data
+
+
+def publish(model: Any, processor: Any, folder: Path) -> None:
+    """Save a model with what makes its inputs, under the folder's name only when it is whole."""
+    partial = folder.with_name(f".{folder.name}")
+    if partial.exists():  # from a process that was killed
+        shutil.rmtree(partial)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    for path in partial.rglob("*"):
+        sync(path)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder that holds something."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another --out")
 
 
 def _line(log: dict[str, Any]) -> str:

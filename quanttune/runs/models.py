@@ -10,6 +10,8 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from ..quantization import pretrained as pretrained  # so that quantized models can be loaded
+
 # the class that loads a model for a task, and the architectures that are for it already
 TASKS = {
     "text-classification": (

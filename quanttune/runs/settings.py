@@ -105,14 +105,6 @@ def training_arguments(settings: Settings, folder: Path) -> TrainingArguments:
     return arguments
 
 
-def fields_of(texts: list[str]) -> dict[str, str]:
-    """Return KEY=VALUE as a dictionary."""
-    for text in texts:
-        if "=" not in text:
-            raise ValueError(f"--trainer takes KEY=VALUE, such as weight_decay=0.01, got {text!r}")
-    return dict(text.split("=", 1) for text in texts)
-
-
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(f"--trainer: {message}")

@@ -12,8 +12,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..trainer import QuantTuneTrainer
 from ..tuning.tuner import attach
-from . import batches, checkpoints, data, models
+from . import checkpoints, models
 from .folder import RunFolder
+from .inputs import Inputs, prepare
 from .recorder import Recorder
 from .settings import Settings, training_arguments
 
@@ -25,15 +26,11 @@ _ONE = (
 
 @dataclass(frozen=True)
 class _Job:
-    """A model, its data and how it is trained, and `facts` that must stay the same on resuming."""
+    """A model, its data and how it is trained."""
 
     model: nn.Module
-    processor: Any
-    rows: Any
-    collate: Callable[[list[Any]], Any]
+    inputs: Inputs
     arguments: TrainingArguments
-    facts: dict[str, Any]
-    said: list[str]
 
 
 def tune(
@@ -68,9 +65,9 @@ def tune(
         say(f"{out} is finished: nothing is left to do")
         return _outcome(folder, settings)
     job = _prepare(settings, out)
-    config = {"settings": settings.as_json(), **job.facts}
+    config = {"settings": settings.as_json(), **job.inputs.facts}
     folder.check(config, resume)
-    for line in job.said:
+    for line in job.inputs.said:
         say(line)
     if dry_run:
         return config
@@ -84,7 +81,7 @@ def tune(
         arguments = json.loads(job.arguments.to_json_string())
         folder.begin({**config, "training_arguments": arguments})
     model = _train(settings, job, folder, checkpoint, progress)
-    folder.publish(model, job.processor)
+    folder.publish(model, job.inputs.processor)
     return _outcome(folder, settings, checkpoint)
 
 
@@ -94,36 +91,16 @@ def _prepare(settings: Settings, out: Path) -> _Job:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible: {_ONE}, or set CUDA_VISIBLE_DEVICES=0"
         )
-    name = models.resolve(settings.model)
-    config = models.load_config(name)
-    task = models.task_of(config, settings.task)
-    rows = data.load_rows(settings, task)
-    facts = {
-        "model": {"name": name, "revision": getattr(config, "_commit_hash", None)},
-        "data": {"rows": len(rows), "fingerprint": data.fingerprint(rows)},
-    }
-    said: list[str] = []
-    classes: list[int] = []
-    if task != "text-generation":
-        rows, labels, numbered = data.number_labels(rows)
-        classes = models.match_labels(config, task, labels, numbered)
-        if not classes:
-            classes = models.replace_labels(config, labels)
-            said.append(f"a new head for {len(labels)} labels: {', '.join(labels[:5])}")
-    processor, tokens = models.load_processor(name, task), settings.tokens
-    if task != "image-classification" and (limit := models.longest(config, processor)) < tokens:
-        tokens = limit
-        said.append(f"{tokens} tokens at most: the model takes no more")
-    encoded, collate = batches.encode(rows, task, processor, classes, tokens)
+    inputs = prepare(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
-    model = models.load_model(name, config, task)
+    model = models.load_model(inputs.name, inputs.config, inputs.task)
     attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
     epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
-    said.append(
-        f"{task}: {type(model).__name__} on {len(encoded)} rows, {settings.steps} steps of "
-        f"{settings.batch_size}, {epochs / len(encoded):.1f} epochs"
+    inputs.said.append(
+        f"{inputs.task}: {type(model).__name__} on {len(inputs.rows)} rows, {settings.steps} "
+        f"steps of {settings.batch_size}, {epochs / len(inputs.rows):.1f} epochs"
     )
-    return _Job(model, processor, encoded, collate, arguments, facts, said)
+    return _Job(model, inputs, arguments)
 
 
 def _train(
@@ -140,12 +117,12 @@ def _train(
     trainer = QuantTuneTrainer(
         model=job.model,
         args=job.arguments,
-        train_dataset=job.rows,
-        data_collator=job.collate,
+        train_dataset=job.inputs.rows,
+        data_collator=job.inputs.collate,
+        callbacks=[Recorder(folder, progress)],
         tuning=settings.tuning,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Recorder(trainer, folder, checkpoint, progress))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return job.model
 

@@ -1,0 +1,39 @@
+"""The command line: each verb is a file with a short function that calls the library.
+
+A verb imports what it needs when it runs, so that --help is there at once.
+"""
+
+import sys
+
+import typer
+
+from . import analyze, calibrate, demo, doctor, evaluate, report, tune
+from .terminal import console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def about() -> None:
+    """Make Transformers ready for plain integer quantization."""
+
+
+app.command("demo")(demo.run)
+app.command("tune")(tune.run)
+app.command("calibrate")(calibrate.run)
+app.command("evaluate")(evaluate.run)
+app.command("analyze")(analyze.run)
+app.command("report")(report.run)
+app.command("doctor")(doctor.run)
+
+
+def main() -> None:
+    """Run the command line; bad arguments and interruptions end in one line, not in a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written", style="red")
+        sys.exit(130)
+    except (ValueError, ImportError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m quanttune.cli`."""
+
+from . import main
+
+main()

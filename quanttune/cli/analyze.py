@@ -1,0 +1,95 @@
+"""`quanttune analyze`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .terminal import Json, progress_bar, say, write_numbers
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, a Hugging Face id or a timm name; without --data a recipe (minilm or "
+            "digits), or an encoder.",
+            show_default="minilm",
+        ),
+    ] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of images or data files, a csv, json or parquet file, a name."),
+    ] = None,
+    task: options.Task = None,
+    subset: options.Subset = None,
+    split: options.Split = "train",
+    text: options.Columns = None,
+    label: options.Label = None,
+    tokens: options.Tokens = 128,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that ranges are taken from.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Rows that quality is measured on.")] = 400,
+    batch_size: options.BatchSize = 32,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model, such as the tuned one; or an arm of the recipe."),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
+    coverage: Annotated[str, typer.Option(help="What is quantized.")] = "full_no_softmax",
+    site: Annotated[
+        list[str] | None, typer.Option(help="A tensor whose channels are drawn (Fig. 2).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("analysis"),
+    seed: options.Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
+    json: Json = None,
+) -> None:
+    """Find out why a model is hard to quantize: Figs. 2 to 6 of the paper, for your model.
+
+    Without --data the rows are those of the recipe, or of minilm's for another encoder.
+
+    Example: quanttune analyze minilm --compare detached --out analysis
+    """
+    from ..analysis.analysis import analyze, units
+    from ..analysis.report import write_report
+    from ..analysis.subject import Request
+    from ..analysis.survey import rows_of
+
+    if model and named:
+        raise ValueError(f"two models are given, {model} and --model {named}: give one")
+    model = model or named
+    request = Request(bits=bits, coverage=coverage, sites=site or ())
+    if data is None:
+        subject, others = _of_recipe(model, compare or [], seed)
+    else:
+        if model is None:
+            raise ValueError("--data needs a model: quanttune analyze MODEL --data DATA")
+        settings = options.settings_of(
+            model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
+            tokens=tokens, batch_size=batch_size, seed=seed,
+        )  # fmt: skip
+        from ..runs.subjects import load_subject
+
+        subject, others = load_subject(settings, compare or [], rows=rows, limit=limit, say=say)
+    if dry_run:
+        names = ", ".join([subject.name, *others])
+        say(f"{names}: {sum(map(rows_of, subject.data))} rows; the report goes to {out}")
+        return
+    with progress_bar() as progress:
+        bar = progress.add_task("calibrating", total=round(units(request, 1 + len(others))))
+
+        def advance(description: str, done: float) -> None:
+            progress.update(bar, description=description, advance=done)
+
+        found = analyze(subject, request, others, advance)
+    files = write_report(found, out, "analysis.json")
+    write_numbers(json, found)
+    say(f"{found['seconds']:.0f} s. Written: {', '.join(map(str, files))}")
+
+
+def _of_recipe(model: str | None, compare: list[str], seed: int) -> Any:
+    from ..recipes.subjects import recipe_subject
+
+    return recipe_subject(model, compare, seed)

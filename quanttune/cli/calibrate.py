@@ -1,0 +1,73 @@
+"""`quanttune calibrate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .terminal import Json, say, showing, write_numbers
+
+
+def run(
+    model: options.Model,
+    data: options.Data,
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model.")],
+    task: options.Task = None,
+    subset: options.Subset = None,
+    split: options.Split = "train",
+    text: options.Columns = None,
+    label: options.Label = None,
+    tokens: options.Tokens = 128,
+    bits: Annotated[int, typer.Option(help="Of activations and weights, 2 to 16.")] = 8,
+    weight_bits: Annotated[int | None, typer.Option(help="Of weights, if others.")] = None,
+    calibrator: Annotated[
+        str, typer.Option(help="How ranges are chosen, such as minmax or percentile.")
+    ] = "minmax",
+    coverage: Annotated[
+        str, typer.Option(help="What is quantized: linear, full_no_softmax or full.")
+    ] = "full_no_softmax",
+    weights: Annotated[str, typer.Option(help="A scale per channel, or tensor.")] = "channel",
+    residual: Annotated[bool, typer.Option(help="Quantize the residual stream.")] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=BITS", help="Other bits, such as '*.fc2=16', 'head=float'."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows, drawn by the seed.")] = 320,
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but write.")] = False,
+    json: Json = None,
+) -> None:
+    """Quantize a model with the ranges of your data, and write it to a folder.
+
+    Example: quanttune calibrate sst2/model --data nyu-mll/glue --subset sst2 --bits 8
+    --calibrator percentile --override classifier=float --out sst2-w8a8
+    """
+    settings = options.settings_of(
+        model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
+        tokens=tokens, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    from ..runs.calibration import calibrate
+
+    quantization = {
+        "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
+        "weights": weights, "residual": residual, "overrides": _overrides(override or []),
+    }  # fmt: skip
+    with showing() as progress:
+        outcome = calibrate(
+            settings, quantization, out, limit=limit, dry_run=dry_run, say=say, progress=progress
+        )
+    if not dry_run:
+        say(f"the model is in {out}")
+    write_numbers(json, outcome)
+
+
+def _overrides(texts: list[str]) -> dict[str, dict[str, int] | None]:
+    overrides: dict[str, dict[str, int] | None] = {}
+    for text in texts:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern or not (bits == "float" or bits.isdecimal()):
+            raise ValueError(f"--override takes PATTERN=BITS or PATTERN=float, got {text!r}")
+        overrides[pattern] = None if bits == "float" else {"bits": int(bits)}
+    return overrides

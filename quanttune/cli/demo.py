@@ -1,0 +1,72 @@
+"""`quanttune demo`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from .terminal import Json, console, progress_bar, write_numbers
+
+
+def run(
+    task: Annotated[str, typer.Option(help="minilm or digits.")] = "minilm",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo"),
+    json: Json = None,
+    model: Annotated[
+        str | None, typer.Option(help="minilm: another Hugging Face id or local folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and stop.")] = False,
+) -> None:
+    """Tune a model, quantize it before and after, and compare with the alternatives.
+
+    Example: quanttune demo --task digits --seeds 3 --out digits
+    """
+    from ..analysis import report
+    from ..recipes import experiment, recipe
+
+    make = recipe(task)
+    if dry_run:
+        names = ", ".join(arm.name for arm in make.arms)  # type: ignore[attr-defined]
+        console.print(f"{task}: {seeds} seed(s) of {names}; results in {out}")
+        return
+    with progress_bar() as progress:
+        bar = progress.add_task("loading", total=experiment.units(make, seeds))
+
+        def advance(description: str, units: float) -> None:
+            progress.update(bar, description=description, advance=units)
+
+        options = {"model": model} if model else {}
+        results = experiment.run(make, seeds, advance, **options)
+    files = report.write(results, out)
+    write_numbers(json, results.as_dict())
+    _print_results(results)
+    console.print(f"{results.seconds:.0f} s. Written: {', '.join(map(str, files))}")
+
+
+def _print_results(results: Any) -> None:
+    from ..analysis.report import DIGITS
+    from ..analysis.table import tabulate
+
+    summary = tabulate(results.rows)
+    table = Table(
+        title=f"{results.task}: {results.metric} on the test rows",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for arm in summary.arms:
+        table.add_column(arm, justify="right", no_wrap=True)
+    group = None
+    for way, cells in summary.cells.items():
+        if way.group != group:
+            group = way.group
+            table.add_section()
+        texts = [cell.text(DIGITS[results.metric], spread=False) for cell in cells]
+        marked = [f"[bold]{t}[/bold]" if c.best else t for t, c in zip(texts, cells, strict=True)]
+        table.add_row(f"{way.label} {way.short}", *marked)
+    console.print(table)
+    for caveat in results.caveats:
+        console.print(f"- {caveat}", highlight=False)

@@ -1,0 +1,167 @@
+"""What a quantized model is, as plain data: to JSON, and from JSON that may be anybody's."""
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .insertion import insert, quantizers, state_of, weight_quantizers
+from .quantizer import ActivationQuantizer
+from .schema import ARGUMENTS, FIXED, LEARNED, OPERATION, PARTS, SCHEME, check
+from .scheme import DYNAMIC, Scheme
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what a quantized model is, all but its tensors.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    scheme = state_of(model).scheme
+    modules: dict[str, dict[str, Any]] = {}
+    operations: dict[str, dict[str, Any]] = {}
+    for site, arguments in _arguments(model).items():
+        owner, _, name = site.rpartition(".")
+        if part := PARTS.get(name):
+            modules.setdefault(owner, dict.fromkeys(PARTS.values()))[part] = arguments
+        else:
+            kind = getattr(model.get_submodule(site), "kind", None)
+            operations[site] = {"kind": kind, "activations": arguments}
+    return {
+        **FIXED,
+        "scheme": json.loads(json.dumps({name: getattr(scheme, name) for name in SCHEME})),
+        "config_groups": _grouped(modules),
+        "operation_groups": _grouped(operations),
+    }
+
+
+def announce(model: Any) -> None:
+    """Keep what a model of transformers writes to its config.json up to date."""
+    transformers = sys.modules.get("transformers.modeling_utils")  # without it, it is none
+    if transformers and isinstance(model, transformers.PreTrainedModel):
+        from . import pretrained  # noqa: F401 whoever reads the configuration looks it up there
+
+        model.config.quantization_config = describe(model)
+
+
+def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
+    """Put described quantizers into a float model; `settle` follows when scales are loaded.
+
+    Raises:
+        ValueError: the description is not one, or is that of another model.
+    """
+    check(data)
+    sites = _sites(data)
+    dynamic = any(arguments and arguments["dynamic"] for arguments in sites.values())
+    try:
+        scheme = Scheme(**data["scheme"], calibrator=DYNAMIC if dynamic else "minmax")
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"scheme holds a value of another type: {error}") from error
+    state = insert(model, scheme, undo)
+    state.frozen = not dynamic
+    owners = dict(model.named_modules())
+    for group in data["operation_groups"].values():
+        for site in group["targets"]:
+            if owner := owners.get(site.rpartition(".")[0]):
+                state.add(owner, site, group["kind"])
+    _compare(_arguments(model), sites, model)
+    for name, quantizer in quantizers(model).items():
+        quantizer.calibrator = None
+        quantizer.bits, quantizer.observer = sites[name]["num_bits"], sites[name]["observer"]
+        quantizer.dynamic = sites[name]["dynamic"]
+        if quantizer.observer == LEARNED:
+            quantizer.observer = None
+            quantizer.learn()
+    for name, (module, weight) in weight_quantizers(model).items():
+        weight.bits = sites[name]["num_bits"]
+        weight.axis = module.output_axis if sites[name]["strategy"] == "channel" else None
+        if sites[name]["observer"] != "minmax":  # it has scales of its own
+            shape = () if weight.axis is None else module.weight.shape[weight.axis]
+            weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
+        if sites[name]["observer"] == LEARNED:
+            weight.learn(module.weight)
+
+
+def settle(model: nn.Module) -> None:
+    """Check the scales of a restored model, and note which sites were calibrated.
+
+    Raises:
+        ValueError: a scale is not finite and positive.
+    """
+    for name, quantizer in quantizers(model).items():
+        _check_scale(name, quantizer.scale)
+        quantizer.reached = not quantizer.dynamic and bool(quantizer.absmax.isfinite())
+    for name, (_, weight) in weight_quantizers(model).items():
+        if weight.scale is not None:
+            _check_scale(name, weight.scale)
+
+
+def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
+    """Return every site's QuantizationArgs; None for functional sites that stay in float."""
+    found: dict[str, dict[str, Any] | None] = {}
+    weights = weight_quantizers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            observer = module.observer if module.factor is None else LEARNED
+            found[name] = _values(module.bits, "tensor", module.dynamic, observer)
+        elif name in weights:
+            _, weight = weights[name]
+            strategy = "tensor" if weight.axis is None else "channel"
+            observer = LEARNED if weight.factor is not None else None
+            observer = "minmax" if weight.scale is None else observer
+            found[name] = _values(weight.bits, strategy, False, observer)
+        elif isinstance(module, nn.Identity) and OPERATION.fullmatch(name):
+            found[name] = None
+    return found
+
+
+def _values(*values: Any) -> dict[str, Any]:
+    bits, strategy, dynamic, observer = values
+    return dict(zip(ARGUMENTS, (bits, "int", True, strategy, dynamic, observer), strict=True))
+
+
+def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for target, values in table.items():
+        group = groups.setdefault(json.dumps(values), {"targets": [], **values})
+        group["targets"].append(target)
+    return {f"group_{i}": group for i, group in enumerate(groups.values())}
+
+
+def _sites(data: Mapping[str, Any]) -> dict[str, Any]:
+    sites = {}
+    for group in data["config_groups"].values():
+        for target in group["targets"]:
+            for name, part in PARTS.items():
+                if group[part] is not None:
+                    sites[f"{target}.{name}".lstrip(".")] = group[part]
+    for group in data["operation_groups"].values():
+        for target in group["targets"]:
+            if not OPERATION.fullmatch(target):
+                raise ValueError(f"operation_groups: {target!r} is no name of a functional site")
+            sites[target] = group["activations"]
+    return sites
+
+
+def _compare(found: Mapping[str, Any], described: Mapping[str, Any], model: nn.Module) -> None:
+    missing = [name for name in found if name not in described]
+    unknown = [name for name, arguments in described.items() if name not in found]
+    unknown += [n for n in found if n in described and (found[n] is None) != (described[n] is None)]
+    if missing or unknown:
+        raise ValueError(
+            f"the quantization is that of another model than this {type(model).__name__}: "
+            f"it does not say {_some(missing)}, and the model has no {_some(unknown)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "more"
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(f"{name}.scale must be finite and positive")

@@ -1,0 +1,127 @@
+"""Put quantizers into a model: in modules that hold weights, around LayerNorms, in functional
+sites.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .functional import FunctionalSites
+from .quantizer import ActivationQuantizer, WeightQuantizer
+from .scheme import Scheme
+from .twins import QuantizedConv2d, QuantizedEmbedding, Twin, twin_of
+
+STATE = "quantization_state"  # the attribute of a quantized model that holds its FunctionalSites
+
+
+def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
+    """Swap modules for their twins and watch the others, in place; `undo` takes it all back."""
+    if is_quantized(model):
+        raise ValueError(f"{type(model).__name__} is quantized already")
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    modules = [(name, m, _covered_twin(m, scheme)) for name, m in model.named_modules()]
+    if not any(twin for *_, twin in modules):
+        raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
+    undo.callback(_drop_quantizers, model)
+    # before the twins, whose quantizers are none of its sites
+    functional = FunctionalSites(model, scheme, device, undo)
+    for name, module, twin in modules:
+        if twin:
+            undo.callback(setattr, module, "__class__", type(module))
+            _become(name, module, twin, scheme, device)
+        elif isinstance(module, nn.LayerNorm):
+            for handle in _wrap_norm(name, module, scheme, device):
+                undo.callback(handle.remove)
+    setattr(model, STATE, functional)
+    undo.callback(delattr, model, STATE)
+    return functional
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Tell whether any module of a model is quantized."""
+    return any(isinstance(module, (Twin, ActivationQuantizer)) for module in model.modules())
+
+
+def state_of(model: nn.Module) -> FunctionalSites:
+    """Return the functional sites of a quantized model, which hold its scheme."""
+    state = getattr(model, STATE, None)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is not quantized: call quantize(model, ...) first"
+        )
+    return state  # type: ignore[no-any-return]
+
+
+def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return the quantizers of a quantized model's activations by site: they hold the scales."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[Any, WeightQuantizer]]:
+    """Return the twins whose weights are rounded, and their quantizers, by the quantizer's name."""
+    return {
+        f"{name}.weight_quantizer".lstrip("."): (module, module.weight_quantizer)
+        for name, module in model.named_modules()
+        if isinstance(module, Twin) and isinstance(module.weight_quantizer, WeightQuantizer)
+    }
+
+
+def _covered_twin(module: nn.Module, scheme: Scheme) -> Any:
+    twin = twin_of(module)
+    return None if twin is QuantizedEmbedding and "embedding" not in scheme.kinds else twin
+
+
+def _become(name: str, module: Any, twin: Any, scheme: Scheme, device: torch.device) -> None:
+    # in place: whoever holds the module, shares it or ties its weight sees the twin
+    module.__class__ = twin
+    site = f"{name}.weight_quantizer".lstrip(".")
+    module.weight_quantizer = scheme.weight_quantizer(site, twin.output_axis)
+    if twin is QuantizedEmbedding:
+        return
+    kind = "convolution" if twin is QuantizedConv2d else "input"
+    _add(name, module, "input_quantizer", kind, scheme, device)
+    _add(name, module, "output_quantizer", "output", scheme, device)
+
+
+def _wrap_norm(
+    name: str, module: nn.Module, scheme: Scheme, device: torch.device
+) -> Iterator[RemovableHandle]:
+    """Quantize what goes into a LayerNorm (a residual sum) and what comes out of it."""
+    if "residual" in scheme.kinds:
+        _add(name, module, "input_quantizer", "residual", scheme, device)
+        yield module.register_forward_pre_hook(_quantize_input)
+    if "norm" in scheme.kinds:
+        _add(name, module, "output_quantizer", "norm", scheme, device)
+        yield module.register_forward_hook(_quantize_output)
+
+
+def _add(
+    owner: str, module: nn.Module, name: str, kind: str, scheme: Scheme, device: torch.device
+) -> None:
+    site = f"{owner}.{name}".lstrip(".")
+    module.add_module(name, scheme.activation_quantizer(site, kind, device))
+
+
+def _quantize_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.input_quantizer(args[0]), *args[1:])
+
+
+def _quantize_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module.output_quantizer(output)
+
+
+def _drop_quantizers(model: nn.Module) -> None:
+    ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name.endswith("_quantizer") and isinstance(child, ours):
+                delattr(module, name)

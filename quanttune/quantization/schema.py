@@ -1,0 +1,91 @@
+"""The fields of a described model, and the check that there are no others.
+
+The names are those of compressed-tensors. `config_groups` are modules that have the same grids;
+`operation_groups`, which compressed-tensors has no name for, are functional sites; `scheme` is what
+`quantize` was asked for. Weights are stored in float ("dense"), so that a loaded model can be
+trained on.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ..fake_quantizer import integer_range
+
+METHOD, VERSION = "quanttune", "1"
+FIXED = {
+    "quant_method": METHOD, "version": VERSION, "format": "dense", "quantization_status": "frozen",
+}  # fmt: skip
+SCHEME = ("bits", "weight_bits", "coverage", "weights", "residual", "overrides")
+PARTS = {
+    "weight_quantizer": "weights",
+    "input_quantizer": "input_activations",
+    "output_quantizer": "output_activations",
+}
+ARGUMENTS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "observer")
+_VALUES: dict[str, list[Any]] = {
+    "type": ["int"], "symmetric": [True], "strategy": ["tensor", "channel"],
+    "dynamic": [True, False],
+}  # fmt: skip
+_GROUPS = {
+    "config_groups": tuple(PARTS.values()), "operation_groups": ("kind", "activations"),
+}  # fmt: skip
+LEARNED = "lsq"  # an observer: the scale is being learned
+OPERATION = re.compile(r"(.+\.)?(attention|product|add)\d+(_[a-z]+)?_quantizer")
+
+
+def check(data: Any) -> None:
+    """Refuse what `describe` does not return.
+
+    Raises:
+        ValueError: a field is unknown, is missing or holds something else; it says which.
+    """
+    names = (*FIXED, "scheme", "config_groups", "operation_groups")
+    _check_fields(data, names, "the quantization")
+    for name, value in FIXED.items():
+        if data[name] != value:
+            raise ValueError(f"{name} must be {value!r}, got {data[name]!r}")
+    _check_fields(data["scheme"], SCHEME, "scheme")
+    for name, parts in _GROUPS.items():
+        _check_fields(data[name], data[name], name)  # any keys
+        for key, group in data[name].items():
+            _check_group(group, parts, f"{name}.{key}")
+
+
+def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
+    _check_fields(group, ("targets", *parts), where)
+    targets = group["targets"]
+    if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        raise ValueError(f"{where}.targets must be a list of names, got {targets!r}")
+    for part in parts:
+        if part == "kind":
+            _check_text(group[part], f"{where}.{part}")
+        else:
+            _check_arguments(group[part], f"{where}.{part}")
+
+
+def _check_fields(data: Any, names: Iterable[str], where: str) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {type(data).__name__}")
+    if unknown := sorted({*data} - {*names}):
+        raise ValueError(f"{where} has unknown field(s) {', '.join(unknown)}: a newer version's?")
+    if missing := sorted({*names} - {*data}):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _check_arguments(data: Any, where: str) -> None:
+    if data is None:
+        return
+    _check_fields(data, ARGUMENTS, where)
+    if type(data["num_bits"]) is not int:
+        raise ValueError(f"{where}.num_bits must be a whole number, got {data['num_bits']!r}")
+    integer_range(data["num_bits"])
+    for name, values in _VALUES.items():
+        if data[name] not in values:
+            raise ValueError(f"{where}.{name} must be one of {values}, got {data[name]!r}")
+    _check_text(data["observer"], f"{where}.observer")
+
+
+def _check_text(data: Any, where: str) -> None:
+    if not isinstance(data, str | None):
+        raise ValueError(f"{where} must be a name or null, got {data!r}")

@@ -1,0 +1,89 @@
+"""A quantized model in one file: safetensors, with the description as JSON in its header."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+
+from ..files import replacing
+from .description import describe, restore, settle
+
+_KEY = "quantization_config"
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a quantized model to a safetensors file, which is there whole or not at all.
+
+    Weights are stored in float, beside scales and ranges, in the names of the state_dict; the
+    header holds the rest as JSON. For a model of transformers `save_pretrained` does the same.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    metadata = {_KEY: json.dumps(describe(model))}
+    with replacing(Path(path)) as partial:
+        save_model(model, str(partial), metadata=metadata)
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """Quantize a float model in place as a file of `save` says, load its tensors, and return it.
+
+    Args:
+        model: of the same architecture, such as `timm.create_model(name)`; its weights are
+            replaced. It is left alone if anything does not fit.
+        path: the file.
+
+    Raises:
+        ValueError: the file is not whole or none of `save`; its fields or tensors are not those of
+            this model.
+    """
+    tensors, data = _read(Path(path))
+    with ExitStack() as undo:
+        restore(model, data, undo)
+        _compare(tensors, model.state_dict(), path)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        undo.callback(model.load_state_dict, before)
+        model.load_state_dict(tensors, strict=False)
+        settle(model)
+        undo.pop_all()
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if text is None:
+        raise ValueError(f"{path} holds no quantized model: it was not written by quanttune.save")
+    try:
+        return tensors, json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the quantization is no JSON: {error}") from error
+
+
+def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors that are not those of a model; of tied ones a file holds one."""
+    there = {tensor.data_ptr() for name, tensor in wanted.items() if name in stored}
+    missing = [n for n, t in wanted.items() if n not in stored and t.data_ptr() not in there]
+    unknown = [name for name in stored if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another model: it lacks {missing[:3]}, and has {unknown[:3]} besides"
+        )
+    for name, tensor in stored.items():
+        have, need = _kind(tensor), _kind(wanted[name])
+        if have != need:
+            raise ValueError(f"{path}: {name} is {have} in the file, {need} in the model")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,111 @@
+"""A model's data, as its configuration and the settings of a run want them."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import logging, set_seed
+
+from . import batches, data, models
+from .settings import Settings
+
+Progress = Callable[[str, int, int], None]  # what is done, batches so far, batches in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows ready for a model, and what to load it with.
+
+    Args:
+        rows, collate: make a batch of `collate([rows[i], ...])`.
+        facts: what was read, for a file beside the result.
+        said: what a user should know.
+    """
+
+    name: str
+    config: Any
+    task: str
+    processor: Any
+    rows: Any
+    collate: Callable[[list[Any]], Any]
+    facts: dict[str, Any]
+    said: list[str]
+
+    def load(self, seed: int, quantized: bool = True) -> nn.Module:
+        """Return the model in evaluation mode, on the GPU if there is one.
+
+        quantized: False takes the weights of a quantized model in float.
+        """
+        config = copy.deepcopy(self.config)
+        if not quantized and hasattr(config, "quantization_config"):
+            del config.quantization_config
+        set_seed(seed)
+        before = logging.get_verbosity()
+        if not quantized:
+            logging.set_verbosity_error()  # that the scales are not used is no news
+        try:
+            model = models.load_model(self.name, config, self.task)
+        finally:
+            logging.set_verbosity(before)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def batches(
+        self, settings: Settings, model: nn.Module, what: str, progress: Progress
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the rows on the model's device, `settings.batch_size` at a time."""
+        device = next(model.parameters()).device
+        loader = DataLoader(self.rows, settings.batch_size, collate_fn=self.collate)
+        for i, batch in enumerate(loader):
+            progress(what, i, len(loader))
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+        progress(what, len(loader), len(loader))
+
+
+def prepare(settings: Settings, *, new_head: bool = False, limit: int | None = None) -> Inputs:
+    """Read the data of a run and make them inputs of its model, which is not loaded yet.
+
+    Args:
+        new_head: whether labels that the model does not know get it a new head.
+        limit: take so many rows, drawn by `settings.seed`.
+
+    Raises:
+        ValueError: the data do not fit the task or the model; it says what would.
+    """
+    name = models.resolve(settings.model)
+    config = models.load_config(name)
+    task = models.task_of(config, settings.task)
+    rows = data.load_rows(settings, task)
+    facts = {
+        "model": {"name": name, "revision": getattr(config, "_commit_hash", None)},
+        "data": {"rows": len(rows), "fingerprint": data.fingerprint(rows)},
+    }
+    said: list[str] = []
+    classes: list[int] = []
+    if task != "text-generation":
+        rows, labels, numbered = data.number_labels(rows)
+        classes = models.match_labels(config, task, labels, numbered)
+        if not classes and not new_head:
+            known = ", ".join(map(str, list(config.id2label.values())[:5]))
+            raise ValueError(
+                f"the labels of the data ({', '.join(labels[:5])}) are not those of the model "
+                f"({known}), or it was made for another task: tune it on them first"
+            )
+        if not classes:
+            classes = models.replace_labels(config, labels)
+            said.append(f"a new head for {len(labels)} labels: {', '.join(labels[:5])}")
+    if limit and limit < len(rows):
+        rows = rows.shuffle(settings.seed).select(range(limit))
+    processor, tokens = models.load_processor(name, task), settings.tokens
+    if task != "image-classification" and (most := models.longest(config, processor)) < tokens:
+        tokens = most
+        said.append(f"{tokens} tokens at most: the model takes no more")
+    encoded, collate = batches.encode(rows, task, processor, classes, tokens)
+    return Inputs(name, config, task, processor, encoded, collate, facts, said)
