@@ -1,6 +1,8 @@
 """Tables, figures, the report: numbers in, the same numbers on the page."""
 
+import base64
 import json
+import re
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from torch import nn
 
 from quanttune import files
 from quanttune.analysis import report
+from quanttune.analysis.demo_sections import mean_ranges
 from quanttune.analysis.environment import environment
-from quanttune.analysis.plots import plot_ranges
+from quanttune.analysis.plots import draw_ranges, svg
 from quanttune.analysis.ranges import residual_ranges
 from quanttune.analysis.table import Way, tabulate
 from quanttune.recipes.experiment import Results, Row
@@ -17,6 +20,12 @@ from quanttune.recipes.experiment import Results, Row
 RANGES = {
     seed: {arm: {"a.norm1": 3.0, "b.norm2": 200.0} for arm in ("base", "paper")} for seed in (0, 1)
 }
+
+
+def drawings(page: str) -> list[str]:
+    """The figures of a page; matplotlib names each text in a comment."""
+    urls = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    return [base64.b64decode(url).decode() for url in urls]
 
 
 @pytest.fixture
@@ -65,11 +74,14 @@ def test_table_has_means_deviations_and_the_best_of_each_row(results):
 
 def test_report_shows_every_number_and_holds_its_figure(results, tmp_path):
     written = report.write(results, tmp_path / "new" / "folder")
-    assert [path.name for path in written] == ["results.json", "ranges.png", "report.html"]
-    assert written[1].read_bytes().startswith(b"\x89PNG")
-    page = written[2].read_text()
-    for text in ("0.562 ±0.071", "0.662 ±0.071", "a caveat", "&lt;b&gt;", "data:image/png;base64,"):
+    assert [path.name for path in written] == ["results.json", "report.html", "ranges.png"]
+    assert written[2].read_bytes().startswith(b"\x89PNG")
+    page = written[1].read_text()
+    for text in ("0.562 ±0.071", "<b>0.662 ±0.071</b>", "a caveat", "&lt;b&gt;", "torch"):
         assert text in page
+    (figure,) = drawings(page)
+    for text in ("base", "paper", "max |x|"):
+        assert text in figure
     assert not list(tmp_path.rglob(".*"))  # the partial files are gone
 
 
@@ -98,10 +110,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"old": 1}
 
 
-def test_figure_is_drawn_for_one_seed_and_many(tmp_path):
-    for count in (1, 2):
-        plot_ranges({seed: RANGES[seed] for seed in range(count)}, tmp_path / f"{count}.png")
-        assert (tmp_path / f"{count}.png").stat().st_size > 10_000
+def test_a_report_is_made_again_from_its_file(results, tmp_path):
+    data, page, _ = report.write(results, tmp_path)
+    assert report.build(report.read([data])) == page.read_text()
+    both = report.build(report.read([data, data]))
+    assert both.count("a caveat") == 2
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"task": 1}'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other.json is no results file of quanttune: "):
+        report.read([path])
+
+
+def test_ranges_are_means_over_the_seeds():
+    seeds = {"0": {"base": {"a": 1.0}}, "1": {"base": {"a": 4.0}}}
+    assert mean_ranges({"ranges": seeds}) == {"base": {"a": 2.5}}
+
+
+def test_a_figure_is_the_same_for_the_same_numbers():
+    files = [svg(draw_ranges({"base": {"0": 1.0, "1": 30.0}}, "norms")) for _ in range(2)]
+    assert files[0] == files[1]
 
 
 def test_ranges_are_those_of_the_norms_inputs():

@@ -1,1 +1,1 @@
-"""Look at a model before and after: ranges, plots, the report."""
+"""Why a model is hard to quantize, before and after: numbers, figures, the report."""

@@ -7,6 +7,8 @@ from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
+DIGITS = {"cosine": 3, "accuracy": 1}  # of a metric, behind the point
+
 
 @dataclass(frozen=True)
 class Way:

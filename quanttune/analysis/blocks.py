@@ -1,0 +1,108 @@
+"""The blocks of a Transformer: where sites belong, and how wide the range of each block is."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..quantization.calibrators import Percentile
+from ..quantization.simulation import forward_batches
+from ..tuning.sites import observed_types
+
+OUTSIDE = "outside"  # embeddings, the last norm, the head
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Return the names of the repeated blocks that hold a LayerNorm and several Linear modules.
+
+    Of blocks within blocks, such as those of Swin's stages, the innermost.
+    """
+    blocks = [
+        f"{name}.{child_name}".lstrip(".")
+        for name, container in model.named_modules()
+        if isinstance(container, (nn.ModuleList, nn.Sequential))
+        for child_name, child in container.named_children()
+        if _is_block(child)
+    ]
+    return [block for block in blocks if not any(b.startswith(f"{block}.") for b in blocks)]
+
+
+def block_of(site: str, blocks: Sequence[str]) -> str:
+    """Return the block that a site or module is in."""
+    return next((block for block in blocks if f"{site}.".startswith(f"{block}.")), OUTSIDE)
+
+
+def norms_of(block: nn.Module) -> list[nn.LayerNorm]:
+    """Return the LayerNorm modules of a block, in the order of its definition."""
+    return [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of a tensor; `quantile` is that of the magnitudes, a mean over the batches."""
+
+    low: float
+    high: float
+    quantile: float
+
+    @property
+    def absmax(self) -> float:
+        return max(-self.low, self.high)
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """The range of what a block returns, and of what enters its second LayerNorm."""
+
+    output: Range
+    norm_input: Range
+
+
+def block_ranges(model: nn.Module, data: Iterable[Any], percent: float) -> dict[str, BlockRange]:
+    """Return the dynamic range of each block over `data` (Figs. 4 and 6 of the paper).
+
+    percent: of the magnitudes, for `Range.quantile`. A block with one LayerNorm has that one.
+    """
+    modules = dict(model.named_modules())
+    outputs = {name: _Extent(percent) for name in find_blocks(model)}
+    inputs = {name: _Extent(percent) for name in outputs}
+    handles = []
+    for name in outputs:
+        norm = norms_of(modules[name])[:2][-1]
+        handles.append(modules[name].register_forward_hook(outputs[name].see_output))
+        handles.append(norm.register_forward_pre_hook(inputs[name].see_input))
+    try:
+        forward_batches(model, data)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: BlockRange(outputs[name].range(), inputs[name].range()) for name in outputs}
+
+
+class _Extent:
+    def __init__(self, percent: float) -> None:
+        self._low, self._high = float("inf"), float("-inf")
+        self._quantile = Percentile(percent)
+
+    def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._update(output[0] if isinstance(output, tuple) else output)
+
+    def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._update(args[0])
+
+    def _update(self, x: Tensor) -> None:
+        low, high = x.aminmax()
+        self._low, self._high = min(self._low, low.item()), max(self._high, high.item())
+        self._quantile.update(x)
+
+    def range(self) -> Range:
+        return Range(self._low, self._high, self._quantile.absmax().item())
+
+
+def _is_block(module: nn.Module) -> bool:
+    children = list(module.modules())
+    weights = tuple(kind for kind in observed_types() if kind is not nn.LayerNorm)
+    return any(isinstance(child, nn.LayerNorm) for child in children) and (
+        sum(isinstance(child, weights) for child in children) > 1
+    )

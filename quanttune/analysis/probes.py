@@ -1,0 +1,78 @@
+"""Reach into a quantized model: watch the float tensors at its sites, or round only some of them.
+
+A site is named like its quantizer: `blocks.0.attn.qkv.input` belongs to `input_quantizer`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from ..quantization.simulation import forward_batch, forward_batches, quantizers
+
+See = Callable[[str, Tensor], None]
+
+
+def sites_of(quantized: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return the quantizers that were calibrated, by site, in the order of the model's modules."""
+    return {
+        name.removesuffix("_quantizer"): quantizer
+        for name, quantizer in quantizers(quantized).items()
+        if quantizer.reached
+    }
+
+
+@contextmanager
+def rounding_only(
+    quantized: nn.Module, sites: Collection[str], weights: bool = False, see: See | None = None
+) -> Iterator[None]:
+    """Let all pass unrounded but what enters `sites`, and the weights if they are to be rounded.
+
+    `see` is called with the name and the tensor of every other site.
+    """
+    passing: list[nn.Module] = []
+    for site, quantizer in sites_of(quantized).items():
+        if site not in sites:
+            quantizer.forward = partial(_pass, see, site)  # type: ignore[method-assign]
+            passing.append(quantizer)
+    for module in quantized.modules():
+        if isinstance(module, WeightQuantizer) and not weights:
+            module.forward = partial(_pass, None, "")  # type: ignore[method-assign]
+            passing.append(module)
+    try:
+        yield
+    finally:
+        for module in passing:
+            del module.forward
+
+
+def watch(quantized: nn.Module, data: Iterable[Any], see: See) -> None:
+    """Run a quantized model in float, and show the tensor at each site to `see`."""
+    with rounding_only(quantized, (), see=see):
+        forward_batches(quantized, data)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
+    """Return the model's output for each batch: its logits, or its last hidden state."""
+    return [_main(forward_batch(model, batch)) for batch in data]
+
+
+def _main(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(value := getattr(output, name, None), Tensor):
+            return value
+    first: Tensor = output[0]
+    return first
+
+
+def _pass(see: See | None, site: str, x: Tensor) -> Tensor:
+    if see:
+        see(site, x)
+    return x

@@ -1,0 +1,154 @@
+"""One float pass over the sites: their statistics, and where their largest values are."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..fused_observer import observe
+from ..quantization.twins import QuantizedConv2d
+from ..reference import Statistics
+from .probes import watch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest magnitude of one sample at a site."""
+
+    value: float
+    sample: int  # in the order of the data
+    token: int  # position of the token, or of the pixel
+    channel: int
+
+
+@dataclass
+class SiteSurvey:
+    """What a site holds in float, over all of the data."""
+
+    site: str
+    aliases: list[str] = field(default_factory=list)  # sites with the same tensor
+    elements: int = 0
+    low: float = float("inf")
+    high: float = float("-inf")
+    median: float = 0.0  # of the magnitudes; a mean over the samples
+    ratio: float = (
+        0.0  # (max|A| - median|A|) / deviation, the outlier loss; a mean over the samples
+    )
+    variance: float = 0.0  # of the values, about their mean
+    peaks: list[Peak] = field(default_factory=list)  # one per sample
+
+    @property
+    def absmax(self) -> float:
+        return max(-self.low, self.high)
+
+    def common(self, part: str) -> tuple[int, float]:
+        """Return the "channel" or "token" that most samples peak at, and the share of those."""
+        (index, times), *_ = Counter(getattr(peak, part) for peak in self.peaks).most_common(1)
+        return index, times / len(self.peaks)
+
+
+def survey(quantized: nn.Module, data: Iterable[Any]) -> dict[str, SiteSurvey]:
+    """Return what each site of a quantized model holds when the model computes in float.
+
+    Sites that hold the same tensor, such as a LayerNorm's output and the inputs of the Linear
+    modules behind it, are one: the first, in the order of the forward, and its aliases.
+    """
+    surveyors: dict[str, _Surveyor] = {}
+    modules = dict(quantized.named_modules())
+    batches = _Batches(data)
+
+    def see(site: str, x: Tensor) -> None:
+        if x.numel():
+            if site not in surveyors:
+                surveyors[site] = _Surveyor(site, modules[site.rpartition(".")[0]])
+            surveyors[site].update(x, batches.rows, batches.first)
+
+    watch(quantized, batches, see)
+    found: dict[tuple[Any, ...], SiteSurvey] = {}
+    for site, surveyor in surveyors.items():
+        first = found.setdefault(surveyor.fingerprint, surveyor.survey)
+        if first.site != site:
+            first.aliases.append(site)
+    return {one.site: one for one in found.values()}
+
+
+def rows_of(batch: Any) -> int:
+    """Return how many samples a batch has."""
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    return len(batch)
+
+
+def first_rows(batch: Any, rows: int) -> Any:
+    """Return the first samples of a batch."""
+    if isinstance(batch, Mapping):
+        return {name: x[:rows] for name, x in batch.items()}
+    return batch[0][:rows] if isinstance(batch, (tuple, list)) else batch[:rows]
+
+
+class _Batches:
+    """The data, and which of its rows the model sees right now."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self.first = self.rows = 0
+
+    def __iter__(self) -> Any:
+        for batch in self._data:
+            self.rows = rows_of(batch)
+            yield batch
+            self.first += self.rows
+
+
+class _Surveyor:
+    def __init__(self, site: str, owner: nn.Module) -> None:
+        self.survey = SiteSurvey(site)
+        self._channels_first = isinstance(owner, QuantizedConv2d)
+        # those of attention have heads, and no channels that others share
+        self._has_channels = not site.rpartition(".")[2].startswith(("attention", "product"))
+        self._samples = 0
+        self._mean = self._squares = 0.0
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Equal for one tensor seen twice, whatever its shape and strides."""
+        found = self.survey
+        return found.elements, found.low, found.high, f"{self._squares:.6g}"
+
+    def update(self, x: Tensor, rows: int, first: int) -> None:
+        found = self.survey
+        low, high = x.aminmax()
+        found.low, found.high = min(found.low, low.item()), max(found.high, high.item())
+        has_samples = x.shape[0] % rows == 0  # a table of positions has none
+        samples = rows if has_samples else 1
+        self._merge(observe(x, samples)[1], x.numel() // samples)
+        if has_samples and self._has_channels:
+            found.peaks += self._peaks(x, rows, first)
+
+    def _merge(self, found: Statistics, elements: int) -> None:
+        for _, median, mean, deviation, ratio in zip(*map(Tensor.tolist, found), strict=True):
+            self._samples += 1
+            self.survey.median += (median - self.survey.median) / self._samples
+            self.survey.ratio += (ratio - self.survey.ratio) / self._samples
+            self._add(elements, mean, deviation**2 * (elements - 1))
+
+    def _add(self, elements: int, mean: float, squares: float) -> None:
+        """Add a sample to the mean and to the sum of squares about it (Chan et al.)."""
+        before = self.survey.elements
+        self.survey.elements += elements
+        away = mean - self._mean
+        self._squares += squares + away**2 * before * elements / self.survey.elements
+        self._mean += away * elements / self.survey.elements
+        self.survey.variance = self._squares / self.survey.elements
+
+    def _peaks(self, x: Tensor, rows: int, first: int) -> list[Peak]:
+        if self._channels_first:
+            x = x.movedim(1, -1)
+        channels = x.shape[-1] if x.dim() > 1 else 1
+        value, place = x.reshape(rows, -1).abs().max(1)
+        peaks = zip(value.tolist(), place.tolist(), strict=True)
+        return [Peak(v, first + row, *divmod(at, channels)) for row, (v, at) in enumerate(peaks)]

@@ -1,0 +1,64 @@
+"""The model and data of a recipe, to be analysed. Quality is measured on validation rows."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..analysis.subject import Subject
+from . import NAMES, recipe
+
+
+def recipe_subject(
+    model: str | None, compare: Sequence[str] = (), seed: int = 0
+) -> tuple[Subject, dict[str, nn.Module]]:
+    """Return a recipe's subject, and the models to compare it with.
+
+    Args:
+        model: the name of a recipe, or an encoder to take in MiniLM's place.
+        compare: names of arms, which are tuned for it, or other encoders.
+    """
+    is_recipe = model is None or model in NAMES
+    name = model if model and is_recipe else "minilm"
+    job = recipe(name)(seed) if is_recipe else recipe(name)(seed, model=model)
+    arms = {arm.name: arm for arm in job.arms}
+    facts = {
+        "data": f"tuning rows of the {name} recipe, seed {seed}; quality on its validation rows",
+        "notes": list(job.caveats),
+        "arms": {arms[other].name: arms[other].summary for other in compare if other in arms},
+    }
+    subject = Subject(
+        name if is_recipe else Path(str(model)).name,
+        job.prepare(arms["base"], lambda: None),
+        job.calibration(),
+        job.metric,
+        partial(job.evaluate, split="validation"),
+        _tokenizer(model if not is_recipe else None) if name == "minilm" else None,
+        facts,
+    )
+    others = {
+        Path(other).name: job.prepare(arms[other], lambda: None)
+        if other in arms
+        else _encoder(name, other, list(arms))
+        for other in compare
+    }
+    return subject, others
+
+
+def _tokenizer(model: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    from .minilm import packaged_model
+
+    return AutoTokenizer.from_pretrained(model or packaged_model())
+
+
+def _encoder(name: str, path: str, arms: list[str]) -> nn.Module:
+    from .minilm import load_encoder
+
+    if name != "minilm" or not Path(path).exists():
+        kinds = f"one of {', '.join(arms)}" + (", or a folder" if name == "minilm" else "")
+        raise ValueError(f"compare {name} with {kinds}, got {path!r}")
+    return load_encoder(path)
