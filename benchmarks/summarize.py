@@ -42,6 +42,10 @@ def main() -> None:
     sections = [f"{head}{MARK}\n"]
     for name, demo in demos.items():
         sections += [_demo_section(name, demo), _settings_section(settings[name])]
+    for name in demos:
+        title = f"Losses on {name}"
+        sections += [_demo_section(title, _read(f"losses-{name}.json"))]
+        sections += [_settings_section(_read(f"settings-losses-{name}.json"))]
     page.write_text("\n".join(sections))
 
 
@@ -58,8 +62,8 @@ def _replace(page: Path, mark: str, end: str, table: str) -> None:
 def _speed_table(measured: Any) -> str:
     dtypes = ("float32", "bfloat16")
     lines = [_line("", *dtypes, "bar"), _line("---", *["---:"] * 3)]
-    for key, bar in BARS.items():
-        ratios = measured["ratios"][key]
+    for key, ratios in measured["ratios"].items():
+        bar = BARS[key]
         cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
         lines.append(_line(bar.what, *cells, bar.text()))
     return "\n".join(lines)
