@@ -2,6 +2,8 @@
 
 python benchmarks/compare_losses.py minilm --seeds 3 --out benchmarks/results/xeon-2-cores
 
+With --every, the detached variant is observed at every 2nd and 4th step only, instead.
+
 Every arm has the demo's budget of steps. For each loss the settings with the best mean over the
 demo's widths (min-max, weights per channel, seed 0) are measured with all seeds, beside the
 demo's control, the paper's loss and its detached variant, whose settings were chosen alike.
@@ -10,6 +12,7 @@ demo's control, the paper's loss and its detached variant, whose settings were c
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,24 +35,40 @@ CANDIDATES: list[tuple[str, OutlierLoss, dict[str, bool], tuple[float, ...]]] = 
     ("kurtosis", Kurtosis(), {}, (1e-6, 1e-5, 1e-4)),
     ("tweo", Tweo(), {}, (0.01, 0.1, 0.5)),
 ]
+EVERY = (2, 4)
 RATES = {"minilm": (3e-4, 6e-4), "digits": (1e-3, 2e-3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=RATES)
+    parser.add_argument("--every", action="store_true", help="compare how often to observe")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     make = recipe(options.task)
-    job = make(seed=0)
-    path = options.out / f"settings-losses-{options.task}.json"
-    settings = {"task": options.task, "seed": 0, "rows": [], "environment": environment()}
+    arms = [arm for arm in make.arms if arm.name in BESIDE]
+    if options.every:
+        detached = next(arm for arm in arms if arm.name == "detached")
+        for k in EVERY:
+            summary = f"detached, observed at every {k}th step"
+            arms.append(replace(detached, name=f"every {k}", summary=summary, observe_every=k))
+    else:
+        path = options.out / f"settings-losses-{options.task}.json"
+        arms += _best(make(seed=0), RATES[options.task], path)
+    results = run(_with_arms(make, arms), options.seeds, lambda text, units: None)
+    name = "every" if options.every else "losses"
+    _write(options.out / f"{name}-{options.task}.json", results.as_dict())
+
+
+def _best(job: Any, rates: tuple[float, ...], path: Path) -> list[Arm]:
+    """Return the best arm of each name; what was measured is kept in a file."""
+    settings = {"task": job.name, "seed": 0, "rows": [], "environment": environment()}
     if path.exists():  # of a comparison that was interrupted
         settings["rows"] = json.loads(path.read_text())["rows"]
     known = {row["arm"]: row for row in settings["rows"]}
     best: dict[str, tuple[float, Arm]] = {}
-    for arm in _candidates(RATES[options.task]):
+    for arm in _candidates(rates):
         if arm.summary not in known:
             known[arm.summary] = validation_row(job, arm) | {"arm": arm.summary}
             settings["rows"].append(known[arm.summary])
@@ -57,10 +76,7 @@ def main() -> None:
         score = mean(known[arm.summary][f"W{bits}A{bits}"] for bits in job.bits)
         if arm.name not in best or score > best[arm.name][0]:
             best[arm.name] = score, arm
-    arms = [arm for arm in make.arms if arm.name in BESIDE]
-    arms += [arm for _, arm in best.values()]
-    results = run(_with_arms(make, arms), options.seeds, lambda text, units: None)
-    _write(options.out / f"losses-{options.task}.json", results.as_dict())
+    return [arm for _, arm in best.values()]
 
 
 def _candidates(rates: tuple[float, ...]) -> Iterator[Arm]:

@@ -33,6 +33,7 @@ class Arm:
     alpha: float = 0.0
     loss: str | OutlierLoss = "ratio"
     detach_deviation: bool = False
+    observe_every: int = 1
     qat_bits: int | None = None  # fake quantization in the loop
     same_as: str | None = None  # an arm whose result this one has by construction
 

@@ -45,6 +45,7 @@ def train(
             total_steps=steps,
             loss=arm.loss,
             detach_deviation=arm.detach_deviation,
+            observe_every=arm.observe_every,
         )
     groups = _groups(trained, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=arm.learning_rate, fused=True)
