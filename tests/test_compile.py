@@ -141,6 +141,7 @@ class Skipping(nn.Module):
 
 
 @quiet
+@pytest.mark.filterwarnings("ignore:the first forward did not call 1 observed module")
 @pytest.mark.parametrize("skips_first", [False, True])
 def test_another_forward_than_the_planned_is_refused(skips_first):
     model = Skipping()

@@ -64,7 +64,7 @@ def test_checkpoints_and_autocast_change_nothing(loss, oracle, reentrant):
 
 
 @quiet
-@each_case
+@pytest.mark.parametrize(("loss", "oracle"), CASES[1:3], ids=["of the ratio", "of rows"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_one_compiled_graph(loss, oracle):
     torch.compiler.reset()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from quanttune.reference import RATIO
+from quanttune.tuning.hooks import batch_size
 from quanttune.tuning.loss import instances
-from quanttune.tuning.observers import batch_size
 from quanttune.tuning.sites import find_sites
 
 # ------------------------------------------------------------------------ the loss and its gradient

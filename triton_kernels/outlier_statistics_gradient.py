@@ -45,7 +45,7 @@ def dense_terms(x, mean, slope, maximum, weight, DETACHED: tl.constexpr):
     return added
 
 
-@triton.jit(do_not_specialize=["tiles", "stride"])
+@triton.jit(do_not_specialize=["tiles", "stride", "sample_size"])
 def _gradient_kernel(
     grad_ptr,
     x_ptr,
@@ -56,6 +56,7 @@ def _gradient_kernel(
     size,
     tiles,
     stride,
+    sample_size,
     BLOCK: tl.constexpr,
     STRATA: tl.constexpr,
     DETACHED: tl.constexpr,
@@ -68,11 +69,13 @@ def _gradient_kernel(
     inside = offsets < size - start
     base = row * size + start
     begin, row_size = load_range(ranges_ptr, row, size, stride, 1)
+    if ranges_ptr is not None:
+        sample_size = row_size // stride
     # STRATA is how many strata can touch a block, or 0 where every element is in the sample
     if STRATA > 0:
         stratum = tl.maximum(start - begin, 0) // stride + tl.arange(0, STRATA)
         chosen = position(stratum, stride) + (begin - start)
-        ours = (chosen >= 0) & (chosen < BLOCK) & (stratum < row_size // stride)
+        ours = (chosen >= 0) & (chosen < BLOCK) & (stratum < sample_size)
         chosen_x = tl.load(x_ptr + base + chosen, mask=ours, other=0.0).to(tl.float32)
         chosen_grad = tl.load(grad_ptr + base + chosen, mask=ours, other=0.0)
     x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -119,7 +122,7 @@ def outlier_statistics_backward(
     samples = len(statistics)
     size = x.numel() // samples
     tiles = triton.cdiv(size, BLOCK)
-    stride, _ = strata(size, exact)
+    stride, sample_size = strata(size, exact)
     # a block that begins inside a stratum touches one more
     touched = BLOCK // stride + (2 if BLOCK % stride else 0)
     result = torch.empty_like(grad)
@@ -134,6 +137,7 @@ def outlier_statistics_backward(
             size,
             tiles,
             stride,
+            sample_size,
             BLOCK=BLOCK,
             STRATA=0 if stride == 1 else triton.next_power_of_2(touched),
             DETACHED=detach_deviation,
