@@ -194,6 +194,14 @@ def test_requantize_equals_quantizing_anew():
         assert torch.equal(again(x), fresh(x))
 
 
+def test_requantize_refuses_ranges_that_were_searched_for_another_width():
+    x = torch.randn(4, 3, 8)
+    model = quantize(Attention(True).eval(), 8, calibrator="omse", data=[x])
+    requantize(model, 8, "tensor")
+    with pytest.raises(ValueError, match="omse searched its ranges for 8 bits: quantize the float"):
+        requantize(model, 6, "tensor")
+
+
 def test_weights_may_have_bits_of_their_own():
     x, layer = torch.randn(7, 6), nn.Linear(6, 5)
     weight = torch.stack([rounded(row, 4) for row in layer.weight.detach()])

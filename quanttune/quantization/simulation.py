@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibrators import Calibrator
+from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, state_of, weight_quantizers
 from .scheme import Overrides, Scheme, matches
@@ -76,8 +76,16 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
 
     What minmax and percentile cover does not depend on the width, so one calibration serves all.
     Overrides of the width are forgotten; what they left in float stays in float.
+
+    Raises:
+        ValueError: the ranges were searched for grids of another width.
     """
     state = state_of(model)
+    if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:
+        raise ValueError(
+            f"{state.scheme.calibrator} searched its ranges for {state.scheme.bits} bits: quantize "
+            f"the float model again for {bits}"
+        )
     only_float = {p: override for p, override in state.scheme.overrides.items() if not override}
     scheme = replace(
         state.scheme, bits=bits, weight_bits=None, weights=weights, overrides=only_float
