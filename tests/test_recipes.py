@@ -1,5 +1,6 @@
 """The recipes on few steps: splits, determinism, budgets, rows."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from quanttune.quantization.simulation import quantize
 from quanttune.recipes import docstrings, experiment, recipe
 from quanttune.recipes.digits import Digits
 from quanttune.recipes.experiment import Arm
@@ -93,7 +95,7 @@ def short_digits(monkeypatch):
     monkeypatch.setattr(Digits, "steps", 2)
     monkeypatch.setattr(Digits, "bits", (8, 5))
     monkeypatch.setattr(
-        Digits, "ways", {"minmax": ("channel", "tensor"), "percentile 99.9": ("channel",)}
+        Digits, "ways", {"minmax": ("channel", "tensor"), "percentile": ("channel",)}
     )
 
 
@@ -119,6 +121,23 @@ def test_digits_rows_are_complete_and_repeatable(short_digits):
     again = experiment.run(Digits, 1, lambda text, units: None)
     assert again.rows == results.rows
     assert json.dumps(results.as_dict())
+
+
+def test_searched_ranges_are_those_of_each_width(short_digits):
+    arms = [arm for arm in Digits.arms if arm.name == "base"]
+    make = type("Base", (Digits,), {"arms": arms})
+    reports = []
+    results = experiment.run(make, 1, lambda text, units: reports.append(units), ("mse", "ema"))
+    assert sum(reports) == experiment.units(make, 1, ("mse", "ema")) == 5
+    measured = {(row.calibrator, row.bits): row.value for row in results.rows if row.bits < 32}
+    job = Digits(0)
+    model = job.prepare(arms[0], lambda: None)
+    for (calibrator, bits), value in measured.items():
+        quantized = quantize(
+            copy.deepcopy(model), bits, calibrator=calibrator, data=job.calibration()
+        )
+        assert value == job.evaluate(quantized)
+    assert len(measured) == 4
 
 
 def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):

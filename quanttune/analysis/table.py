@@ -26,11 +26,7 @@ class Way:
 
     @property
     def short(self) -> str:
-        return (
-            ""
-            if self.calibrator == "none"
-            else f"{self.calibrator} /{self.weights}".replace("percentile ", "p")
-        )
+        return "" if self.calibrator == "none" else f"{self.calibrator} /{self.weights}"
 
     @property
     def label(self) -> str:

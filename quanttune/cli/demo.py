@@ -18,6 +18,10 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="minilm: another Hugging Face id or local folder.")
     ] = None,
+    calibrator: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize with it; repeat for several. By default minmax, percentile."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and stop.")] = False,
 ) -> None:
     """Tune a model, quantize it before and after, and compare with the alternatives.
@@ -25,21 +29,25 @@ def run(
     Example: quanttune demo --task digits --seeds 3 --out digits
     """
     from ..analysis import report
+    from ..quantization.calibrators import CALIBRATORS
     from ..recipes import experiment, recipe
 
-    make = recipe(task)
+    make, calibrators = recipe(task), calibrator or ()
+    if unknown := set(calibrators) - set(CALIBRATORS):
+        names = ", ".join(CALIBRATORS)
+        raise ValueError(f"a calibrator is one of {names}, got {', '.join(sorted(unknown))}")
     if dry_run:
         names = ", ".join(arm.name for arm in make.arms)  # type: ignore[attr-defined]
         console.print(f"{task}: {seeds} seed(s) of {names}; results in {out}")
         return
     with progress_bar() as progress:
-        bar = progress.add_task("loading", total=experiment.units(make, seeds))
+        bar = progress.add_task("loading", total=experiment.units(make, seeds, calibrators))
 
         def advance(description: str, units: float) -> None:
             progress.update(bar, description=description, advance=units)
 
         options = {"model": model} if model else {}
-        results = experiment.run(make, seeds, advance, **options)
+        results = experiment.run(make, seeds, advance, calibrators, **options)
     files = report.write(results, out)
     write_numbers(json, results.as_dict())
     _print_results(results)

@@ -2,10 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,13 +12,9 @@ from torch import nn
 from ..analysis.environment import environment
 from ..analysis.ranges import residual_ranges
 from ..losses import OutlierLoss
-from ..quantization.calibrators import Calibrator, MinMax, Percentile
+from ..quantization.calibrators import SEARCHES
 from ..quantization.simulation import quantize, requantize
 
-CALIBRATORS: dict[str, Callable[[], Calibrator]] = {
-    "minmax": MinMax,
-    "percentile 99.9": partial(Percentile, 99.9),
-}
 FLOAT_BITS = 32
 
 
@@ -46,7 +41,7 @@ class Recipe(Protocol):
     caveats: Sequence[str]
     arms: Sequence[Arm]
     bits: Sequence[int]
-    ways: Mapping[str, Sequence[str]]  # calibrator -> granularities of weights
+    ways: Mapping[str, Sequence[str]]  # calibrator -> granularities of weights, if not asked for
     steps: int
 
     def __init__(self, seed: int, **options: Any) -> None: ...
@@ -98,8 +93,17 @@ class Progress(Protocol):
         """Report that `units` of the work are done, and what comes next."""
 
 
-def run(make: Callable[..., Recipe], seeds: int, progress: Progress, **options: Any) -> Results:
-    """Run every arm of a recipe for seeds 0 .. seeds - 1."""
+def run(
+    make: Callable[..., Recipe],
+    seeds: int,
+    progress: Progress,
+    calibrators: Sequence[str] = (),
+    **options: Any,
+) -> Results:
+    """Run every arm of a recipe for seeds 0 .. seeds - 1.
+
+    calibrators: to quantize with; by default those of the recipe. `options` are of the recipe.
+    """
     began = time.monotonic()
     results: Results | None = None
     for seed in range(seeds):
@@ -113,32 +117,36 @@ def run(make: Callable[..., Recipe], seeds: int, progress: Progress, **options: 
                 {"steps": recipe.steps, "arms": [asdict(arm) for arm in recipe.arms]},
                 environment(),
             )
-        _run_seed(recipe, seed, results, progress)
+        _run_seed(recipe, seed, calibrators, results, progress)
     if results is None:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     results.seconds = round(time.monotonic() - began, 1)
     return results
 
 
-def units(recipe: Any, seeds: int) -> float:
+def units(recipe: Any, seeds: int, calibrators: Sequence[str] = ()) -> float:
     """Return how much work `run` will report: one unit is about one training step."""
     trained = sum(arm.learning_rate > 0 for arm in recipe.arms)
     measured = [arm for arm in recipe.arms if arm.same_as is None]
-    evaluations = sum(1 + len(_ways(recipe, arm)) * len(recipe.bits) for arm in measured)
+    evaluations = sum(
+        1 + len(_ways(recipe, arm, calibrators)) * len(recipe.bits) for arm in measured
+    )
     return seeds * (trained * recipe.steps + evaluations)
 
 
-def _ways(recipe: Any, arm: Arm) -> list[tuple[str, str]]:
+def _ways(recipe: Any, arm: Arm, calibrators: Sequence[str]) -> list[tuple[str, str]]:
     """Return (calibrator, granularity of weights); fake quantization trained with channels only."""
     return [
         (calibrator, weights)
-        for calibrator, granularities in recipe.ways.items()
-        for weights in granularities
+        for calibrator in calibrators or recipe.ways
+        for weights in recipe.ways.get(calibrator, ("channel",))
         if weights == "channel" or not arm.qat_bits
     ]
 
 
-def _run_seed(recipe: Recipe, seed: int, results: Results, progress: Progress) -> None:
+def _run_seed(
+    recipe: Recipe, seed: int, calibrators: Sequence[str], results: Results, progress: Progress
+) -> None:
     ranges = results.ranges.setdefault(seed, {})
     for arm in recipe.arms:
         if arm.same_as:
@@ -148,11 +156,17 @@ def _run_seed(recipe: Recipe, seed: int, results: Results, progress: Progress) -
             continue
         model = recipe.prepare(arm, partial(progress, f"seed {seed}: tuning {arm.name}", 1))
         ranges[arm.name] = residual_ranges(model, recipe.calibration())
-        results.rows += _measure(recipe, seed, arm, model, progress)
+        ways = _ways(recipe, arm, calibrators)
+        results.rows += _measure(recipe, seed, arm, ways, model, progress)
 
 
 def _measure(
-    recipe: Recipe, seed: int, arm: Arm, model: nn.Module, progress: Progress
+    recipe: Recipe,
+    seed: int,
+    arm: Arm,
+    ways: Sequence[tuple[str, str]],
+    model: nn.Module,
+    progress: Progress,
 ) -> list[Row]:
     rows = []
 
@@ -162,11 +176,20 @@ def _measure(
         progress(f"seed {seed}: measuring {arm.name}", 1)
 
     add(FLOAT_BITS, "none", "channel", model)
-    for name, ways in groupby(_ways(recipe, arm), lambda way: way[0]):
-        quantized = copy.deepcopy(model)
-        quantize(quantized, calibrator=CALIBRATORS[name], data=recipe.calibration())
-        for _, weights in ways:
-            for bits in recipe.bits:
-                requantize(quantized, bits, weights)
-                add(bits, name, weights, quantized)
+    for calibrator, weights, bits, quantized in _quantized(recipe, ways, model):
+        add(bits, calibrator, weights, quantized)
     return rows
+
+
+def _quantized(
+    recipe: Recipe, ways: Sequence[tuple[str, str]], model: nn.Module
+) -> Iterator[tuple[str, str, int, nn.Module]]:
+    """Yield the model in every way and width: one calibration serves all widths, if it can."""
+    quantized, calibrated = model, ""
+    for calibrator, weights in ways:
+        for bits in recipe.bits:
+            if calibrator != calibrated or calibrator in SEARCHES:
+                data, calibrated = recipe.calibration(), calibrator
+                quantized = quantize(copy.deepcopy(model), bits, calibrator=calibrator, data=data)
+            requantize(quantized, bits, weights)
+            yield calibrator, weights, bits, quantized

@@ -33,7 +33,7 @@ class MiniLM:
     name = "minilm"
     metric = "cosine"
     bits = (8, 7, 6)
-    ways = MappingProxyType({"minmax": ("channel", "tensor"), "percentile 99.9": ("channel",)})
+    ways = MappingProxyType({"minmax": ("channel", "tensor"), "percentile": ("channel",)})
     steps = 90
     caveats = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
