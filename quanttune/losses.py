@@ -6,7 +6,7 @@ from them, and add its gradient to the one that arrives (`backward`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ class OutlierLoss(Protocol):
     """A loss of each sample of an observed tensor. A is the sample, flattened; N its size."""
 
     def measure(
-        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+        self, kernels: Any, x: Tensor, samples: int, ranges: Tensor | None = None
     ) -> Tensor:
         """Return what is kept of x, of shape (samples, columns).
 
@@ -36,8 +36,6 @@ class OutlierLoss(Protocol):
         x: Tensor,
         statistics: Tensor,
         share: Tensor,
-        exact: bool,
-        detach_deviation: bool,
         ranges: Tensor | None = None,
     ) -> Tensor:
         """Return grad + the gradient of sum(share * values) with respect to x."""
@@ -45,12 +43,18 @@ class OutlierLoss(Protocol):
 
 @dataclass(frozen=True)
 class Ratio:
-    """r = (max|A| - median|A|) / std(A), eq. 2 of the paper (QuantTune, arXiv 2403.06497)."""
+    """r = (max|A| - median|A|) / std(A), eq. 2 of the paper (QuantTune, arXiv 2403.06497).
+
+    exact, detach_deviation: as in `attach`.
+    """
+
+    exact: bool = field(default=False, kw_only=True, repr=False)
+    detach_deviation: bool = field(default=False, kw_only=True, repr=False)
 
     def measure(
-        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+        self, kernels: Any, x: Tensor, samples: int, ranges: Tensor | None = None
     ) -> Tensor:
-        return kernels.outlier_statistics(x, samples, exact, ranges)
+        return kernels.outlier_statistics(x, samples, self.exact, ranges)
 
     def values(self, statistics: Tensor) -> Tensor:
         return statistics[..., RATIO]
@@ -66,13 +70,11 @@ class Ratio:
         x: Tensor,
         statistics: Tensor,
         share: Tensor,
-        exact: bool,
-        detach_deviation: bool,
         ranges: Tensor | None = None,
     ) -> Tensor:
         weight = self.weigh(share, statistics)
         return kernels.outlier_statistics_backward(
-            grad, x, statistics, weight, exact, detach_deviation, ranges
+            grad, x, statistics, weight, self.exact, self.detach_deviation, ranges
         )
 
 
@@ -134,7 +136,7 @@ class _InPyTorch:
     """A loss that no kernel computes: several passes over x, forward and backward."""
 
     def measure(
-        self, kernels: Any, x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
+        self, kernels: Any, x: Tensor, samples: int, ranges: Tensor | None = None
     ) -> Tensor:
         rows = _Rows.of(x, samples, ranges)
         return torch.cat([rows.values.abs().amax(1, keepdim=True), *self._moments(rows)], 1)
@@ -146,8 +148,6 @@ class _InPyTorch:
         x: Tensor,
         statistics: Tensor,
         share: Tensor,
-        exact: bool,
-        detach_deviation: bool,
         ranges: Tensor | None = None,
     ) -> Tensor:
         rows = _Rows.of(x, len(statistics), ranges)
@@ -223,13 +223,19 @@ LOSSES: dict[str, Callable[[], OutlierLoss]] = {
 }
 
 
-def find_loss(loss: "str | OutlierLoss", detach_deviation: bool, fuse: bool) -> OutlierLoss:
-    """Return the loss of a name, or the one that is given, after a check of what goes with it."""
+def find_loss(
+    loss: "str | OutlierLoss", exact: bool, detach_deviation: bool, fuse: bool
+) -> OutlierLoss:
+    """Return the loss of a name, or the one that is given, with the options of `attach`."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         loss = LOSSES[loss]()
-    for option, wanted in (("detach_deviation", detach_deviation), ("fuse", fuse)):
-        if wanted and not isinstance(loss, Ratio):
+    options = {"exact": exact, "detach_deviation": detach_deviation, "fuse": fuse}
+    if isinstance(loss, Ratio):
+        exact, detach_deviation = exact or loss.exact, detach_deviation or loss.detach_deviation
+        return replace(loss, exact=exact, detach_deviation=detach_deviation)
+    for option, wanted in options.items():
+        if wanted:
             raise ValueError(f"{option}=True is for losses of the ratio, not for {loss}")
     return loss

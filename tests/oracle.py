@@ -108,6 +108,6 @@ def constant(model: nn.Module, alpha: float = 0.3, **options) -> qt.Tuner:
 @contextmanager
 def observing(model: nn.Module) -> Iterator[Observers]:
     sites = find_sites(model), find_heads(model)
-    observers = Observers(model, *sites, Ratio(), exact=False, detach_deviation=False)
+    observers = Observers(model, *sites, Ratio())
     yield observers
     observers.remove()

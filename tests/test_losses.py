@@ -95,9 +95,9 @@ def test_losses_of_the_ratio_ride_and_detach(loss, detach_deviation):
 def test_constant_samples_and_those_without_share_keep_their_gradient(loss, dtype):
     x = torch.tensor([[0.5] * 7, [1, -2, 3, -4, 5, -6, 7]], dtype=dtype)
     grad = torch.randn(2, 7).to(dtype)
-    statistics = loss.measure(ops, x, 2, False)
+    statistics = loss.measure(ops, x, 2)
     share = torch.tensor([1.0, 0.0], dtype=statistics.dtype)
-    total = loss.backward(ops, grad, x, statistics, share, False, False)
+    total = loss.backward(ops, grad, x, statistics, share)
     assert total.dtype == dtype
     if not isinstance(loss, Tweo):  # to which a constant is as good as anything
         assert torch.equal(total[0], grad[0])
@@ -108,9 +108,9 @@ def test_constant_samples_and_those_without_share_keep_their_gradient(loss, dtyp
 @pytest.mark.parametrize("loss", [Ratio(), *RATIO_LOSSES, *ROW_LOSSES], ids=str)
 def test_a_sample_with_nan_spoils_no_other(loss):
     x = torch.randn(3, 50)
-    clean = loss.values(loss.measure(ops, x, 3, False))
+    clean = loss.values(loss.measure(ops, x, 3))
     x[1, 7] = torch.nan
-    values = loss.values(loss.measure(ops, x, 3, False))
+    values = loss.values(loss.measure(ops, x, 3))
     assert values[1].isnan()
     assert torch.equal(values[[0, 2]], clean[[0, 2]])
 
@@ -118,12 +118,12 @@ def test_a_sample_with_nan_spoils_no_other(loss):
 def test_values_by_hand():
     x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [3.0, 0.0, -6.0, 0.0]])
     kurtosis = Kurtosis(0.0)
-    values = kurtosis.values(kurtosis.measure(ops, x, 2, False))
+    values = kurtosis.values(kurtosis.measure(ops, x, 2))
     assert values[0] == 1  # two points: the smallest kurtosis there is
     expected = stats.kurtosis([3, 0, -6, 0], fisher=False) ** 2
     torch.testing.assert_close(values[1].item(), expected, rtol=1e-6, atol=0)
     tweo = Tweo()
-    assert tweo.values(tweo.measure(ops, x, 2, False))[1] == (1 + 16) / 4
+    assert tweo.values(tweo.measure(ops, x, 2))[1] == (1 + 16) / 4
     ratio = Ratio().values(ops.outlier_statistics(x, 2, False))[1].item()
     # max 6, lower median 0, mean -0.75
     deviation = ((3.75**2 + 2 * 0.75**2 + 5.25**2) / 3) ** 0.5
@@ -149,6 +149,7 @@ def test_ranges_are_the_largest_magnitudes_with_every_loss():
     [
         ({"loss": "huber"}, "loss must be one of ratio, hinge_ratio, .*, got 'huber'"),
         ({"loss": "tweo", "detach_deviation": True}, "detach_deviation=True is for losses of the"),
+        ({"loss": "kurtosis", "exact": True}, "exact=True is for losses of the ratio, not for"),
         ({"loss": Kurtosis(), "fuse": True}, "fuse=True is for losses of the ratio"),
     ],
 )

@@ -38,28 +38,39 @@ class Layouts:
         """Let the next forward be the first of those that a backward pass belongs to."""
         self._ambiguous.clear()
 
-    def keep(self, x: Tensor, is_first: bool) -> None:
-        """Let recomputations find the layout of x, in the first forward of a backward or later."""
-        layout = self.of(x)
+    def keep(self, x: Tensor, is_first: bool) -> Layout | None:
+        """Return the layout of x, and let recomputations find it.
+
+        is_first: whether this is the first forward of those that a backward pass belongs to. None:
+        x is recomputed, but its forward was not observed.
+        """
+        if recomputing():
+            return self._recomputed(x)
+        layout = self.current(x)
         before = self._known.get(x.shape, layout)
         if before.padding is not layout.padding and not is_first:
             self._ambiguous.add(x.shape)
         self._known[x.shape] = layout
+        return layout
 
-    def knows(self, x: Tensor) -> bool:
-        return x.shape in self._known
+    def is_padded(self, x: Tensor) -> bool:
+        """Tell whether there is padding in x."""
+        layout = self._recomputed(x) if recomputing() else self.current(x)
+        return layout is not None and layout.padding is not None
 
-    def of(self, x: Tensor) -> Layout:
-        if not torch.compiler.is_compiling() and recomputing():
-            if x.shape in self._ambiguous:
-                raise RuntimeError(
-                    "a checkpoint recomputes one of several forwards that differ in their padding: "
-                    "combine() and backward() each of them before the next"
-                )
-            return self._known.get(x.shape, Layout(1, None))
+    def current(self, x: Tensor) -> Layout:
+        """Return the layout of x in a forward that is no recomputation."""
         # batch-major if the samples divide it; else it is one sample, apart from the batch
         samples = self._samples if x.shape[0] % self._samples == 0 else 1
         return Layout(samples, self._padding if self._padding and self._padding.is_in(x) else None)
+
+    def _recomputed(self, x: Tensor) -> Layout | None:
+        if x.shape in self._ambiguous:
+            raise RuntimeError(
+                "a checkpoint recomputes one of several forwards that differ in their padding: "
+                "combine() and backward() each of them before the next"
+            )
+        return self._known.get(x.shape)
 
     def _padding_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padding | None:
         counts = self._masks.read(args, kwargs, self._samples)

@@ -38,13 +38,12 @@ class Observers:
         sites: dict[str, nn.Module],
         heads: set[nn.Module],
         loss: OutlierLoss,
-        exact: bool,
-        detach_deviation: bool,
         fuse: bool = False,
         mask: Mask | None = None,
     ) -> None:
-        self.model, self.heads, self.loss = model, heads, loss
-        self.exact, self.detach_deviation, self.fuse = exact, detach_deviation, fuse
+        self.model, self.heads = model, heads
+        self.loss: Any = loss  # a Ratio, where modules ride
+        self.fuse = fuse
         make_compiler_see_hooks()
         self._names = list(sites)
         self.enabled = True
@@ -203,16 +202,14 @@ class Observers:
             return x
         if torch.compiler.is_compiling():
             return self._observe_planned(x, site, module)
-        padding = self._layouts.of(x).padding
-        if site in self._activations.deferred and padding is None and self._find(x) is None:
-            observation = self._new(x, site, module)
-            return x if observation is None else self._know(x, observation)
-        observation = self._sight(x, site, module)
+        deferred = site in self._activations.deferred and self._find(x) is None
+        observation = (self._new if deferred else self._sight)(x, site, module)
         if observation is None:
             return x
+        padding = observation.padding
         if padding is None:
-            return self._know(Tap.apply(x, observation, self), observation)
-        observation.ranges = padding.ranges_in(x)
+            y = x if deferred else Tap.apply(x, observation, self)
+            return self._know(y, observation)
         y = padding.unpack(Tap.apply(padding.pack(x), observation, self))
         return self._know(y, observation)
 
@@ -228,7 +225,7 @@ class Observers:
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
             )
         sees = self._inside or (recomputing() and self.enabled and self.model.training)
-        return sees and not (whole and self._layouts.of(x).padding)
+        return sees and not (whole and self._layouts.is_padded(x))
 
     def _find(self, x: Tensor) -> Observation | None:
         known = self._known.get(x)
@@ -256,14 +253,15 @@ class Observers:
 
     def _new(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
         """Return an observation of x, or of a result that has its shape; "" is no site yet."""
-        if not recomputing():
-            self._layouts.keep(x, is_first=self._last is None)
-        if not self._layouts.knows(x):  # recomputed, but its forward was not observed
+        layout = self._layouts.keep(x, is_first=self._last is None)
+        if layout is None:
             return None
-        samples = self._layouts.of(x).samples
+        samples, padding = layout
         graph = torch.is_grad_enabled()
         self.reentrant |= not graph
-        observation = Observation(site, module, samples, recomputing(), graph, int(site != ""))
+        known = samples, recomputing(), graph, int(site != ""), padding
+        ranges = padding.ranges_in(x) if padding else None
+        observation = Observation(site, module, *known, ranges)
         if site:
             self._count(observation)
         return observation
@@ -284,17 +282,11 @@ class Observers:
         multiplicity = self._plan.follow(site)
         if multiplicity == 0:
             return x
-        samples, padding = self._layouts.of(x)
-        options = self.loss, self.exact, self.detach_deviation, self.fuse
+        samples, padding = self._layouts.current(x)
         ranges = padding.ranges_in(x) if padding else None
-        y, statistics = PlannedTap.apply(
-            padding.pack(x) if padding else x,
-            self.upstream.coefficient,
-            samples,
-            multiplicity,
-            *options,
-            ranges,
-        )
+        options = samples, multiplicity, self.loss, self.fuse, ranges
+        y = padding.pack(x) if padding else x
+        y, statistics = PlannedTap.apply(y, self.upstream.coefficient, *options)
         y = padding.unpack(y) if padding else y
         observation = Observation(
             site, module, samples, False, True, multiplicity, statistics=statistics

@@ -146,7 +146,7 @@ def _terms(ctx: Any) -> tuple[Any, ...]:
             multiplicity = observation.multiplicity
         share = observers.upstream.share(multiplicity, rows)
         shares.append(observers.loss.weigh(share, rows))
-    return (*statistics, *shares, observers.exact, observers.detach_deviation)
+    return (*statistics, *shares, observers.loss.exact, observers.loss.detach_deviation)
 
 
 class RidingNorm(torch.autograd.Function):
@@ -164,7 +164,7 @@ class RidingNorm(torch.autograd.Function):
         observers: "Observers",
     ) -> Tensor:
         y, mean, rstd, *statistics = observers.kernels.observed_layer_norm(
-            x, weight, bias, eps, after.samples, observers.exact
+            x, weight, bias, eps, after.samples, observers.loss.exact
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
@@ -195,7 +195,7 @@ class RidingActivation(torch.autograd.Function):
         observers: "Observers",
     ) -> Tensor:
         y, *statistics = observers.kernels.observed_activation(
-            x, kind, after.samples, observers.exact
+            x, kind, after.samples, observers.loss.exact
         )
         ctx.save_for_backward(x)
         ctx.kind = kind

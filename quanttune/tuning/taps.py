@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
 from ..losses import OutlierLoss
+from .padding import Padding
 from .upstream import traced_share
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Observation:
     recomputed: bool  # by a checkpoint, during backward
     graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
     multiplicity: int = 1
+    padding: Padding | None = None
     ranges: Tensor | None = None  # of what is no padding
     statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
     version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
@@ -49,7 +51,7 @@ class Tap(torch.autograd.Function):
         # not saved by autograd, which may copy it elsewhere before the statistics are there
         kernels = observers.kernels
         observation.statistics = observers.loss.measure(
-            kernels, x, observation.samples, observers.exact, observation.ranges
+            kernels, x, observation.samples, observation.ranges
         )
         return x.view_as(x)
 
@@ -61,8 +63,7 @@ class Tap(torch.autograd.Function):
         statistics = observation.statistics
         observation.awaits_gradient = False
         share = observers.upstream.share(observation.multiplicity, statistics)
-        options = observers.exact, observers.detach_deviation, observation.ranges
-        total = observers.loss.backward(ops, grad, x, statistics, share, *options)
+        total = observers.loss.backward(ops, grad, x, statistics, share, observation.ranges)
         return total, None, None
 
 
@@ -88,22 +89,20 @@ class PlannedTap(torch.autograd.Function):
         samples: int,
         multiplicity: int,
         loss: OutlierLoss,
-        exact: bool,
-        detach_deviation: bool,
         decompose: bool,
         ranges: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         kernels = decomposed if decompose and ranges is None else ops
-        statistics = loss.measure(kernels, x, samples, exact, ranges)
+        statistics = loss.measure(kernels, x, samples, ranges)
         ctx.save_for_backward(x, statistics, coefficient, ranges)
-        ctx.constants = multiplicity, loss, kernels, exact, detach_deviation
+        ctx.constants = multiplicity, loss, kernels
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient, ranges = ctx.saved_tensors
-        multiplicity, loss, kernels, *options = ctx.constants
+        multiplicity, loss, kernels = ctx.constants
         share = traced_share(coefficient, grad, len(statistics), multiplicity)
-        total = loss.backward(kernels, grad, x, statistics, share, *options, ranges)
-        return total, *[None] * 8
+        total = loss.backward(kernels, grad, x, statistics, share, ranges)
+        return total, *[None] * 6

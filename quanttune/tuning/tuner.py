@@ -49,7 +49,7 @@ class Tuner:
         self._balance, self._every = balance, observe_every
         self.balance_factor: Tensor | None = None
         self._observed: list[Observation] = []
-        self._checked_gradients = self._checked_reach = False
+        self._checked_first = self._checked_reach = False
         self.resume(0)
 
     @property
@@ -92,9 +92,11 @@ class Tuner:
         weight = alpha * self._every * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
         arguments = (self._observers.upstream, instances(observations))
-        if not self._checked_gradients:
+        if not self._checked_first:
+            self._checked_first = True
+            self._name_uncalled()
             self._compare_gradients(loss, outlier, 1 - alpha, weight, *arguments)
-        report = self._report_of_reach(observations)
+        report = None if self._checked_reach else self._report_of_reach(observations)
         return combine(loss, outlier, 1 - alpha, weight, *arguments, report)
 
     def step(self) -> None:
@@ -148,12 +150,11 @@ class Tuner:
         upstream: Upstream,
         count: int,
     ) -> None:
-        """Warn, once, if the outlier term would drown the task; this costs two backward passes.
+        """Warn if the outlier term would drown the task; this costs two backward passes.
 
         Left out where a second backward is not possible or would be collective: under reentrant
         checkpoints, in a compiled model and in a process group.
         """
-        self._checked_gradients = True
         observers = self._observers
         if observers.reentrant or observers.compiled or torch.distributed.is_initialized():
             return
@@ -171,11 +172,7 @@ class Tuner:
                 stacklevel=3,
             )
 
-    def _report_of_reach(self, observations: list[Observation]) -> Callable[[], None] | None:
-        """Return what names, after the first backward, the sites that got no gradient in it."""
-
-        if self._checked_reach:
-            return None
+    def _name_uncalled(self) -> None:
         if unreached := self._observers.unreached:
             warnings.warn(
                 f"the first forward did not call {len(unreached)} observed module(s), and may use "
@@ -183,6 +180,9 @@ class Tuner:
                 "exclude=[...] says that this is known",
                 stacklevel=3,
             )
+
+    def _report_of_reach(self, observations: list[Observation]) -> Callable[[], None]:
+        """Return what names, after the first backward, the sites that got no gradient in it."""
 
         def report() -> None:
             if self._checked_reach:
@@ -272,9 +272,7 @@ def attach(
         model,
         find_sites(model, include, exclude, sites),
         find_heads(model),
-        find_loss(loss, detach_deviation, fuse),
-        exact,
-        detach_deviation,
+        find_loss(loss, exact, detach_deviation, fuse),
         fuse,
         mask,
     )
