@@ -1,15 +1,20 @@
 """`quanttune analyze`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import options
 from .terminal import Json, progress_bar, say, write_numbers
 
+OF_DATA = (
+    "task", "subset", "split", "text", "label", "tokens", "rows", "limit", "batch_size",
+)  # fmt: skip
+
 
 def run(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -19,10 +24,7 @@ def run(
         ),
     ] = None,
     named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="A folder of images or data files, a csv, json or parquet file, a name."),
-    ] = None,
+    data: options.OptionalData = None,
     task: options.Task = None,
     subset: options.Subset = None,
     split: options.Split = "train",
@@ -62,7 +64,10 @@ def run(
     model = model or named
     request = Request(bits=bits, coverage=coverage, sites=site or ())
     if data is None:
-        subject, others = _of_recipe(model, compare or [], seed)
+        options.refuse_given(context, OF_DATA, "with --data")
+        from ..recipes.subjects import recipe_subject
+
+        subject, others = recipe_subject(model, compare or [], seed)
     else:
         if model is None:
             raise ValueError("--data needs a model: quanttune analyze MODEL --data DATA")
@@ -87,9 +92,3 @@ def run(
     files = write_report(found, out, "analysis.json")
     write_numbers(json, found)
     say(f"{found['seconds']:.0f} s. Written: {', '.join(map(str, files))}")
-
-
-def _of_recipe(model: str | None, compare: list[str], seed: int) -> Any:
-    from ..recipes.subjects import recipe_subject
-
-    return recipe_subject(model, compare, seed)

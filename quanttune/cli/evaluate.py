@@ -1,17 +1,27 @@
 """`quanttune evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options
 from .terminal import Json, say, showing, write_numbers
 
+OF_DATA = ("subset", "split", "text", "label", "metric", "tokens", "seed")
+
 
 def run(
+    context: typer.Context,
     model: options.Model,
-    data: options.Data,
+    data: options.OptionalData = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Instead of data, a task of lm_eval, or a YAML file of one. Repeat for several.",
+        ),
+    ] = None,
     task: options.Task = None,
     subset: options.Subset = None,
     split: Annotated[
@@ -20,33 +30,73 @@ def run(
     ] = None,
     text: options.Columns = None,
     label: options.Label = None,
-    tokens: options.Tokens = 128,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows, drawn by the seed.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="accuracy, f1 or matthews_correlation; perplexity, last_word or last_token. "
+            "Repeat for several.",
+            show_default="accuracy or perplexity, or GLUE's of its subset",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Length to which texts are cut.", show_default="128; of last words 512"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows, drawn by the seed; of lm_eval's tasks the first."),
+    ] = None,
     batch_size: options.BatchSize = 32,
     seed: options.Seed = 0,
     json: Json = None,
 ) -> None:
     """Measure a model on your data; one that is quantized beside its own weights in float.
 
-    Accuracy of classification, perplexity of text generation.
+    last_word and last_token are LAMBADA's: how often every token of a text's last word, or its
+    last token alone, is the likeliest one.
+
+    The metrics of GLUE and LAMBADA are times 100, those of lm_eval are as it gives them.
 
     Example: quanttune evaluate sst2-w8a8 --data nyu-mll/glue --subset sst2 --limit 500
     """
+    if bool(data) == bool(lm_eval):
+        raise ValueError("give what the model is measured on: either --data or --lm-eval")
     if split is None:
-        split = (
-            "train" if Path(data).is_file() else "validation"
-        )  # datasets names rows of a file so
+        # datasets calls the rows of a file so
+        split = "train" if data and Path(data).is_file() else "validation"
+    if tokens is None:
+        tokens = 512 if {"last_word", "last_token"} & {*(metric or ())} else 128
     settings = options.settings_of(
-        model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
-        tokens=tokens, batch_size=batch_size, seed=seed,
+        model=model, data=data or "", task=task, subset=subset, split=split, text=text,
+        label=label, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    from ..runs.evaluation import evaluate
+    if lm_eval:
+        options.refuse_given(context, OF_DATA, "with --data")
+        with options.of_extra("eval"):
+            from ..runs.language_harness import evaluate_tasks
 
-    with showing() as progress:
-        outcome = evaluate(settings, limit=limit, say=say, progress=progress)
-    say(f"{outcome['metric']} of {outcome['rows']} rows:")
-    say(f"  float      {outcome['float']:.6g}")
+        outcome = evaluate_tasks(settings, lm_eval, limit=limit, say=say)
+    else:
+        with options.of_extra("tune"):
+            from ..runs.evaluation import evaluate
+
+        with showing() as progress:
+            outcome = evaluate(
+                settings, metrics=metric or (), limit=limit, say=say, progress=progress
+            )
+    _print(outcome)
+    write_numbers(json, outcome)
+
+
+def _print(outcome: dict[str, Any]) -> None:
+    """Print a line for each number, in float and, of a quantized model, beside it."""
+    rows = f"{outcome['rows']} rows"
+    width = max(map(len, [rows, *outcome["float"]]))
+    heads, columns = ["float"], [outcome["float"]]
     if scheme := outcome["quantization"]:
         widths = f"W{scheme['weight_bits'] or scheme['bits']}A{scheme['bits']}"
-        say(f"  quantized  {outcome['quantized']:.6g}  ({widths}, {scheme['coverage']})")
-    write_numbers(json, outcome)
+        heads.append(f"quantized ({widths}, {scheme['coverage']})")
+        columns.append(outcome["quantized"])
+    say("  ".join([rows.ljust(width), heads[0].rjust(10), *heads[1:]]))
+    for name in outcome["float"]:
+        say("  ".join([name.ljust(width), *(f"{column[name]:10.6g}" for column in columns)]))

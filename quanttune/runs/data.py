@@ -46,7 +46,7 @@ def number_labels(rows: Dataset) -> tuple[Dataset, list[str], bool]:
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise ValueError(
             f"labels must be names, or whole numbers from 0, got {sorted(map(str, values))[:5]} in "
-            f"column {column!r}"
+            f"column {column!r}: scores, such as those of stsb, are not supported"
         )
     numbered = not isinstance(feature, ClassLabel)
     names = [str(value) for value in range(max(values) + 1)] if numbered else list(feature.names)

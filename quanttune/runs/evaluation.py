@@ -1,83 +1,73 @@
 """Measure a model on a dataset, in float and quantized. What `quanttune evaluate` does."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ..quantization.description import describe
-from .inputs import Progress, prepare, silent
+from .inputs import Progress, Source, find, prepare, silent
+from .metrics import LAST_WORDS, choose, measure
 from .settings import Settings
 
 
 def evaluate(
     settings: Settings,
     *,
+    metrics: Sequence[str] = (),
     limit: int | None = None,
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure a model on a dataset; a quantized one beside its own weights in float.
 
-    The metric is the accuracy in per cent, or for text generation the perplexity of rows of
-    `settings.tokens` tokens, each but the first of a row predicted from those before it.
+    By default the metric is the accuracy, for the subsets cola, mrpc and qqp that of GLUE, and for
+    text generation the perplexity of rows of `settings.tokens` tokens, each but the first of a row
+    predicted from those before it.
 
     Args:
-        limit: rows to measure, drawn by the seed; for generation texts, before they are cut.
+        metrics: accuracy, f1 (of the model's class 1) and matthews_correlation of classification;
+            perplexity of generation, or last_word and last_token: how often every token of a
+            text's last word, or its last one, is the likeliest after those before it. Texts are
+            not joined then, and lose their beginning beyond `settings.tokens`. In per cent, but
+            for perplexity.
+        limit: rows to measure, drawn by the seed; for perplexity texts, before they are cut.
 
     Raises:
         ValueError: an argument or the data do not fit; it says what would.
     """
     began = time.monotonic()
-    inputs = prepare(settings, limit=limit)
+    source = find(settings)
+    names = choose(source.task, settings.subset, metrics, getattr(source.config, "num_labels", 0))
+    inputs = prepare(settings, limit=limit, last_words=names[0] in LAST_WORDS)
     for line in inputs.said:
         say(line)
-    results: dict[str, Any] = {"float": None, "quantized": None, "quantization": None}
-    quantized = getattr(inputs.config, "quantization_config", None)
-    for name in ("float", *(["quantized"] if quantized else [])):
-        model = inputs.load(settings.seed, quantized=name == "quantized")
+
+    def measured(name: str, model: nn.Module) -> dict[str, float]:
         batches = inputs.batches(settings, model, f"measuring {name}", progress)
-        results[name] = _METRICS[inputs.task][1](model, batches)
-    if quantized:
-        results["quantization"] = describe(model)["scheme"]
+        return measure(names, model, batches)
+
     return {
         "task": inputs.task,
-        "metric": _METRICS[inputs.task][0],
         "rows": len(inputs.rows),
-        **results,
+        **beside(inputs, settings.seed, measured),
         **inputs.facts,
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> float:
-    """Return how many per cent of the rows get their label."""
-    right, rows = 0, 0
-    for batch in batches:
-        labels = batch.pop("labels")
-        right += int((model(**batch).logits.argmax(-1) == labels).sum())
-        rows += len(labels)
-    return 100 * right / rows
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> float:
-    """Return exp of the mean negative log-likelihood of each token but the first of a row."""
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches:
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").cpu()
-        tokens += labels.numel()
-    return (total / tokens).exp().item()
-
-
-_METRICS = {
-    "text-classification": ("accuracy", accuracy),
-    "image-classification": ("accuracy", accuracy),
-    "text-generation": ("perplexity", perplexity),
-}
+def beside(
+    source: Source, seed: int, measured: Callable[[str, nn.Module], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what is measured of a model in float and, if it is quantized, beside it as it is."""
+    results: dict[str, Any] = {
+        "float": measured("float", source.load(seed, quantized=False)),
+        "quantized": None,
+        "quantization": None,
+    }
+    if source.is_quantized:
+        model = source.load(seed)
+        results["quantized"] = measured("quantized", model)
+        results["quantization"] = describe(model)["scheme"]
+    return results

@@ -21,23 +21,20 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Rows ready for a model, and what to load it with.
-
-    Args:
-        rows, collate: make a batch of `collate([rows[i], ...])`.
-        facts: what was read, for a file beside the result.
-        said: what a user should know.
-    """
+class Source:
+    """Where a model is, and what it is for."""
 
     name: str
     config: Any
     task: str
-    processor: Any
-    rows: Any
-    collate: Callable[[list[Any]], Any]
-    facts: dict[str, Any]
-    said: list[str]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"name": self.name, "revision": getattr(self.config, "_commit_hash", None)}
+
+    @property
+    def is_quantized(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
 
     def load(self, seed: int, quantized: bool = True) -> nn.Module:
         """Return the model in evaluation mode, on the GPU if there is one.
@@ -57,6 +54,30 @@ class Inputs:
             logging.set_verbosity(before)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
+
+def find(settings: Settings) -> Source:
+    """Return the model of a run, which is not loaded yet."""
+    name = models.resolve(settings.model)
+    config = models.load_config(name)
+    return Source(name, config, models.task_of(config, settings.task))
+
+
+@dataclass(frozen=True)
+class Inputs(Source):
+    """A model, and rows ready for it.
+
+    Args:
+        rows, collate: make a batch of `collate([rows[i], ...])`.
+        facts: what was read, for a file beside the result.
+        said: what a user should know.
+    """
+
+    processor: Any
+    rows: Any
+    collate: Callable[[list[Any]], Any]
+    facts: dict[str, Any]
+    said: list[str]
+
     def batches(
         self, settings: Settings, model: nn.Module, what: str, progress: Progress
     ) -> Iterator[dict[str, Tensor]]:
@@ -69,22 +90,28 @@ class Inputs:
         progress(what, len(loader), len(loader))
 
 
-def prepare(settings: Settings, *, new_head: bool = False, limit: int | None = None) -> Inputs:
+def prepare(
+    settings: Settings,
+    *,
+    new_head: bool = False,
+    limit: int | None = None,
+    last_words: bool = False,
+) -> Inputs:
     """Read the data of a run and make them inputs of its model, which is not loaded yet.
 
     Args:
         new_head: whether labels that the model does not know get it a new head.
         limit: take so many rows, drawn by `settings.seed`.
+        last_words: for generation, a row for the last word of each text.
 
     Raises:
         ValueError: the data do not fit the task or the model; it says what would.
     """
-    name = models.resolve(settings.model)
-    config = models.load_config(name)
-    task = models.task_of(config, settings.task)
+    source = find(settings)
+    name, config, task = source.name, source.config, source.task
     rows = data.load_rows(settings, task)
     facts = {
-        "model": {"name": name, "revision": getattr(config, "_commit_hash", None)},
+        "model": source.origin,
         "data": {"rows": len(rows), "fingerprint": data.fingerprint(rows)},
     }
     said: list[str] = []
@@ -107,5 +134,5 @@ def prepare(settings: Settings, *, new_head: bool = False, limit: int | None = N
     if task != "image-classification" and (most := models.longest(config, processor)) < tokens:
         tokens = most
         said.append(f"{tokens} tokens at most: the model takes no more")
-    encoded, collate = batches.encode(rows, task, processor, classes, tokens)
+    encoded, collate = batches.encode(rows, task, processor, classes, tokens, last_words)
     return Inputs(name, config, task, processor, encoded, collate, facts, said)

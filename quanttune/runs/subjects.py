@@ -9,8 +9,8 @@ from torch import nn
 
 from ..analysis.subject import Subject
 from . import models
-from .evaluation import accuracy, perplexity
 from .inputs import Inputs, prepare, silent
+from .metrics import measure
 from .settings import Settings
 
 
@@ -48,10 +48,12 @@ def load_subject(
     ]
     measured = _rows(inputs, range(taken, len(inputs.rows)))
     is_text = inputs.task == "text-generation"
+    metric = "perplexity" if is_text else "accuracy"
 
     def evaluate(model: nn.Module) -> float:
         batches = measured.batches(settings, model, "measuring", silent)
-        return 100 / perplexity(model, batches) if is_text else accuracy(model, batches)
+        (value,) = measure([metric], model, batches).values()
+        return 100 / value if is_text else value
 
     subject = Subject(
         Path(settings.model).name,
