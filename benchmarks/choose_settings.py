@@ -6,12 +6,12 @@ python benchmarks/choose_settings.py minilm --json benchmarks/results/settings-m
 
 import argparse
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quanttune.analysis.environment import environment
+from quanttune.files import write_json
 from quanttune.quantization.simulation import quantize, requantize
 from quanttune.recipes import recipe
 from quanttune.recipes.experiment import Arm
@@ -35,7 +35,7 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
     result = {"task": options.task, "seed": 0, "rows": rows, "environment": environment()}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
 
 
 def validation_row(job: Any, arm: Arm) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from choose_settings import validation_row
 
 from quanttune.analysis.environment import environment
+from quanttune.files import write_json
 from quanttune.losses import HingeRatio, Kurtosis, LogRatio, OutlierLoss, Tweo
 from quanttune.recipes import recipe
 from quanttune.recipes.experiment import Arm, run
@@ -58,7 +59,7 @@ def main() -> None:
         arms += _best(make(seed=0), RATES[options.task], path)
     results = run(_with_arms(make, arms), options.seeds, lambda text, units: None)
     name = "every" if options.every else "losses"
-    _write(options.out / f"{name}-{options.task}.json", results.as_dict())
+    write_json(options.out / f"{name}-{options.task}.json", results.as_dict())
 
 
 def _best(job: Any, rates: tuple[float, ...], path: Path) -> list[Arm]:
@@ -72,7 +73,7 @@ def _best(job: Any, rates: tuple[float, ...], path: Path) -> list[Arm]:
         if arm.summary not in known:
             known[arm.summary] = validation_row(job, arm) | {"arm": arm.summary}
             settings["rows"].append(known[arm.summary])
-            _write(path, settings)
+            write_json(path, settings)
         score = mean(known[arm.summary][f"W{bits}A{bits}"] for bits in job.bits)
         if arm.name not in best or score > best[arm.name][0]:
             best[arm.name] = score, arm
@@ -89,10 +90,6 @@ def _candidates(rates: tuple[float, ...]) -> Iterator[Arm]:
 
 def _with_arms(make: Any, arms: list[Arm]) -> Any:
     return type(make.__name__, (make,), {"arms": tuple(arms)})
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

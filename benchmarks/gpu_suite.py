@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quanttune.analysis.environment import environment
+from quanttune.files import write_json
 
 SECTIONS = {
     "correctness": gpu_checks.correctness,
@@ -43,9 +44,9 @@ def main() -> None:
         start = time.perf_counter()
         result[name] = SECTIONS[name](machine)
         result[name]["seconds"] = time.perf_counter() - start
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(file, result)
     result["ratios"] = ratios(result)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(file, result)
     _print(result)
 
 

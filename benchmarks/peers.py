@@ -7,7 +7,6 @@ per tensor with codes from -128 to 127, forward only.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from timing import medians
 from torch import Tensor
 
 import quanttune
+from quanttune.files import write_json
 
 SHAPE = (8, 2**20)
 SCALE = torch.tensor(0.03)
@@ -84,7 +84,7 @@ def main() -> None:
         table.add_row(row["peer"], row["dtype"], *times, ratio, f"{row['differ']:.2%}")
     Console(width=110).print(table)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.json, rows)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ median times, and what counts is the median of the ratios of all runs.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor
 import quanttune
 from quanttune import ops
 from quanttune.analysis.environment import environment
+from quanttune.files import write_json
 from quanttune.fused_observer import outlier_ratio
 from quanttune.reference import RATIO, SAMPLE_SIZE
 
@@ -87,7 +87,7 @@ def main() -> None:
             "missed": missed,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     for line in missed:
         print(f"missed: {line}")
     sys.exit(1 if missed and options.strict else 0)

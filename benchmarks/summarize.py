@@ -7,6 +7,7 @@ With the result of gpu_suite.sh it makes the README's GPU table as well.
 
 import argparse
 import json
+from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from quanttune.analysis.report import DIGITS
 from quanttune.analysis.table import tabulate
 from quanttune.recipes.experiment import Row
 
+SHOWN = ("none", "minmax", "percentile")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
@@ -32,7 +34,7 @@ def main() -> None:
     demos = {name: _read(f"{name}.json") for name in ("minilm", "digits")}
     settings = {name: _read(f"settings-{name}.json") for name in demos}
     readme = ROOT / "README.md"
-    _replace(readme, MARK, END, _results_table(demos["minilm"], weights="channel"))
+    _replace(readme, MARK, END, _results_table(demos["minilm"], SHOWN))
     if (RESULTS / "cpu-ratios.json").exists():
         _replace(readme, SPEED, END_OF_SPEED, _speed_table(_read("cpu-ratios.json")))
     if gpu:
@@ -82,13 +84,14 @@ def gpu_table(measured: Any) -> str:
     return "\n".join(lines)
 
 
-def _results_table(demo: Any, weights: str | None = None) -> str:
+def _results_table(demo: Any, calibrators: Collection[str] = ()) -> str:
+    """Return all rows; or weights per channel, with these calibrators."""
     digits = DIGITS[demo["metric"]]
     table = tabulate(Row(**row) for row in demo["rows"])
     lines = [_line("", *table.arms), _line("---", *["---:"] * len(table.arms))]
     for group, ways in groupby(table.cells, lambda way: way.group):
         for way in ways:
-            if weights and way.weights != weights:
+            if calibrators and (way.weights != "channel" or way.calibrator not in calibrators):
                 continue
             label = way.label if way.calibrator == "none" else f"{way.label}, {group}"
             cells = [cell.text(digits) for cell in table.cells[way]]

@@ -113,8 +113,10 @@ void backward_typed(const T* grad, const T* x, const typename Traits<T>::Scalar*
     const std::int64_t row = task / whole.chunks, chunk = task % whole.chunks;
     const Range range = ranges ? ranges[row] : Range{0, size};
     const std::int64_t first = row * size + range.begin, rest = range.begin + range.size;
-    if (chunk == 0) copy(grad + row * size, grad_x + row * size, range.begin);
-    if (chunk == 0) copy(grad + row * size + rest, grad_x + row * size + rest, size - rest);
+    if (chunk == 0) {  // padding
+      copy(grad + row * size, grad_x + row * size, range.begin);
+      copy(grad + row * size + rest, grad_x + row * size + rest, size - rest);
+    }
     const Geometry geometry = whole.part(range.size);
     const std::int64_t start = chunk * whole.chunk, stop = std::min(start + whole.chunk, range.size);
     const T *upstream = grad + first, *values = x + first;

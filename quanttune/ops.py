@@ -232,7 +232,7 @@ quantization_errors = _register(
     "quantization_errors",
     "Tensor x, Tensor steps, int qmin, int qmax",
     fake=lambda x, steps, qmin, qmax: steps.new_empty(
-        steps.shape, dtype=reference_range.sum_dtype(x)
+        steps.shape, dtype=reference.accumulator_dtype(x)
     ),
 )
 magnitude_histogram = _register(

@@ -163,7 +163,7 @@ def _statistics_of(rows: Tensor, stride: int) -> Tensor:
     maximum = magnitude.amax(1, keepdim=True)
     sampled = magnitude[:, sample_positions(size, x.device, stride)] if stride > 1 else magnitude
     median = sampled.median(1, keepdim=True).values
-    wide = rows.to(_accumulator_dtype(x))
+    wide = rows.to(accumulator_dtype(x))
     mean = wide.mean(1, keepdim=True)
     mean = mean + (wide - mean).mean(1, keepdim=True)  # of a constant: that constant exactly
     deviation = ((wide - mean).square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
@@ -246,7 +246,8 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _accumulator_dtype(x: Tensor) -> torch.dtype:
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that sums over x are made in."""
     return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
 
 

@@ -7,7 +7,7 @@ from these in the last bits of float64; counts are equal.
 import torch
 from torch import Tensor
 
-from .reference import _accumulator_dtype as sum_dtype
+from .reference import accumulator_dtype
 
 
 def quantization_errors(x: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -18,7 +18,7 @@ def quantization_errors(x: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tenso
     point z has the bounds qmin - z and qmax - z; 0 must lie between them.
     """
     values = x.flatten().float()
-    wide = values.to(sum_dtype(x))
+    wide = values.to(accumulator_dtype(x))
     errors = steps.new_zeros(steps.shape, dtype=wide.dtype)
     for index, step in enumerate(steps):
         code = torch.round(values / step).clamp(qmin, qmax)

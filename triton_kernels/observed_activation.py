@@ -97,7 +97,7 @@ def _gather(
     tl.store(y_sample_ptr + stratum, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples", "parts", "stride", "sample_size"])
+@triton.jit(do_not_specialize=["samples", "parts", "stride"])
 def _forward_kernel(
     x_ptr,
     y_ptr,
@@ -114,7 +114,6 @@ def _forward_kernel(
     parts,
     part_size,
     stride,
-    sample_size,
     sample_pitch,
     KIND: tl.constexpr,
     LOADS: tl.constexpr,
@@ -227,7 +226,6 @@ def observed_activation(
             parts,
             part_size,
             of_x.stride,
-            of_x.sample_size,
             of_x.pitch,
             KIND=kind,
             LOADS=LOADS,

@@ -55,7 +55,7 @@ def fold_tile(shifted, magnitude, sums, squares, maximum, count):
     return sums, squares, maximum, count
 
 
-@triton.jit(do_not_specialize=["parts", "stride", "samples", "sample_size"])
+@triton.jit(do_not_specialize=["parts", "stride", "samples"])
 def _partial_kernel(
     x_ptr,
     sample_ptr,
@@ -68,7 +68,6 @@ def _partial_kernel(
     parts,
     part_size,
     stride,
-    sample_size,
     sample_pitch,
     LOADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -153,7 +152,6 @@ def outlier_statistics(
             rows.parts,
             rows.part_size,
             rows.stride,
-            rows.sample_size,
             rows.pitch,
             LOADS=LOADS,
             BLOCK=BLOCK,
