@@ -1,4 +1,4 @@
-"""Symmetric uniform fake quantization: the function, and the grid it rounds to."""
+"""Uniform fake quantization: the function, and the grid it rounds to."""
 
 from typing import Any
 
@@ -39,9 +39,14 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def fake_quant(
-    x: Tensor, scale: Tensor, bits: int = 8, axis: int | None = None, narrow: bool = False
+    x: Tensor,
+    scale: Tensor,
+    bits: int = 8,
+    axis: int | None = None,
+    narrow: bool = False,
+    zero_point: int = 0,
 ) -> Tensor:
-    """Round x to the symmetric `bits`-bit grid of step `scale`, keeping its shape and dtype.
+    """Round x to the `bits`-bit grid of step `scale`, keeping its shape and dtype.
 
     The codes are those of ONNX QuantizeLinear, bit for bit, on every device. The gradient is
     straight-through: it reaches x wherever its code was not clipped, and never reaches `scale`.
@@ -53,13 +58,15 @@ def fake_quant(
         bits: width of the integers, 2 to 16. 8 gives the codes -128 to 127.
         axis: the dimension of x that has a scale per index, for instance 0 for a weight's outputs.
         narrow: leave out the lowest code, so that 8 bits give -127 to 127.
+        zero_point: the code of 0, of an affine grid: at 8 bits, -128 gives one from 0 to 255
+            steps. 0 is the symmetric grid.
 
     Raises:
         TypeError: x or scale is of the wrong kind. ValueError: an argument is out of range.
 
     Source: QuantTune, arXiv 2403.06497, section 3; docs/method.md.
     """
-    return _FakeQuant.apply(x, scale, *_check_grid(x, scale, bits, axis, narrow))
+    return _FakeQuant.apply(x, scale, *_check_grid(x, scale, bits, axis, narrow, zero_point))
 
 
 def fake_quant_(
@@ -78,9 +85,12 @@ def fake_quant_(
 
 
 def _check_grid(
-    x: Tensor, scale: Tensor, bits: int, axis: int | None, narrow: bool
+    x: Tensor, scale: Tensor, bits: int, axis: int | None, narrow: bool, zero_point: int = 0
 ) -> tuple[int, int, int | None]:
+    """Check what a grid is made of, and return how many steps it goes down and up, and `axis`."""
     qmin, qmax = integer_range(bits, narrow)
+    if not (isinstance(zero_point, int) and qmin <= zero_point <= qmax):
+        raise ValueError(f"zero_point must be a code from {qmin} to {qmax}, got {zero_point!r}")
     axis = _check(x, axis)
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
         raise TypeError(f"scale must be a float32 tensor, got {_describe(scale)}")
@@ -89,7 +99,7 @@ def _check_grid(
     wanted = 1 if axis is None else x.shape[axis]
     if scale.numel() != wanted:
         raise ValueError(f"scale must hold {wanted} value(s), got shape {tuple(scale.shape)}")
-    return qmin, qmax, axis
+    return qmin - zero_point, qmax - zero_point, axis
 
 
 class _DynamicFakeQuant(torch.autograd.Function):

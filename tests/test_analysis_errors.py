@@ -14,8 +14,9 @@ from quanttune.analysis.divergence import BINS, divergence, histogram
 from quanttune.analysis.error_split import ErrorSplit, split_error
 from quanttune.analysis.probes import sites_of
 from quanttune.analysis.survey import survey
-from quanttune.analysis.sweep import attempt, site_errors, threshold
+from quanttune.analysis.sweep import Trials, site_errors, threshold
 from quanttune.fake_quantizer import scale_of
+from quanttune.quantization.calibrators import make_calibrator
 
 
 def grid(absmax: float, bits: int, narrow: bool = False):
@@ -142,15 +143,16 @@ def test_constants_lose_nothing():
         (100.0, "quantile", 8.0),
         (100.0, "range", 8.0),
         (75.0, "range", 6.0),
+        (99.9, "quantile", 5.994),
         # numpy.percentile of 0..4 and of 0, 2, .. 8, and their mean
         (50.0, "quantile", 3.0),
     ],
 )
 def test_thresholds_leave_that_part_untouched(percent, mode, expected):
-    calibrator = threshold(percent, mode)()
+    calibrator = make_calibrator(threshold(percent, mode), 8)
     for factor in (1.0, 2.0):
         calibrator.update(factor * torch.arange(5.0))
-    assert calibrator.absmax() == expected
+    assert calibrator.absmax().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +177,9 @@ def test_site_errors_are_those_of_the_float_tensors():
         for batch in batches:
             model(batch)
     hook.remove()
-    trials = [
-        attempt(model, batches, lambda m: 0.5, bits=6, calibrator=threshold(percent))
-        for percent in (90.0, 100.0)
-    ]
+    tried = Trials(model, batches, lambda m: 0.5, bits=6)
+    trials = [tried[threshold(percent)] for percent in (90.0, 100.0)]
+    assert tried["minmax"] is trials[1]
     quantized = quantize(copy.deepcopy(model), 8, data=batches)
     errors = site_errors(quantized, batches, survey(quantized, batches), trials)
     # the LayerNorm's output and the input of fc1 are one tensor, under the first name

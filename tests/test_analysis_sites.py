@@ -45,7 +45,7 @@ def test_watching_shows_the_float_tensors_and_leaves_no_trace(planted):
     model, batches, quantized = planted
     before = [quantized(batch).detach() for batch in batches]
     seen: dict[str, list[torch.Tensor]] = {}
-    watch(quantized, batches, lambda site, x: seen.setdefault(site, []).append(x.clone()))
+    watch(quantized, batches, lambda site, x, _: seen.setdefault(site, []).append(x.clone()))
     assert seen.keys() == sites_of(quantized).keys()
     for site, expected in {
         "inner.input": batches,

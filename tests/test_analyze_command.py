@@ -11,10 +11,14 @@ import pytest
 import torch
 import transformers
 from cases import LOADERS, bert_case, opt_case
+from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from quanttune import cli
+from quanttune.analysis.analysis import analyze
+from quanttune.analysis.report import write_report
+from quanttune.analysis.subject import Request, Subject
 from quanttune.quantization.calibrators import CALIBRATORS
 from quanttune.recipes.digits import Digits
 from quanttune.recipes.subjects import recipe_subject
@@ -109,7 +113,7 @@ def test_a_recipe_is_analysed_beside_an_arm(short_digits, tmp_path):
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert [model["name"] for model in found["models"]] == ["digits", "paper"]
     assert list(found["models"][0]["blocks"]) == [f"blocks.{i}" for i in range(4)]
-    assert found["facts"]["arms"] == {"paper": "QuantTune as published"}
+    assert found["facts"]["paper"] == "QuantTune as published"
     subject, _ = recipe_subject("digits")
     assert found["models"][0]["float"] == subject.evaluate(subject.model)
 
@@ -148,9 +152,34 @@ def test_dry_run_loads_and_writes_nothing(short_digits, tmp_path):
         (["digits", "--model", "digits"], "two models are given, digits and --model digits"),
         (["--data", "x.csv"], "--data needs a model: quanttune analyze MODEL --data DATA"),
         (["digits", "--compare", "best"], "compare digits with one of base, control, .*'best'"),
+        (["digits", "--tokens", "5"], "--tokens has an effect with --data only"),
+        (["digits", "--batch-size", "5"], "--batch-size has an effect with --data only"),
         (["digits", "--site", "blocks.1.mlp"], "no tensor is called 'blocks.1.mlp': did you mean"),
     ],
 )
 def test_bad_arguments_say_what_was_wanted(short_digits, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run("analyze", *arguments, "--out", tmp_path)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(("make", "blocks"), [(llama, 2), (perceptron, 0)])
+def test_models_without_layer_norm_have_a_page(make, blocks, tmp_path):
+    model = make().eval()
+    data = [torch.randint(32, (3, 5)) for _ in range(2)]
+    subject = Subject("small", model, data, "accuracy", lambda model: 50.0)
+    found = analyze(subject, Request(thresholds=(99.0, 100.0), calibrators=("minmax",)))
+    assert len(found["models"][0]["blocks"]) == blocks
+    _, page = write_report(found, tmp_path, "analysis.json")
+    assert ("has no repeated blocks with a norm" in page.read_text()) is (blocks == 0)

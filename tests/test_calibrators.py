@@ -322,6 +322,15 @@ def test_kl_agrees_with_a_slow_search_in_any_batches(data, sizes, bits):
     assert absmax_of(Entropy(bits), *split(data, *sizes)) == np.float32(bins * width)
 
 
+@pytest.mark.parametrize("values", [2, 9, 100])
+def test_kl_of_few_values_covers_them_all(values):
+    """Many ranges lose nothing, so rounding must not choose among them: images are like this."""
+    x = torch.randint(-values, values + 1, (3000,)) / values * 1.7
+    width = x.abs().max().item() / 2048
+    assert slow_entropy(slow_histogram(x, width, 2048), 128) == 2048
+    assert absmax_of(Entropy(8), x) == x.abs().max()
+
+
 @pytest.mark.parametrize("factor", [1.5, 30])
 def test_kl_of_a_range_that_grows(factor, monkeypatch):
     """Bins are added, and merged when they become too many."""

@@ -104,7 +104,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 
 @functools.cache
 def onnx_session(code_type, axis):
-    """Return an ONNX model that quantizes x with zero point 0 and dequantizes it again."""
+    """Return an ONNX model that quantizes x and dequantizes it again."""
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["code"], axis=axis),
         helper.make_node("DequantizeLinear", ["code", "scale", "zero"], ["y"], axis=axis),
@@ -123,9 +123,9 @@ def onnx_session(code_type, axis):
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
-def onnx_fake_quant(x, scale, bits=8, axis=1):
+def onnx_fake_quant(x, scale, bits=8, axis=1, zero_point=0):
     kind, code = {8: (TensorProto.INT8, np.int8), 16: (TensorProto.INT16, np.int16)}[bits]
-    feed = {"x": x.numpy(), "scale": scale.numpy(), "zero": np.zeros(scale.shape, code)}
+    feed = {"x": x.numpy(), "scale": scale.numpy(), "zero": np.full(scale.shape, zero_point, code)}
     return torch.from_numpy(onnx_session(kind, axis).run(["y"], feed)[0])
 
 
@@ -138,6 +138,15 @@ def test_a_million_values_equal_onnx_runtime(bits):
         expected = onnx_fake_quant(x, scale, bits)
         assert_same_bits(fake_quant(x, scale, bits), expected)
         assert_same_bits(reference.fake_quant(x, scale, *integer_range(bits), None), expected)
+
+
+@pytest.mark.parametrize(("bits", "zero_point"), [(8, -128), (8, 37), (8, 127), (16, -32768)])
+def test_grids_with_a_zero_point_equal_onnx_runtime(bits, zero_point):
+    for scale in (0.1, 6.02 / 255, 3e4):
+        x = values_near_ties(125_000, scale, 2**bits - 1)
+        scale = torch.tensor(scale)
+        expected = onnx_fake_quant(x, scale, bits, zero_point=zero_point)
+        assert_same_bits(fake_quant(x, scale, bits, zero_point=zero_point), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])

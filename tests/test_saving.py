@@ -24,6 +24,11 @@ OPTIONS = {
     "without residual": {"bits": 6, "residual": False, "calibrator": "percentile"},
     "linear": {"coverage": "linear"},
     "dynamic": {"calibrator": "dynamic"},
+    "affine": {"bits": 6, "symmetric": False, "calibrator": "omse", "coverage": "full"},
+    "affine with overrides": {
+        "symmetric": False,
+        "overrides": {"*embed*": None, "*.0.*": {"bits": 5}, "*0_[ql]*": None},
+    },
     "a calibrator of one's own": {"calibrator": lambda: Everything()},
     "overrides": {
         "coverage": "full",
@@ -99,18 +104,22 @@ def test_another_process_needs_one_import(tmp_path):
     assert run(FRESH.format(folder=str(tmp_path)), tmp_path) == ["True"]
 
 
-def test_half_precision_keeps_the_scales_in_float32(tmp_path):
-    example, _ = pair("bert")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_precision_keeps_the_scales_in_float32(symmetric, tmp_path):
+    example, _ = pair("bert", symmetric=symmetric)
     example.model.save_pretrained(tmp_path)
     loaded = type(example.model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     scales = {name: q.scale for name, q in quantizers(example.model).items()}
     assert all(torch.equal(q.scale, scales[name]) for name, q in quantizers(loaded).items())
+    zeros = {name: q.zero for name, q in quantizers(example.model).items()}
+    assert {name: q.zero for name, q in quantizers(loaded).items()} == zeros
     assert example.logits(loaded).dtype == torch.bfloat16
 
 
-def test_a_loaded_model_gets_another_width_from_its_ranges(tmp_path):
-    example, other = pair("vit")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_loaded_model_gets_another_width_from_its_ranges(symmetric, tmp_path):
+    example, other = pair("vit", symmetric=symmetric)
     qt.save(example.model, tmp_path / "model.safetensors")
     qt.load(other, tmp_path / "model.safetensors")
     for model in (example.model, other):
@@ -192,6 +201,19 @@ def test_the_fields_are_those_of_compressed_tensors():
         "config_groups": {"group_0": group},
         "operation_groups": {},
     }  # fmt: skip
+
+
+def test_zero_points_are_fields_of_compressed_tensors(tmp_path):
+    x = torch.rand(7, 6)
+    model = qt.quantize(nn.Sequential(nn.Linear(6, 5)), symmetric=False, data=[x])
+    group = describe(model)["config_groups"]["group_0"]
+    parts = {name: part["symmetric"] for name, part in group.items() if name != "targets"}
+    assert parts == {"weights": True, "input_activations": False, "output_activations": False}
+    qt.save(model, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    grid = {name.rpartition(".")[2]: t for name, t in tensors.items() if "input_quantizer" in name}
+    assert grid == {"low": 0, "high": x.max(), "scale": x.max() / 255, "zero_point": -128}
+    assert grid["zero_point"].dtype == torch.int32
 
 
 # ------------------------------------------------------------------ what is refused
@@ -285,13 +307,14 @@ def tensor(name, value):
         if value is None:
             del tensors[name]
         else:
-            tensors[name] = torch.tensor(value)
+            tensors[name] = torch.as_tensor(value)
 
     return change
 
 
 GROUP = ("config_groups", "group_0")
 WEIGHTS = (*GROUP, "weights")
+ACTIVATIONS = (*GROUP, "input_activations")
 OPERATIONS = ("operation_groups", "group_0")
 SCALE = "blocks.0.norm1.input_quantizer.scale"
 
@@ -331,6 +354,29 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
 )
 def test_what_is_not_ours_is_refused(change, message, saved):
     _, other, path = saved
+    rewrite(path, change)
+    refuse(other, path, re.escape(message))
+
+
+ZERO = "blocks.0.norm1.input_quantizer.zero_point"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tensor(ZERO, torch.tensor(16, dtype=torch.int32)), f"{ZERO} must be from -16 to 15, got"),
+        (tensor(ZERO, None), f"it lacks ['{ZERO}'], and has [] besides"),
+        (tensor(ZERO, 3.5), f"{ZERO} is float32 [] in the file, int32 [] in the model"),
+        (put(*WEIGHTS, "symmetric", value=False), "symmetric must be one of [True], got False"),
+        (put(*ACTIVATIONS, "symmetric", value=1.5), "symmetric must be one of [True, False], got"),
+        (put(*ACTIVATIONS, "symmetric", value=True), "is symmetric, and other activations are not"),
+        (put(*ACTIVATIONS, "dynamic", value=True), "calibrator 'dynamic' has no affine form"),
+    ],
+)
+def test_other_zero_points_are_refused(change, message, tmp_path):
+    example, other = pair("vit", symmetric=False, overrides={"*.0.*": {"bits": 5}})
+    path = tmp_path / "model.safetensors"
+    qt.save(example.model, path)
     rewrite(path, change)
     refuse(other, path, re.escape(message))
 

@@ -1,17 +1,15 @@
 """Why a model is hard to quantize: the figures of section 3 of the paper, as plain data."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..quantization.simulation import quantize
 from .blocks import OUTSIDE, block_of, block_ranges, find_blocks
 from .channels import channel_groups
 from .environment import environment
@@ -21,11 +19,12 @@ from .probes import sites_of, watch
 from .sensitivity import sensitivity
 from .subject import Request, Subject
 from .survey import SiteSurvey, first_rows, survey
-from .sweep import SiteErrors, Trial, attempt, site_errors, threshold
+from .sweep import SiteErrors, Trial, Trials, site_errors, threshold
 
 SENSITIVITY_ROWS = 16  # it takes a forward for each tensor, and a few rows rank them
 _SENSITIVITY_UNITS = 20  # how long that takes, in units of one trial
 
+Way = TypeVar("Way", str, float)
 Progress = Callable[[str, float], None]  # what comes next, and how many units were done
 
 
@@ -45,21 +44,24 @@ def analyze(
     others: models to compare ranges and quality with, such as the tuned one, by name.
     """
     began = time.monotonic()
-    quantized = quantize(copy.deepcopy(subject.model), data=subject.data, **request.scheme)
+    trials = Trials(subject.model, subject.data, subject.evaluate, **request.scheme)
+    quantized = trials.minmax
     _check_sites(request.sites, quantized)
     surveys = survey(quantized, subject.data)
-    trials = _sweep(subject, request, progress)
-    best = max(trials, key=lambda percent: trials[percent].value)
-    calibrators = _calibrators(subject, request, progress)
+    sweep = _tried(trials, {p: threshold(p) for p in request.thresholds}, progress)
+    best = max(sweep, key=lambda percent: sweep[percent].value)
+    calibrators = _tried(trials, {name: name for name in request.calibrators}, progress)
     progress("splitting the errors", 1)
-    errors = site_errors(quantized, subject.data, surveys, list(trials.values()))
+    errors = site_errors(quantized, subject.data, surveys, list(sweep.values()))
     progress("one tensor at a time", 1)
     sites = _sites(subject, quantized, surveys, errors)
     parts = _sensitivity(subject, quantized, surveys, sites, progress)
     drawn = request.sites or _widest_and_last(sites)
     models = []
     for name, model in {subject.name: subject.model, **(others or {})}.items():
-        models.append(_model(name, model, subject, request, best, drawn))
+        if model is not subject.model:
+            trials = Trials(model, subject.data, subject.evaluate, **request.scheme)
+        models.append(_model(name, model, trials, subject, best, drawn))
         progress(f"ranges of {name}", 1)
     return {
         "analysis": subject.name,
@@ -67,8 +69,8 @@ def analyze(
         "facts": dict(subject.facts),
         "scheme": {**request.scheme, "weights": "channel"},
         "best": best,
-        "sweep": [_point(percent, i, trials, sites) for i, percent in enumerate(trials)],
-        "calibrators": calibrators,
+        "sweep": [_point(percent, i, sweep, sites) for i, percent in enumerate(sweep)],
+        "calibrators": {name: trial.value for name, trial in calibrators.items()},
         "models": models,
         "sites": sites,
         "errors": parts,
@@ -85,27 +87,14 @@ def _check_sites(wanted: Sequence[str], quantized: nn.Module) -> None:
             raise ValueError(f"no tensor is called {site!r}: did you mean {', '.join(close)}?")
 
 
-def _sweep(subject: Subject, request: Request, progress: Progress) -> dict[float, Trial]:
-    trials = {}
-    for percent in request.thresholds:
-        progress(f"threshold {percent:.6g} %", 0)
-        calibrator = threshold(percent)
-        trials[percent] = attempt(
-            subject.model, subject.data, subject.evaluate, calibrator=calibrator, **request.scheme
-        )
-        progress(f"threshold {percent:.6g} %", 1)
-    return trials
-
-
-def _calibrators(subject: Subject, request: Request, progress: Progress) -> dict[str, float]:
-    values = {}
-    for name in request.calibrators:
-        progress(f"calibrator {name}", 0)
-        values[name] = attempt(
-            subject.model, subject.data, subject.evaluate, calibrator=name, **request.scheme
-        ).value
-        progress(f"calibrator {name}", 1)
-    return values
+def _tried(trials: Trials, calibrators: Mapping[Way, Any], progress: Progress) -> dict[Way, Trial]:
+    found = {}
+    for way, calibrator in calibrators.items():
+        name = f"calibrator {way}" if isinstance(way, str) else f"threshold {way:.6g} %"
+        progress(name, 0)
+        found[way] = trials[calibrator]
+        progress(name, 1)
+    return found
 
 
 def _sites(
@@ -153,7 +142,7 @@ def _sensitivity(
 
 
 def _point(
-    percent: float, index: int, trials: Mapping[float, Trial], sites: list[dict[str, Any]]
+    percent: float, index: int, sweep: Mapping[float, Trial], sites: list[dict[str, Any]]
 ) -> dict[str, float]:
     """Return one threshold of Fig. 3, with means over the tensors of MSE over variance."""
     splits = [site["split"][index] for site in sites]
@@ -164,7 +153,7 @@ def _point(
     shares = [ErrorSplit(**split).precision_share for split in splits]
     return {
         "percent": percent,
-        "value": trials[percent].value,
+        "value": sweep[percent].value,
         **means,
         "precision_share": fmean(shares),
     }
@@ -185,26 +174,26 @@ def _widest_and_last(sites: list[dict[str, Any]]) -> list[str]:
 def _model(
     name: str,
     model: nn.Module,
+    trials: Trials,
     subject: Subject,
-    request: Request,
     percent: float,
     drawn: Sequence[str],
 ) -> dict[str, Any]:
-    quantized = quantize(copy.deepcopy(model), data=subject.data, **request.scheme)
     values: dict[str, list[Tensor]] = {site: [] for site in drawn}
 
-    def see(site: str, x: Tensor) -> None:
+    def see(site: str, x: Tensor, counted: Tensor | None) -> None:
         if site in values:
-            values[site].append(x)
+            rows = slice(None) if counted is None else counted.any(-1).expand(x.shape[:-1])
+            values[site].append(x[rows])
 
-    watch(quantized, subject.data, see)
+    watch(trials.minmax, subject.data, see)
     if not all(values.values()):
         raise ValueError(f"{name} has other tensors than {subject.name}: they cannot be compared")
     ranges = block_ranges(model, subject.data, percent)
     return {
         "name": name,
         "float": subject.evaluate(model),
-        "minmax": subject.evaluate(quantized),
+        "minmax": trials["minmax"].value,
         "blocks": {block: asdict(one) for block, one in ranges.items()},
         "channels": {
             site: [asdict(group) for group in channel_groups(tensors)]

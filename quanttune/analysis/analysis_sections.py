@@ -236,12 +236,14 @@ def _ranges(data: Data) -> Section:
         model["name"]: {block: _absmax(one["norm_input"]) for block, one in model["blocks"].items()}
         for model in data["models"]
     }
-    caption = "Largest magnitude before the second LayerNorm of each block."
+    title = "Dynamic range per block (Fig. 6)"
+    if not any(curves.values()):
+        return Section(title, "The model has no repeated blocks with a norm and Linear modules.")
+    caption = "Largest magnitude before the second norm of each block."
     if len(curves) == 1:
         caption += " `quanttune analyze --compare` draws another model beside it."
     return Section(
-        "Dynamic range per block (Fig. 6)",
-        drawings=[Drawing(draw_ranges(curves, "before the second LayerNorm"), caption)],
+        title, drawings=[Drawing(draw_ranges(curves, "before the second norm"), caption)]
     )
 
 

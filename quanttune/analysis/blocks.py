@@ -6,15 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantization.calibrators import Percentile
+from ..quantization.calibrators import MinMax, Percentile
+from ..quantization.padding import without_padding
 from ..quantization.simulation import forward_batches
-from ..tuning.sites import observed_types
+from ..tuning.sites import LAYER_NORM, LINEAR, RMS_NORM, kind_of
 
+NORMS = (LAYER_NORM, RMS_NORM)
 OUTSIDE = "outside"  # embeddings, the last norm, the head
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Return the names of the repeated blocks that hold a LayerNorm and several Linear modules.
+    """Return the names of the repeated blocks that hold a norm and several Linear modules.
 
     Of blocks within blocks, such as those of Swin's stages, the innermost.
     """
@@ -33,9 +35,9 @@ def block_of(site: str, blocks: Sequence[str]) -> str:
     return next((block for block in blocks if f"{site}.".startswith(f"{block}.")), OUTSIDE)
 
 
-def norms_of(block: nn.Module) -> list[nn.LayerNorm]:
-    """Return the LayerNorm modules of a block, in the order of its definition."""
-    return [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+def norms_of(block: nn.Module) -> list[nn.Module]:
+    """Return the LayerNorm and RMSNorm modules of a block, in the order of its definition."""
+    return [module for module in block.modules() if kind_of(module) in NORMS]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class BlockRange:
-    """The range of what a block returns, and of what enters its second LayerNorm."""
+    """The range of what a block returns, and of what enters its second norm."""
 
     output: Range
     norm_input: Range
@@ -62,7 +64,7 @@ class BlockRange:
 def block_ranges(model: nn.Module, data: Iterable[Any], percent: float) -> dict[str, BlockRange]:
     """Return the dynamic range of each block over `data` (Figs. 4 and 6 of the paper).
 
-    percent: of the magnitudes, for `Range.quantile`. A block with one LayerNorm has that one.
+    percent: of the magnitudes, for `Range.quantile`. A block with one norm has that one.
     """
     modules = dict(model.named_modules())
     outputs = {name: _Extent(percent) for name in find_blocks(model)}
@@ -82,8 +84,7 @@ def block_ranges(model: nn.Module, data: Iterable[Any], percent: float) -> dict[
 
 class _Extent:
     def __init__(self, percent: float) -> None:
-        self._low, self._high = float("inf"), float("-inf")
-        self._quantile = Percentile(percent)
+        self._minmax, self._quantile = MinMax(), Percentile(percent)
 
     def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         self._update(output[0] if isinstance(output, tuple) else output)
@@ -92,17 +93,15 @@ class _Extent:
         self._update(args[0])
 
     def _update(self, x: Tensor) -> None:
-        low, high = x.aminmax()
-        self._low, self._high = min(self._low, low.item()), max(self._high, high.item())
+        x = without_padding(x, "residual")
+        self._minmax.update(x)
         self._quantile.update(x)
 
     def range(self) -> Range:
-        return Range(self._low, self._high, self._quantile.absmax().item())
+        low, high = self._minmax.range()
+        return Range(low.item(), high.item(), self._quantile.absmax().item())
 
 
 def _is_block(module: nn.Module) -> bool:
-    children = list(module.modules())
-    weights = tuple(kind for kind in observed_types() if kind is not nn.LayerNorm)
-    return any(isinstance(child, nn.LayerNorm) for child in children) and (
-        sum(isinstance(child, weights) for child in children) > 1
-    )
+    kinds = [kind_of(child) for child in module.modules()]
+    return kinds.count(LINEAR) > 1 and any(kind in NORMS for kind in kinds)

@@ -95,7 +95,7 @@ def draw_blocks(
         wide.plot(lines, "o-", color=color, label=f"range, {what}")
     axes.set_ylabel("relative precision loss, KL (nats)")
     _scale(wide)
-    wide.set_ylabel("max |x| before the second LayerNorm")
+    wide.set_ylabel("max |x| before the second norm")
     _name(axes, list(divergences))
     _legend(figure, axes, wide)
     return figure

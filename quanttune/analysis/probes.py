@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quantization.padding import counting, inside, without_padding
 from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from ..quantization.simulation import forward_batch, forward_batches, quantizers
 
-See = Callable[[str, Tensor], None]
+See = Callable[[str, Tensor, Tensor | None], None]  # a site, its tensor, what is no padding
 
 
 def sites_of(quantized: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -32,16 +33,17 @@ def rounding_only(
 ) -> Iterator[None]:
     """Let all pass unrounded but what enters `sites`, and the weights if they are to be rounded.
 
-    `see` is called with the name and the tensor of every other site.
+    `see` is called with the name and the tensor of every other site, and which of its elements are
+    no padding (`quantization.padding.inside`).
     """
     passing: list[nn.Module] = []
     for site, quantizer in sites_of(quantized).items():
         if site not in sites:
-            quantizer.forward = partial(_pass, see, site)  # type: ignore[method-assign]
+            quantizer.forward = partial(_pass, see, site, quantizer.kind)  # type: ignore[method-assign]
             passing.append(quantizer)
     for module in quantized.modules():
         if isinstance(module, WeightQuantizer) and not weights:
-            module.forward = partial(_pass, None, "")  # type: ignore[method-assign]
+            module.forward = partial(_pass, None, "", "")  # type: ignore[method-assign]
             passing.append(module)
     try:
         yield
@@ -58,8 +60,12 @@ def watch(quantized: nn.Module, data: Iterable[Any], see: See) -> None:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
-    """Return the model's output for each batch: its logits, or its last hidden state."""
-    return [_main(forward_batch(model, batch)) for batch in data]
+    """Return the model's output for each batch, its logits or last hidden state, and no padding."""
+    outputs = []
+    for batch in data:
+        with counting(model, batch):
+            outputs.append(without_padding(_main(forward_batch(model, batch)), "output"))
+    return outputs
 
 
 def _main(output: Any) -> Tensor:
@@ -72,7 +78,7 @@ def _main(output: Any) -> Tensor:
     return first
 
 
-def _pass(see: See | None, site: str, x: Tensor) -> Tensor:
+def _pass(see: See | None, site: str, kind: str, x: Tensor) -> Tensor:
     if see:
-        see(site, x)
+        see(site, x, inside(x, kind))
     return x

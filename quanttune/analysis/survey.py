@@ -1,7 +1,7 @@
 """One float pass over the sites: their statistics, and where their largest values are."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,11 @@ def survey(quantized: nn.Module, data: Iterable[Any]) -> dict[str, SiteSurvey]:
     modules = dict(quantized.named_modules())
     batches = _Batches(data)
 
-    def see(site: str, x: Tensor) -> None:
+    def see(site: str, x: Tensor, counted: Tensor | None) -> None:
         if x.numel():
             if site not in surveyors:
                 surveyors[site] = _Surveyor(site, modules[site.rpartition(".")[0]])
-            surveyors[site].update(x, batches.rows, batches.first)
+            surveyors[site].update(x, counted, batches.rows, batches.first)
 
     watch(quantized, batches, see)
     found: dict[tuple[Any, ...], SiteSurvey] = {}
@@ -119,15 +119,20 @@ class _Surveyor:
         found = self.survey
         return found.elements, found.low, found.high, f"{self._squares:.6g}"
 
-    def update(self, x: Tensor, rows: int, first: int) -> None:
+    def update(self, x: Tensor, counted: Tensor | None, rows: int, first: int) -> None:
         found = self.survey
-        low, high = x.aminmax()
+        values = x if counted is None else x[counted.expand_as(x)]
+        if not values.numel():
+            return
+        low, high = values.aminmax()
         found.low, found.high = min(found.low, low.item()), max(found.high, high.item())
         has_samples = x.shape[0] % rows == 0  # a table of positions has none
         samples = rows if has_samples else 1
-        self._merge(observe(x, samples)[1], x.numel() // samples)
+        for part, parts in _samples(x, counted, samples):
+            self._merge(observe(part, parts)[1], part.numel() // parts)
         if has_samples and self._has_channels:
-            found.peaks += self._peaks(x, rows, first)
+            shown = x if counted is None else x.masked_fill(~counted, 0)
+            found.peaks += self._peaks(shown, rows, first)
 
     def _merge(self, found: Statistics, elements: int) -> None:
         for _, median, mean, deviation, ratio in zip(*map(Tensor.tolist, found), strict=True):
@@ -152,3 +157,14 @@ class _Surveyor:
         value, place = x.reshape(rows, -1).abs().max(1)
         peaks = zip(value.tolist(), place.tolist(), strict=True)
         return [Peak(v, first + row, *divmod(at, channels)) for row, (v, at) in enumerate(peaks)]
+
+
+def _samples(x: Tensor, counted: Tensor | None, samples: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield tensors and how many samples each holds: all in one, unless padding is left out."""
+    if counted is None:
+        yield x, samples
+        return
+    rows = zip(x.reshape(samples, -1), counted.expand_as(x).reshape(samples, -1), strict=True)
+    for values, where in rows:
+        if where.any():
+            yield values[where], 1

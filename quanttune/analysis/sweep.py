@@ -29,11 +29,13 @@ class PartOfRange(MinMax):
         return super().absmax() * (self.percent / 100)
 
 
+# thresholds that have a name among the calibrators, whose trial serves for both
+_NAMES = {("quantile", 99.9): "percentile", ("quantile", 100): "minmax", ("range", 100): "minmax"}
 _MODES: dict[str, Callable[[float], Calibrator]] = {"quantile": Percentile, "range": PartOfRange}
 
 
-def threshold(percent: float, mode: str = "quantile") -> Callable[[], Calibrator]:
-    """Return what makes calibrators that leave `percent` of the values, or of the range, untouched.
+def threshold(percent: float, mode: str = "quantile") -> str | Callable[[], Calibrator]:
+    """Return a calibrator that leaves `percent` of the values, or of the range, untouched.
 
     The paper speaks of the range, but its 99.999 % makes sense only as a quantile of the values: in
     each batch, the mean over the batches. 100 covers everything that was seen.
@@ -42,27 +44,49 @@ def threshold(percent: float, mode: str = "quantile") -> Callable[[], Calibrator
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
     if not 0 < percent <= 100:
         raise ValueError(f"a threshold must be above 0 and at most 100 per cent, got {percent}")
-    return MinMax if percent == 100 else partial(_MODES[mode], percent)
+    return _NAMES.get((mode, percent)) or partial(_MODES[mode], percent)
 
 
 @dataclass
 class Trial:
-    """A way to choose ranges: how good the quantized model is, and its grid at each site."""
+    """A quantized model: how good it is, and its grid at each site."""
 
     value: float
     grids: Mapping[str, Quantize] = field(repr=False)
 
+    @classmethod
+    def of(cls, quantized: nn.Module, evaluate: Callable[[nn.Module], float]) -> "Trial":
+        grids = {site: quantizer.forward for site, quantizer in sites_of(quantized).items()}
+        return cls(evaluate(quantized), grids)
 
-def attempt(
-    model: nn.Module,
-    data: Iterable[Any],
-    evaluate: Callable[[nn.Module], float],
-    **scheme: Any,
-) -> Trial:
-    """Quantize a copy of the model and measure it; `scheme` holds arguments of `quantize`."""
-    quantized = quantize(copy.deepcopy(model), data=data, **scheme)
-    grids = {site: quantizer.forward for site, quantizer in sites_of(quantized).items()}
-    return Trial(evaluate(quantized), grids)
+
+class Trials:
+    """One model with each of several calibrators. Each is tried once, when it is first asked for.
+
+    `scheme` holds arguments of `quantize`. `minmax` is the model that is quantized with min-max.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        evaluate: Callable[[nn.Module], float],
+        **scheme: Any,
+    ) -> None:
+        self._model, self._data, self._evaluate, self._scheme = model, data, evaluate, scheme
+        self.minmax = self._quantize("minmax")
+        self._trials: dict[Any, Trial] = {}
+
+    def __getitem__(self, calibrator: str | Callable[[], Calibrator]) -> Trial:
+        if calibrator not in self._trials:
+            is_minmax = calibrator == "minmax"
+            quantized = self.minmax if is_minmax else self._quantize(calibrator)
+            self._trials[calibrator] = Trial.of(quantized, self._evaluate)
+        return self._trials[calibrator]
+
+    def _quantize(self, calibrator: str | Callable[[], Calibrator]) -> nn.Module:
+        model = copy.deepcopy(self._model)
+        return quantize(model, data=self._data, calibrator=calibrator, **self._scheme)
 
 
 @dataclass
@@ -84,8 +108,9 @@ def site_errors(
     splits = {site: [ErrorSplit()] * len(grids[site]) for site in surveys}
     counts: dict[str, Tensor] = {}
 
-    def see(site: str, x: Tensor) -> None:
+    def see(site: str, x: Tensor, counted: Tensor | None) -> None:
         if site in surveys:
+            x = x if counted is None else x[counted.expand_as(x)]
             found = surveys[site]
             added = histogram(x, found.low, found.high)
             counts[site] = counts[site] + added if site in counts else added

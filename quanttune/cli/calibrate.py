@@ -29,6 +29,9 @@ def run(
     ] = "full_no_softmax",
     weights: Annotated[str, typer.Option(help="A scale per channel, or tensor.")] = "channel",
     residual: Annotated[bool, typer.Option(help="Quantize the residual stream.")] = True,
+    symmetric: Annotated[
+        bool, typer.Option(help="Activations without zero points; weights have none.")
+    ] = True,
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Other bits, such as '*.fc2=16', 'head=float'."),
@@ -52,7 +55,8 @@ def run(
 
     quantization = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
-        "weights": weights, "residual": residual, "overrides": _overrides(override or []),
+        "weights": weights, "residual": residual, "symmetric": symmetric,
+        "overrides": _overrides(override or []),
     }  # fmt: skip
     with showing() as progress:
         outcome = calibrate(

@@ -6,7 +6,7 @@
 | convolution | inputs of Conv2d |
 | output      | outputs of Linear, Conv1D and Conv2d, before a nonlinearity too |
 | norm        | outputs of LayerNorm |
-| residual    | inputs of LayerNorm, and sums of two activations of one shape |
+| residual    | inputs of LayerNorm, sums of two activations of one shape (or one for all samples) |
 | embedding   | embedding tables |
 | operand     | q, k and v of attention; both operands of any other product of activations |
 | score       | products of activations that go into a softmax |

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .insertion import insert, quantizers, state_of, weight_quantizers
-from .quantizer import ActivationQuantizer
+from .quantizer import ActivationQuantizer, check_scale
 from .schema import ARGUMENTS, FIXED, LEARNED, OPERATION, PARTS, SCHEME, check
 from .scheme import DYNAMIC, Scheme
 
@@ -57,8 +57,10 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
     check(data)
     sites = _sites(data)
     dynamic = any(arguments and arguments["dynamic"] for arguments in sites.values())
+    symmetric = all(arguments["symmetric"] for arguments in sites.values() if arguments)
+    rules: dict[str, Any] = {"calibrator": DYNAMIC if dynamic else "minmax", "symmetric": symmetric}
     try:
-        scheme = Scheme(**data["scheme"], calibrator=DYNAMIC if dynamic else "minmax")
+        scheme = Scheme(**data["scheme"], **rules)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"scheme holds a value of another type: {error}") from error
     state = insert(model, scheme, undo)
@@ -70,6 +72,8 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
                 state.add(owner, site, group["kind"])
     _compare(_arguments(model), sites, model)
     for name, quantizer in quantizers(model).items():
+        if sites[name]["symmetric"] != symmetric:
+            raise ValueError(f"{name} is symmetric, and other activations are not")
         quantizer.calibrator = None
         quantizer.bits, quantizer.observer = sites[name]["num_bits"], sites[name]["observer"]
         quantizer.dynamic = sites[name]["dynamic"]
@@ -90,14 +94,13 @@ def settle(model: nn.Module) -> None:
     """Check the scales of a restored model, and note which sites were calibrated.
 
     Raises:
-        ValueError: a scale is not finite and positive.
+        ValueError: a scale is not finite and positive, or a zero point is no code.
     """
     for name, quantizer in quantizers(model).items():
-        _check_scale(name, quantizer.scale)
-        quantizer.reached = not quantizer.dynamic and bool(quantizer.absmax.isfinite())
+        quantizer.settle(name)
     for name, (_, weight) in weight_quantizers(model).items():
         if weight.scale is not None:
-            _check_scale(name, weight.scale)
+            check_scale(name, weight.scale)
 
 
 def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
@@ -107,21 +110,22 @@ def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
             observer = module.observer if module.factor is None else LEARNED
-            found[name] = _values(module.bits, "tensor", module.dynamic, observer)
+            grid = module.bits, module.symmetric, "tensor"
+            found[name] = _values(*grid, module.dynamic, observer)
         elif name in weights:
             _, weight = weights[name]
             strategy = "tensor" if weight.axis is None else "channel"
             observer = LEARNED if weight.factor is not None else None
             observer = "minmax" if weight.scale is None else observer
-            found[name] = _values(weight.bits, strategy, False, observer)
+            found[name] = _values(weight.bits, True, strategy, False, observer)
         elif isinstance(module, nn.Identity) and OPERATION.fullmatch(name):
             found[name] = None
     return found
 
 
 def _values(*values: Any) -> dict[str, Any]:
-    bits, strategy, dynamic, observer = values
-    return dict(zip(ARGUMENTS, (bits, "int", True, strategy, dynamic, observer), strict=True))
+    bits, *others = values
+    return dict(zip(ARGUMENTS, (bits, "int", *others), strict=True))
 
 
 def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -160,8 +164,3 @@ def _compare(found: Mapping[str, Any], described: Mapping[str, Any], model: nn.M
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "more"
-
-
-def _check_scale(name: str, scale: torch.Tensor) -> None:
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError(f"{name}.scale must be finite and positive")

@@ -161,6 +161,12 @@ class _Mode(TorchFunctionMode):
         )
 
     def _is_residual(self, args: Any) -> bool:
-        return (
-            self._are_activations(args[:2]) and args[0].dim() > 1 and args[0].shape == args[1].shape
-        )
+        """Tell whether two activations of one shape are added, or of one for all samples.
+
+        The latter, such as embeddings of positions, must be the same site in a batch of one.
+        """
+        if not self._are_activations(args[:2]):
+            return False
+        one, other = args[0].shape, args[1].shape
+        of_all = len(one) == len(other) == 3 and one[1:] == other[1:] and 1 in (one[0], other[0])
+        return len(one) > 1 and (one == other or of_all)

@@ -18,22 +18,26 @@ def positive(scale: Tensor) -> Tensor:
     return scale.clamp_min(SMALLEST)
 
 
-def learned_fake_quant(x: Tensor, scale: Tensor, bits: int = 8, axis: int | None = None) -> Tensor:
+def learned_fake_quant(
+    x: Tensor, scale: Tensor, bits: int = 8, axis: int | None = None, zero_point: int = 0
+) -> Tensor:
     """Round x as `fake_quant` does, with a gradient for the scale too.
 
     Where x / scale rounds to a code inside the range, dy/dscale is the code minus x / scale;
     elsewhere it is the code. The sum of gradient times dy/dscale is divided by
-    sqrt(elements per scale * qmax), so that a scale moves as fast as the weights do.
+    sqrt(elements per scale * levels above zero), so that a scale moves as fast as the weights do.
 
     Args:
         x: floating point, any shape.
         scale: float32, one value, or with `axis` one per index of it.
         bits: width of the integers, 2 to 16.
         axis: the dimension of x that has a scale per index, counted from the front.
+        zero_point: the code of 0, which is not learned.
 
     Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153, eqs. 3 and 4.
     """
-    return _LearnedFakeQuant.apply(x, scale, *integer_range(bits), axis)
+    qmin, qmax = integer_range(bits)
+    return _LearnedFakeQuant.apply(x, scale, qmin - zero_point, qmax - zero_point, axis)
 
 
 class _LearnedFakeQuant(torch.autograd.Function):
@@ -64,4 +68,5 @@ def _scale_gradient(
     slope = torch.where(codes == clipped, codes - steps, clipped)
     total = grad * slope if axis is None else (grad * slope).movedim(axis, 0)
     total = total.reshape(scale.numel(), -1).sum(1).view_as(scale)
-    return total / math.sqrt(max(x.numel(), 1) / scale.numel() * qmax)
+    levels = max(qmax, -qmin - 1)  # of a grid that is all below zero: those below
+    return total / math.sqrt(max(x.numel(), 1) / scale.numel() * levels)

@@ -15,7 +15,7 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     factor by which a scale differs from its start, since scales of one model differ by orders of
     magnitude and Adam moves each parameter by about its learning rate. Make the optimizer
     afterwards, without weight decay for them, and call `freeze_scales` at the end. Tables of
-    embeddings keep the ranges of their rows, most of which a step does not see.
+    embeddings keep the ranges of their rows, most of which a step does not see; zero points stay.
 
     Without this call a quantized model can be trained as well: then ranges of activations stay.
 

@@ -1,12 +1,17 @@
 """Modules that round one activation, or one weight, of a model."""
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from ..fake_quantizer import dynamic_fake_quant, fake_quant, integer_range, scale_of
 from ..reference import absmax
-from .calibrators import Calibrator
+from .calibrators import Calibrator, Range, TwoSided
+from .calibrators.search import affine_grid
 from .learned_scale import learned_fake_quant, positive
+from .padding import without_padding
 
 
 class _Quantizer(nn.Module):
@@ -15,6 +20,8 @@ class _Quantizer(nn.Module):
     bits: int
     scale: Tensor  # of a weight: None while it follows the weight
     factor: nn.Parameter | None
+    symmetric = True
+    zero = 0  # the code of 0
 
     @property
     def step(self) -> Tensor:
@@ -32,18 +39,19 @@ class _Quantizer(nn.Module):
 
     def _round(self, x: Tensor, axis: int | None = None) -> Tensor:
         if self.factor is None:
-            return fake_quant(x, self.scale, self.bits, axis)
-        return learned_fake_quant(x, self.scale * self.factor, self.bits, axis)
+            return fake_quant(x, self.scale, self.bits, axis, zero_point=self.zero)
+        return learned_fake_quant(x, self.scale * self.factor, self.bits, axis, self.zero)
 
 
 class ActivationQuantizer(_Quantizer):
-    """Round an activation to the grid of one scale per tensor.
+    """Round an activation to the symmetric grid of one scale per tensor.
 
     While `calibrator` is set, tensors only pass by it; `freeze` turns what it saw into `scale`. A
     `dynamic` quantizer takes the range of each tensor from itself.
     """
 
-    absmax: Tensor  # what the grid covers; NaN before anything was seen
+    covered: tuple[str, ...] = ("absmax",)  # buffers: what the grid covers; NaN while unknown
+    absmax: Tensor
 
     def __init__(
         self, bits: int, kind: str, calibrator: Calibrator | None, device: torch.device
@@ -56,14 +64,15 @@ class ActivationQuantizer(_Quantizer):
         self.reached = False
         # float32 whatever the default type is
         options = {"dtype": torch.float32, "device": device}
-        self.register_buffer("absmax", torch.full((), torch.nan, **options))  # type: ignore[call-overload]
+        for name in self.covered:
+            self.register_buffer(name, torch.full((), torch.nan, **options))  # type: ignore[call-overload]
         self.register_buffer("scale", torch.ones((), **options))  # type: ignore[call-overload]
         self.register_parameter("factor", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrator is not None:
             if x.numel():
-                self.calibrator.update(x.detach())
+                self.calibrator.update(without_padding(x.detach(), self.kind))
                 self.reached = True
             return x
         if self.dynamic:
@@ -75,12 +84,22 @@ class ActivationQuantizer(_Quantizer):
     def freeze(self, site: str) -> None:
         """Compute the scale from what the calibrator saw, and quantize from now on."""
         if self.reached and self.calibrator is not None:
-            seen = self.calibrator.absmax()
-            if not seen.isfinite():
-                raise ValueError(f"{site} held NaN or inf during calibration: absmax {seen}")
-            self.absmax = seen.to(self.scale)
+            for name, seen in zip(self.covered, self._seen(self.calibrator), strict=True):
+                if not seen.isfinite():
+                    raise ValueError(f"{site} held NaN or inf during calibration: {name} {seen}")
+                setattr(self, name, seen.to(self.scale))
             self.set_bits(self.bits)
         self.calibrator = None
+
+    def settle(self, site: str) -> None:
+        """Check what was loaded, and quantize with it if it was calibrated.
+
+        Raises:
+            ValueError: the scale is not finite and positive.
+        """
+        check_scale(site, self.scale)
+        known = all(getattr(self, name).isfinite() for name in self.covered)
+        self.reached = known and not self.dynamic
 
     def set_bits(self, bits: int) -> None:
         """Cover the same range with integers of another width."""
@@ -88,7 +107,7 @@ class ActivationQuantizer(_Quantizer):
             raise ValueError("the scales are being learned: call freeze_scales(model) first")
         self.bits = bits
         if self.reached:
-            self.scale = scale_of(self.absmax, bits)
+            self._fit()
 
     def learn(self) -> nn.Parameter:
         """Begin to learn the scale, and return the parameter that does."""
@@ -97,10 +116,69 @@ class ActivationQuantizer(_Quantizer):
     def hold(self) -> None:
         if self.factor is not None:
             super().hold()
-            self.absmax = self.scale * integer_range(self.bits)[1]
+            self._reach()
+
+    def _seen(self, calibrator: Calibrator) -> Iterable[Tensor]:
+        """Return what is to be `covered`."""
+        return (calibrator.absmax(),)
+
+    def _fit(self) -> None:
+        """Compute the grid of what is `covered`."""
+        self.scale = scale_of(self.absmax, self.bits)
+
+    def _reach(self) -> None:
+        """Cover what the grid reaches."""
+        self.absmax = self.scale * integer_range(self.bits)[1]
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, " + ("dynamic" if self.dynamic else f"scale={self.step:.4g}")
+
+
+class AffineQuantizer(ActivationQuantizer):
+    """Round an activation to a grid with a zero point, which covers from `low` to `high`.
+
+    Zero lies between them.
+    """
+
+    covered = ("low", "high")
+    symmetric = False
+    low: Tensor
+    high: Tensor
+    zero_point: Tensor  # `zero`, where a state_dict finds it: reading a tensor may wait for a GPU
+
+    def __init__(
+        self, bits: int, kind: str, calibrator: Calibrator | None, device: torch.device
+    ) -> None:
+        super().__init__(bits, kind, calibrator, device)
+        zero_point = torch.zeros((), dtype=torch.int32, device=device)
+        self.register_buffer("zero_point", zero_point)
+
+    def settle(self, site: str) -> None:
+        super().settle(site)
+        self.zero = int(self.zero_point)
+        qmin, qmax = integer_range(self.bits)
+        if not qmin <= self.zero <= qmax:
+            raise ValueError(f"{site}.zero_point must be from {qmin} to {qmax}, got {self.zero}")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.zero = int(self.zero_point)
+
+    def _seen(self, calibrator: Calibrator) -> Iterable[Tensor]:
+        return cast(TwoSided, calibrator).range().with_zero()
+
+    def _fit(self) -> None:
+        self.scale, zero_point = affine_grid(Range(self.low, self.high), self.bits)
+        self.zero_point = zero_point.to(torch.int32)
+        self.zero = int(zero_point)
+
+    def _reach(self) -> None:
+        qmin, qmax = integer_range(self.bits)
+        self.low = self.scale * (qmin - self.zero)
+        self.high = self.scale * (qmax - self.zero)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, zero_point={self.zero}"
 
 
 class WeightQuantizer(_Quantizer):
@@ -136,3 +214,9 @@ class WeightQuantizer(_Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"
+
+
+def check_scale(site: str, scale: Tensor) -> None:
+    """Refuse a scale that is not finite and positive."""
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(f"{site}.scale must be finite and positive")

@@ -2,8 +2,8 @@
 
 The names are those of compressed-tensors. `config_groups` are modules that have the same grids;
 `operation_groups`, which compressed-tensors has no name for, are functional sites; `scheme` is what
-`quantize` was asked for. Weights are stored in float ("dense"), so that a loaded model can be
-trained on.
+`quantize` was asked for. What is not `symmetric` has its zero point among the tensors, beside its
+scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
 """
 
 import re
@@ -24,9 +24,10 @@ PARTS = {
 }
 ARGUMENTS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "observer")
 _VALUES: dict[str, list[Any]] = {
-    "type": ["int"], "symmetric": [True], "strategy": ["tensor", "channel"],
+    "type": ["int"], "symmetric": [True, False], "strategy": ["tensor", "channel"],
     "dynamic": [True, False],
 }  # fmt: skip
+_VALUES_OF_WEIGHTS = {**_VALUES, "symmetric": [True]}
 _GROUPS = {
     "config_groups": tuple(PARTS.values()), "operation_groups": ("kind", "activations"),
 }  # fmt: skip
@@ -61,7 +62,8 @@ def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
         if part == "kind":
             _check_text(group[part], f"{where}.{part}")
         else:
-            _check_arguments(group[part], f"{where}.{part}")
+            values = _VALUES_OF_WEIGHTS if part == "weights" else _VALUES
+            _check_arguments(group[part], f"{where}.{part}", values)
 
 
 def _check_fields(data: Any, names: Iterable[str], where: str) -> None:
@@ -73,14 +75,14 @@ def _check_fields(data: Any, names: Iterable[str], where: str) -> None:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
 
 
-def _check_arguments(data: Any, where: str) -> None:
+def _check_arguments(data: Any, where: str, values_of: dict[str, list[Any]]) -> None:
     if data is None:
         return
     _check_fields(data, ARGUMENTS, where)
     if type(data["num_bits"]) is not int:
         raise ValueError(f"{where}.num_bits must be a whole number, got {data['num_bits']!r}")
     integer_range(data["num_bits"])
-    for name, values in _VALUES.items():
+    for name, values in values_of.items():
         if data[name] not in values:
             raise ValueError(f"{where}.{name} must be one of {values}, got {data[name]!r}")
     _check_text(data["observer"], f"{where}.observer")

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..fake_quantizer import integer_range
 from . import coverage as coverages
-from .calibrators import CALIBRATORS, Calibrator, make_calibrator
-from .quantizer import ActivationQuantizer, WeightQuantizer
+from .calibrators import AFFINE, CALIBRATORS, Calibrator, make_calibrator
+from .quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
 
 DYNAMIC = "dynamic"  # no calibration: the range of each activation is taken from itself
 Overrides = Mapping[str, Mapping[str, int] | None]
@@ -18,7 +18,7 @@ Overrides = Mapping[str, Mapping[str, int] | None]
 
 @dataclass(frozen=True)
 class Scheme:
-    """Symmetric uniform quantization of weights and activations; see `quantize`."""
+    """Uniform quantization of weights and activations; see `quantize`."""
 
     bits: int = 8
     weight_bits: int | None = None  # those of activations
@@ -27,6 +27,7 @@ class Scheme:
     weights: str = "channel"
     residual: bool = True
     overrides: Overrides = field(default_factory=dict)
+    symmetric: bool = True  # activations; weights always are
 
     def __post_init__(self) -> None:
         integer_range(self.bits)
@@ -37,6 +38,11 @@ class Scheme:
             raise ValueError(
                 f"calibrator must be one of {', '.join(names)}, or a function that makes one, "
                 f"got {self.calibrator!r}"
+            )
+        if isinstance(self.calibrator, str) and not (self.symmetric or self.calibrator in AFFINE):
+            raise ValueError(
+                f"calibrator {self.calibrator!r} has no affine form: with symmetric=False it must "
+                f"be one of {', '.join(AFFINE)}, or a function that makes one that has range()"
             )
         if self.weights not in ("channel", "tensor"):
             raise ValueError(f'weights must be "channel" or "tensor", got {self.weights!r}')
@@ -69,8 +75,11 @@ class Scheme:
         bits = self._bits_of(site, self.bits)
         if kind is None or kind not in self.kinds or bits is None:
             return nn.Identity()
-        calibrator = None if self.dynamic else make_calibrator(self.calibrator, bits)
-        quantizer = ActivationQuantizer(bits, kind, calibrator, device)
+        calibrator = None
+        if not self.dynamic:
+            calibrator = make_calibrator(self.calibrator, bits, self.symmetric)
+        grid = ActivationQuantizer if self.symmetric else AffineQuantizer
+        quantizer = grid(bits, kind, calibrator, device)
         quantizer.observer = self.calibrator if isinstance(self.calibrator, str) else None
         return quantizer
 

@@ -1,7 +1,7 @@
 """Turn a float model into one that computes on integer grids, simulated in floating point."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..masks import Mask
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, state_of, weight_quantizers
+from .padding import arguments_of, counting
 from .scheme import Overrides, Scheme, matches
 
 
@@ -25,14 +27,16 @@ def quantize(
     weights: str = "channel",
     residual: bool = True,
     overrides: Overrides | None = None,
+    symmetric: bool = True,
     data: Iterable[Any] | None = None,
+    mask: Mask | None = "attention_mask",
 ) -> nn.Module:
-    """Quantize a model in place to symmetric uniform integers, and return it.
+    """Quantize a model in place to uniform integers, and return it.
 
-    There is one scale per activation. Linear, Conv1D, Conv2d and Embedding modules become their
-    quantized twins, under the same names and with the same parameters; attention's products and
-    residual sums are reached while the model runs. The ranges of activations come from one pass of
-    `data` in evaluation mode.
+    Grids are symmetric unless told otherwise, and there is one scale per activation. Linear,
+    Conv1D, Conv2d and Embedding modules become their quantized twins, under the same names and with
+    the same parameters; attention's products and residual sums are reached while the model runs.
+    The ranges of activations come from one pass of `data` in evaluation mode.
 
     Args:
         model: a float model; `copy.deepcopy` it first to keep it.
@@ -48,21 +52,26 @@ def quantize(
         overrides: what is quantized otherwise: fnmatch patterns on the names of quantizers
             (`summary` lists them) or of the modules they belong to, with {"bits": ...}, or None to
             leave it in float, such as {"*.fc2": {"bits": 16}, "head": None}. The last match counts.
+        symmetric: False gives each activation a zero point: its grid covers from the lowest to the
+            highest value, and zero. "percentile" then takes the 0.1th and the 99.9th of the values,
+            "omse" is FQ-ViT's; "mse", "kl" and "dynamic" have no such form. Weights stay symmetric.
         data: batches of inputs: tensors, mappings (passed as keywords), or tuples and lists such as
             (inputs, labels), whose first element is taken.
+        mask: which tokens of a batch are padding, which no range is taken from: as in `attach`.
 
     Raises:
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
             finite, the model has nothing to quantize or is quantized already, an override matches
-            nothing.
+            nothing. TypeError: a calibrator of one's own has no range(), with symmetric=False.
     """
-    scheme = Scheme(bits, weight_bits, calibrator, coverage, weights, residual, overrides or {})
+    options = weight_bits, calibrator, coverage, weights, residual, overrides or {}, symmetric
+    scheme = Scheme(bits, *options)
     if data is None and not scheme.dynamic:
         raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
     with ExitStack() as undo:  # an error leaves the model as it was
         functional = insert(model, scheme, undo)
         if data is not None and not scheme.dynamic:
-            _calibrate(model, data)
+            _calibrate(model, data, mask)
             _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
@@ -98,31 +107,33 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     announce(model)
 
 
-def forward_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a tensor, a mapping of keywords, or (inputs, ...)."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+def forward_batch(model: nn.Module, batch: Any, mask: Mask | None = "attention_mask") -> Any:
+    """Call a model with a batch, whose padding is known meanwhile."""
+    args, kwargs = arguments_of(batch)
+    with counting(model, batch, mask):
+        return model(*args, **kwargs)
 
 
 @torch.no_grad()
-def forward_batches(model: nn.Module, data: Iterable[Any]) -> int:
+def forward_batches(
+    model: nn.Module, data: Iterable[Any], mask: Mask | None = "attention_mask"
+) -> int:
     """Run a model over batches in evaluation mode, for its hooks; return how many there were."""
     was_training = model.training
     model.eval()
     batches = 0
     try:
         for batch in data:
-            forward_batch(model, batch)
+            forward_batch(model, batch, mask)
             batches += 1
     finally:
         model.train(was_training)
     return batches
 
 
-def _calibrate(model: nn.Module, data: Iterable[Any]) -> None:
+def _calibrate(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> None:
     _enable_weights(model, False)
-    if not forward_batches(model, data):
+    if not forward_batches(model, data, mask):
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
     _enable_weights(model, True)
 

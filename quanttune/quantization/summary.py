@@ -7,6 +7,7 @@ from torch import nn
 
 from ..fake_quantizer import integer_range
 from .insertion import quantizers, state_of, weight_quantizers
+from .quantizer import ActivationQuantizer
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Site:
     granularity: str  # "tensor" or "channel"
     scale: float | None  # None: taken from each tensor, or never reached during calibration
     absmax: float | None  # what the grid covers
+    zero_point: int | None = None  # of an affine grid: the code of 0
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Summary:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("site", "kind", "bits", "granularity", "scale", "absmax")
+        header = ("site", "kind", "bits", "granularity", "scale", "absmax", "zero_point")
         rows = [header, *(_cells(site) for site in self.sites)]
+        if all(site.zero_point is None for site in self.sites):
+            rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -49,6 +53,9 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """List what a quantized model rounds: sites, kinds, bits, granularity, scale and range.
+
+    Grids with zero points have them too: they go from `qmin - zero_point` steps to `qmax -
+    zero_point`, and `absmax` is the farther end.
 
     Print it for a table; `sites` and `as_dict()` hold the numbers.
 
@@ -71,13 +78,18 @@ def summary(model: nn.Module) -> Summary:
     return Summary(type(model).__name__, coverage, tuple(rows[name] for name in order))
 
 
-def _range(quantizer: Any) -> tuple[float | None, float | None]:
+def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, int | None]:
     if quantizer.dynamic or not quantizer.reached:
-        return None, None
+        return None, None, None
     scale = quantizer.step.item()
-    return scale, scale * integer_range(quantizer.bits)[1]
+    qmin, qmax = integer_range(quantizer.bits)
+    if quantizer.symmetric:
+        return scale, scale * qmax, None
+    zero = quantizer.zero
+    return scale, scale * max(zero - qmin, qmax - zero), zero
 
 
 def _cells(site: Site) -> tuple[str, ...]:
     numbers = ("-" if x is None else f"{x:.4g}" for x in (site.scale, site.absmax))
-    return (site.name, site.kind, str(site.bits), site.granularity, *numbers)
+    zero_point = "-" if site.zero_point is None else str(site.zero_point)
+    return (site.name, site.kind, str(site.bits), site.granularity, *numbers, zero_point)

@@ -26,8 +26,8 @@ def recipe_subject(
     arms = {arm.name: arm for arm in job.arms}
     facts = {
         "data": f"tuning rows of the {name} recipe, seed {seed}; quality on its validation rows",
-        "notes": list(job.caveats),
-        "arms": {arms[other].name: arms[other].summary for other in compare if other in arms},
+        "notes": " ".join(job.caveats),
+        **{other: arms[other].summary for other in compare if other in arms},
     }
     subject = Subject(
         name if is_recipe else Path(str(model)).name,

@@ -1,11 +1,8 @@
 """Hooks that leave nothing behind in a copy of a model, and what they ask of a forward."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 
 class Hook:
@@ -36,14 +33,3 @@ def make_compiler_see_hooks() -> None:
 
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.reset()  # what was compiled before
-
-
-def batch_size(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Return the first dimension of the first tensor that the model is called with."""
-    main = kwargs.get(getattr(model, "main_input_name", None) or "")  # transformers names it
-    for leaf in tree_leaves((main, args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    raise ValueError(
-        f"{type(model).__name__} was called without a tensor to take the batch size from"
-    )

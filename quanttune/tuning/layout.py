@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .hooks import batch_size, recomputing
-from .padding import Mask, Masks, Padding, has_holes
+from ..masks import Mask, Masks, batch_size, holds_tokens
+from .hooks import recomputing
+from .padding import Padding, has_holes
 
 
 class Layout(NamedTuple):
@@ -62,7 +63,8 @@ class Layouts:
         """Return the layout of x in a forward that is no recomputation."""
         # batch-major if the samples divide it; else it is one sample, apart from the batch
         samples = self._samples if x.shape[0] % self._samples == 0 else 1
-        return Layout(samples, self._padding if self._padding and self._padding.is_in(x) else None)
+        padding = self._padding
+        return Layout(samples, padding if padding and holds_tokens(x, padding.shape) else None)
 
     def _recomputed(self, x: Tensor) -> Layout | None:
         if x.shape in self._ambiguous:
@@ -73,7 +75,7 @@ class Layouts:
         return self._known.get(x.shape)
 
     def _padding_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padding | None:
-        counts = self._masks.read(args, kwargs, self._samples)
+        counts = self._masks.read(args, kwargs)
         if counts is None:
             return None
         if torch.compiler.is_compiling():

@@ -20,10 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..losses import OutlierLoss
+from ..masks import Mask
 from . import riding
 from .hooks import Hook, make_compiler_see_hooks, recomputing
 from .layout import Layouts
-from .padding import Mask
 from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
 from .upstream import Upstream

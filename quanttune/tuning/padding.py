@@ -1,13 +1,7 @@
-"""Which tokens of a batch are padding, and where they are in an observed tensor."""
-
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+"""Where the padding of a batch is in an observed tensor."""
 
 import torch
-from torch import Tensor, nn
-
-Mask = str | Callable[[Mapping[str, Any]], Tensor | None]
+from torch import Tensor
 
 
 class Padding:
@@ -28,10 +22,6 @@ class Padding:
         self.ranges = torch.stack([begin, length], 1)
         self.order = counts.argsort(dim=1, descending=True, stable=True) if holes else None
         self._ranges_by_width: dict[tuple[int, torch.device], Tensor] = {}
-
-    def is_in(self, x: Tensor) -> bool:
-        """Tell whether x is (samples, tokens, ...) or (samples * tokens, channels)."""
-        return x.shape[:2] == self.shape if x.dim() > 2 else x.shape[0] == self.shape.numel()
 
     def ranges_in(self, x: Tensor) -> Tensor:
         """Return the ranges in elements of x."""
@@ -63,28 +53,3 @@ def has_holes(counts: Tensor) -> bool:
     """Tell whether there is padding between tokens that count."""
     begins = counts[:, :1].sum(1) + (counts[:, 1:] & ~counts[:, :-1]).sum(1)
     return bool((begins > 1).any())
-
-
-class Masks:
-    """Finds the mask of a call among the arguments of the model's forward."""
-
-    def __init__(self, model: nn.Module, mask: Mask | None) -> None:
-        self._mask = mask
-        self._signature = inspect.signature(model.forward)
-        names = list(self._signature.parameters)
-        if isinstance(mask, str):
-            self._position = names.index(mask) if mask in names else len(names)
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Tensor | None:
-        """Return which tokens count, as bool (samples, tokens); None if the call does not tell."""
-        mask: Any = self._mask
-        if isinstance(mask, str):
-            given = args[self._position] if self._position < len(args) else None
-            mask = kwargs.get(mask, given)
-        elif mask is not None:
-            mask = mask(self._signature.bind(*args, **kwargs).arguments)
-        if not isinstance(mask, Tensor):
-            return None
-        if mask.dim() != 2 or mask.shape[0] != samples:  # such as attention of tokens to tokens
-            return None
-        return mask != 0

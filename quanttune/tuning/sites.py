@@ -27,7 +27,7 @@ def find_sites(
     sites = {
         name: module
         for name, module in model.named_modules()
-        if _kind_of(module) in kinds
+        if kind_of(module) in kinds
         and any(fnmatchcase(name, pattern) for pattern in include)
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     }
@@ -39,7 +39,8 @@ def find_sites(
     return sites
 
 
-def _kind_of(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
+    """Return which of KINDS a module is, if any."""
     if isinstance(module, nn.LayerNorm):
         return LAYER_NORM
     if isinstance(module, observed_types()):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import OutlierLoss, find_loss
+from ..masks import Mask
 from ..reference import MAXIMUM
 from . import schedule
 from .hooks import Hook
 from .loss import combine, instances, outlier_loss
 from .observers import Observers
-from .padding import Mask
 from .sites import PAPER, find_heads, find_sites
 from .taps import Observation
 from .upstream import Upstream

@@ -15,12 +15,13 @@ from .ranges import MinMax as MinMax
 from .ranges import MovingAverage as MovingAverage
 from .ranges import Range as Range
 from .ranges import RangeCalibrator as RangeCalibrator
+from .ranges import TwoSided as TwoSided
 from .search import AffineOMSE as AffineOMSE
 from .search import MeanSquaredError as MeanSquaredError
 from .search import SymmetricOMSE as SymmetricOMSE
 
 # what these cover depends on the data alone, so a range serves any number of bits
-RANGES: Mapping[str, Callable[[], Calibrator]] = MappingProxyType(
+RANGES: Mapping[str, Callable[[], TwoSided]] = MappingProxyType(
     {
         "minmax": MinMax,
         "ema": MovingAverage,
@@ -33,14 +34,28 @@ SEARCHES: Mapping[str, Callable[[int], Calibrator]] = MappingProxyType(
     {"mse": MeanSquaredError, "omse": SymmetricOMSE, "kl": Entropy}
 )
 CALIBRATORS: Mapping[str, Callable[..., Calibrator]] = MappingProxyType({**RANGES, **SEARCHES})
+# those that have an affine form: a percentile of magnitudes has one end, so it is that of values
+AFFINE: Mapping[str, Callable[..., TwoSided]] = MappingProxyType(
+    {**RANGES, "percentile": partial(Percentile, two_sided=True), "omse": AffineOMSE}
+)
 
 
-def make_calibrator(kind: str | Callable[[], Calibrator], bits: int) -> Calibrator:
+def make_calibrator(
+    kind: str | Callable[[], Calibrator], bits: int, symmetric: bool = True
+) -> Calibrator:
     """Make the calibrator of one site, for a grid of `bits`.
 
     Args:
-        kind: a name in CALIBRATORS, or a function that makes a calibrator.
+        kind: a name in CALIBRATORS, or if not `symmetric` in AFFINE, or a function that makes a
+            calibrator, which then has to be `TwoSided`.
     """
-    if not isinstance(kind, str):
-        return kind()
-    return SEARCHES[kind](bits) if kind in SEARCHES else RANGES[kind]()
+    if isinstance(kind, str):
+        table = CALIBRATORS if symmetric else AFFINE
+        return table[kind](bits) if kind in SEARCHES else table[kind]()
+    calibrator = kind()
+    if not (symmetric or isinstance(calibrator, TwoSided)):
+        raise TypeError(
+            "symmetric=False needs a calibrator that has range() beside update() and absmax(), "
+            f"got {type(calibrator).__name__}"
+        )
+    return calibrator

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ... import ops
 from ...fake_quantizer import integer_range
-from .ranges import MinMax
+from .ranges import Cumulative
 
 BINS = 2048  # of the first batch
 MOST_BINS = 8 * BINS
+ROUNDING = 1e-9  # nats: far above that of the running sums, far below what tells ranges apart
 
 
-class Entropy:
+class Entropy(Cumulative):
     """Cover the range whose clipped, coarser histogram of magnitudes diverges the least.
 
     The rule of TensorRT: of all ranges that end at a bin's edge, that of the smallest KL divergence
@@ -24,33 +25,22 @@ class Entropy:
     """
 
     def __init__(self, bits: int = 8) -> None:
+        super().__init__()
         self.levels = integer_range(bits)[1] + 1
         if self.levels > BINS:
             raise ValueError(f"kl searches grids of at most 12 bits, got {bits}")
-        self._minmax = MinMax()
         self._width = 0.0
         self._counts = torch.zeros(BINS, dtype=torch.int64)
 
-    def update(self, x: Tensor) -> None:
-        self._minmax.update(x)
-        if not x.numel():
-            return
-        absmax = self._minmax.absmax().item()
-        # zeros do not count, and what is not finite has no range
-        if absmax == 0 or not math.isfinite(absmax):
-            return
-        self._extend(absmax)
-        counts = ops.magnitude_histogram(x.detach(), self._width, len(self._counts))
+    def _add(self, x: Tensor) -> None:
+        counts = ops.magnitude_histogram(x, self._width, len(self._counts))
         self._counts += counts.to(self._counts.device)
 
-    def absmax(self) -> Tensor:
-        absmax = self._minmax.absmax()
-        if self._width == 0 or not absmax.isfinite():
-            return absmax
+    def _best(self) -> Tensor:
         divergence = divergences(self._counts, self.levels)
-        last = len(divergence) - 1 - int(divergence.flip(0).argmin())  # of equal ones, the widest
-        best = torch.tensor((self.levels + last) * self._width, dtype=torch.float32)
-        return torch.minimum(best.to(absmax.device), absmax)
+        # of equal ones, the widest: tensors of few values, such as images, have many
+        last = int((divergence <= divergence.min() + ROUNDING).nonzero()[-1])
+        return torch.tensor((self.levels + last) * self._width, dtype=torch.float32)
 
     def _extend(self, absmax: float) -> None:
         self._width = self._width or absmax / BINS

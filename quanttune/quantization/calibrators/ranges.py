@@ -1,7 +1,8 @@
 """What a calibrator is, and those that follow the lowest and highest value of each batch."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ class Range(NamedTuple):
 
     low: Tensor
     high: Tensor
+
+    def with_zero(self) -> "Range":
+        """Return the range that reaches to zero as well, which is on every grid."""
+        return Range(self.low.clamp(max=0), self.high.clamp(min=0))
 
 
 class Calibrator(Protocol):
@@ -28,6 +33,14 @@ class Calibrator(Protocol):
         Raises:
             ValueError: nothing was seen.
         """
+
+
+@runtime_checkable
+class TwoSided(Calibrator, Protocol):
+    """A calibrator that an affine grid can take its range from."""
+
+    def range(self) -> Range:
+        """Return both ends; NaN or inf if the data held one."""
 
 
 class RangeCalibrator(ABC):
@@ -114,3 +127,40 @@ class MovingAverage(Smoothed):
 
     def _of_batch(self, x: Tensor) -> Range:
         return extremes(x)
+
+
+class Cumulative(ABC):
+    """A calibrator that adds up what each range would lose, over all batches.
+
+    Its ranges end within what was seen. Zeros lose nothing, and what is not finite has no range.
+    """
+
+    def __init__(self) -> None:
+        self._minmax = MinMax()
+        self._is_empty = True
+
+    def update(self, x: Tensor) -> None:
+        self._minmax.update(x)
+        absmax = self._minmax.absmax().item() if x.numel() else 0.0
+        if absmax != 0 and math.isfinite(absmax):
+            self._extend(absmax)
+            self._add(x.detach())
+            self._is_empty = False
+
+    def absmax(self) -> Tensor:
+        absmax = self._minmax.absmax()
+        if self._is_empty or not absmax.isfinite():
+            return absmax
+        return torch.minimum(self._best().to(absmax.device), absmax)
+
+    @abstractmethod
+    def _extend(self, absmax: float) -> None:
+        """Let the ranges reach up to `absmax`, the largest magnitude so far."""
+
+    @abstractmethod
+    def _add(self, x: Tensor) -> None:
+        """Add one more batch."""
+
+    @abstractmethod
+    def _best(self) -> Tensor:
+        """Return the end of the range that loses the least."""

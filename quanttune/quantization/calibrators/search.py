@@ -1,13 +1,11 @@
 """Ranges that lose the least: candidates are tried on the data, all of them in one read."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ... import ops
 from ...fake_quantizer import integer_range, scale_of
-from .ranges import MinMax, Range, RangeCalibrator
+from .ranges import Cumulative, MinMax, Range, RangeCalibrator
 
 CANDIDATES = 100  # of "mse"
 
@@ -42,9 +40,8 @@ class AffineOMSE(SymmetricOMSE):
 
     def _next(self, x: Tensor) -> Range:
         self._minmax.update(x)
-        low, high = self._minmax.range()
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale, zero_point = affine_grid(Range(low, high), self.bits)
+        low, high = covered = self._minmax.range().with_zero()
+        scale, zero_point = affine_grid(covered, self.bits)
         factors = _shrinking(x.device)
         zero = int(zero_point)
         errors = ops.quantization_errors(x, scale * factors, self.qmin - zero, self.qmax - zero)
@@ -53,7 +50,7 @@ class AffineOMSE(SymmetricOMSE):
 
 
 def affine_grid(covered: Range, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the step and the zero point of the grid that covers a range.
+    """Return the step and the zero point of the grid that covers a range, which holds zero.
 
     What it stands for is fake_quant with the bounds qmin - zero_point and qmax - zero_point.
 
@@ -63,8 +60,8 @@ def affine_grid(covered: Range, bits: int) -> tuple[Tensor, Tensor]:
     """
     qmin, qmax = integer_range(bits)
     tiny = torch.finfo(torch.float32).tiny
-    width = covered.high - covered.low
-    scale = torch.where(width == 0, 1.0, (width / (qmax - qmin)).clamp(min=tiny))
+    half = covered.high / 2 - covered.low / 2  # the whole may be more than float32 holds
+    scale = torch.where(half == 0, 1.0, (half / ((qmax - qmin) / 2)).clamp(min=tiny))
     # NaN or inf have no zero point: whoever looks at the range finds them there
     zero_point = (qmin - torch.round(covered.low / scale)).nan_to_num()
     return scale, zero_point.clamp(qmin, qmax)
@@ -74,7 +71,7 @@ def _shrinking(device: torch.device) -> Tensor:
     return (1 - 0.01 * torch.arange(90, dtype=torch.float64)).float().to(device)
 
 
-class MeanSquaredError:
+class MeanSquaredError(Cumulative):
     """Cover the one of 100 ranges, evenly spaced, that loses the least over all batches.
 
     They end at the largest magnitude of the first batch. When a later one exceeds it, their spacing
@@ -84,38 +81,26 @@ class MeanSquaredError:
     """
 
     def __init__(self, bits: int = 8) -> None:
+        super().__init__()
         self.bits = bits
         self.qmin, self.qmax = integer_range(bits)
-        self._minmax = MinMax()
         self._top = 0.0  # of the widest range
         self._losses = torch.zeros(CANDIDATES, dtype=torch.float64)
 
-    def update(self, x: Tensor) -> None:
-        self._minmax.update(x)
-        if not x.numel():
-            return
-        absmax = self._minmax.absmax().item()
-        # zeros lose nothing, and what is not finite has no range
-        if absmax == 0 or not math.isfinite(absmax):
-            return
-        self._widen(absmax)
+    def _add(self, x: Tensor) -> None:
         steps = scale_of(self._candidates().to(x.device), self.bits)
-        errors = ops.quantization_errors(x.detach(), steps, self.qmin, self.qmax)
+        errors = ops.quantization_errors(x, steps, self.qmin, self.qmax)
         self._losses += errors.to(self._losses)
 
-    def absmax(self) -> Tensor:
-        absmax = self._minmax.absmax()
-        if self._top == 0 or not absmax.isfinite():
-            return absmax
-        best = self._candidates()[self._losses.argmin()]
-        return torch.minimum(best.to(absmax.device), absmax)
+    def _best(self) -> Tensor:
+        return self._candidates()[self._losses.argmin()]
 
     def _candidates(self) -> Tensor:
         return (
             torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES * self._top
         ).float()
 
-    def _widen(self, absmax: float) -> None:
+    def _extend(self, absmax: float) -> None:
         self._top = self._top or absmax
         half = CANDIDATES // 2
         wider = torch.arange(half + 1, CANDIDATES + 1) / half
