@@ -1,18 +1,17 @@
 """The code of docs/training.md runs, trains, and lets alpha reach 0 at its end."""
 
 import os
-import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from oracle import quiet
+from pages import PAGES, snippets_of
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
-START, *SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+PAGE = PAGES / "training.md"
+START, *SNIPPETS = snippets_of(PAGE)
 BEGIN, END = 'dist.init_process_group("gloo")', "dist.destroy_process_group()"
 TOGETHER = [snippet for snippet in SNIPPETS if BEGIN in snippet or "fsdp_plugin" in snippet]
 ALONE = [snippet for snippet in SNIPPETS if snippet not in TOGETHER]
