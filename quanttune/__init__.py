@@ -1,6 +1,7 @@
 """Outlier-driven fine-tuning that makes Transformers ready for plain integer quantization.
 
 observe (kernels) -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
+-> export (ONNX)
 """
 
 # torch first: the C++ kernels run on the OpenMP threads that it loads
@@ -8,6 +9,7 @@ import torch as _torch  # noqa: F401
 
 from . import fused_observer as fused_observer
 from . import reference as reference
+from .export.onnx_export import export_onnx as export_onnx
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..files import replacing
 from .description import describe, restore, settle
 
-_KEY = "quantization_config"
+KEY = "quantization_config"  # of what a file holds beside tensors
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -24,7 +24,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the model is not quantized.
     """
-    metadata = {_KEY: json.dumps(describe(model))}
+    metadata = {KEY: json.dumps(describe(model))}
     with replacing(Path(path)) as partial:
         save_model(model, str(partial), metadata=metadata)
 
@@ -58,7 +58,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            text = (file.metadata() or {}).get(KEY)
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error

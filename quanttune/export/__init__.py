@@ -1,0 +1,1 @@
+"""Ship a quantized model: as a file whose integers a runtime computes with."""

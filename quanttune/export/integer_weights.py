@@ -1,0 +1,111 @@
+"""Weights that are held as integers, for as long as a quantized model is traced."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..quantization.insertion import weight_quantizers
+from ..quantization.quantizer import WeightQuantizer
+from ..quantization.twins import QuantizedConv2d, QuantizedEmbedding, Twin
+
+WIDEST = 8  # bits of an integer that runtimes multiply
+
+
+@contextmanager
+def integer_weights(model: nn.Module) -> Iterator[None]:
+    """Let a quantized model compute from integer weights, in the layout that runtimes multiply."""
+    with ExitStack() as undo:
+        for module, quantizer in weight_quantizers(model).values():
+            undo.callback(setattr, module, "weight_quantizer", quantizer)
+            undo.callback(setattr, module, "__class__", type(module))
+            module.weight_quantizer = IntegerWeight(module, quantizer)
+            module.__class__ = _integer_twin(type(module))
+        yield
+
+
+class IntegerWeight(nn.Module):
+    """The codes and scales of a weight: a product's as (inputs, outputs), others as they were.
+
+    Weights of more than 8 bits are kept as the floats that they were rounded to. Where a weight of
+    integers meets a float it is cast and scaled: of DequantizeLinear ONNX Runtime would make an
+    operator that rounds the float too.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, module: Any, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        weight, outputs = module.weight.detach(), module.output_axis
+        is_product = not isinstance(module, (QuantizedConv2d, QuantizedEmbedding))
+        scale = quantizer.scale_of(weight)
+        rounded = quantizer(weight).movedim(outputs, -1)
+        self.is_integer = quantizer.bits <= WIDEST
+        inputs = getattr(module, "input_quantizer", None)
+        self.meets_integers = getattr(inputs, "bits", WIDEST + 1) <= WIDEST
+        codes = (rounded / scale).round().to(torch.int8) if self.is_integer else rounded
+        self.axis = None if quantizer.axis is None else codes.dim() - 1 if is_product else outputs
+        if not is_product:
+            codes = codes.movedim(-1, outputs)
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale.detach())
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """Return the weight in float; the one that is given is not looked at."""
+        if not self.is_integer:
+            return self.codes
+        product = dequantize if self.meets_integers else _scaled
+        return product(self.codes, self.scale, self.axis)
+
+
+class IntegerLinear(Twin, nn.Module):
+    """Linear or Conv1D as a product with a weight of shape (inputs, outputs)."""
+
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.input_quantizer(x), self.weight_quantizer()
+        # not @, which would be a functional site where torch.export stands in for a shared module
+        product = torch.ops.aten.matmul.default
+        # ONNX Runtime makes a float Gemm of the product of two matrices and a bias
+        y = product(x, weight) if x.dim() > 2 else product(x.unsqueeze(0), weight).squeeze(0)
+        return self.output_quantizer(y if self.bias is None else y + self.bias)
+
+
+class IntegerEmbedding(Twin, nn.Module):
+    """Embedding that looks integers up, so that no runtime makes floats of the whole table."""
+
+    def forward(self, indices: Tensor) -> Tensor:
+        table: Any = self.weight_quantizer
+        rows = F.embedding(indices, table.codes)
+        if not table.is_integer:
+            return rows
+        scale = table.scale
+        if table.axis is not None:
+            scale = F.embedding(indices, scale.unsqueeze(1))
+        return rows.float() * scale
+
+
+def _integer_twin(twin: type) -> Any:
+    if issubclass(twin, QuantizedConv2d):
+        return twin
+    return IntegerEmbedding if issubclass(twin, QuantizedEmbedding) else IntegerLinear
+
+
+def _scaled(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    if axis is not None:
+        scale = scale.view(-1, *[1] * (codes.dim() - axis - 1))
+    return codes * scale
+
+
+_OP = "quanttune::dequantize"
+torch.library.define(_OP, "(Tensor codes, Tensor scale, int? axis) -> Tensor")
+torch.library.impl(_OP, "CompositeExplicitAutograd")(_scaled)
+torch.library.register_fake(_OP)(
+    lambda codes, scale, axis: torch.empty_like(codes, dtype=scale.dtype)
+)
+dequantize = torch.ops.quanttune.dequantize.default

@@ -1,0 +1,145 @@
+"""Write a quantized model to an ONNX file."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..files import replacing
+from ..quantization.description import describe
+from ..quantization.storage import KEY
+from .integer_weights import integer_weights
+from .requirements import check_example, check_model, check_path, check_types
+
+BATCH = MappingProxyType({0: "batch"})
+LARGEST = 2**31 - 2**20  # bytes of tensors in a file; protobuf allows 2 GiB of everything
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    act_dtype: str = "uint8",
+    opset: int = 20,
+    dynamic: Mapping[int, str] = BATCH,
+) -> None:
+    """Write a quantized model to an ONNX file, with QuantizeLinear where it rounds.
+
+    Weights are stored as int8, those of Linear modules as (inputs, outputs). The codes of an
+    activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
+    than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
+    have the first one's name. The metadata hold the recipe, as `quanttune.save` writes it.
+
+    At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
+
+    Args:
+        model: what `quantize` returned, in float32. It is exported in evaluation mode.
+        example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
+            (passed as keywords), or a tuple or list, whose first element is taken.
+        path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
+            a file whose name ends in .data.
+        act_dtype: type of the codes of activations. "uint8" (zero point 128) is for ONNX Runtime,
+            "int8" (zero point 0) for runtimes such as TensorRT.
+        opset: version of the operators, 18 to 21; with int8 to 20.
+        dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
+            any length it is {0: "batch", 1: "tokens"}.
+
+    Raises:
+        ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
+            not fit. OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_path(path)
+    check_types(act_dtype, opset)
+    check_model(model)
+    args, kwargs = check_example(example_inputs, dynamic)
+    program = _traced(model, args, kwargs, dynamic)
+    onnx_model = _translated(program, act_dtype, opset, dynamic)
+    onnx_model.metadata_props[KEY] = json.dumps(describe(model))
+    _write(onnx_model, path)
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Mapping[int, str]
+) -> torch.export.ExportedProgram:
+    # not torch.export.Dim(name), which would have to know how many tokens a model takes
+    size = torch.export.Dim.DYNAMIC
+    shapes = pytree.tree_map(
+        lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
+    )
+    with torch.no_grad(), _evaluating(model), integer_weights(model):
+        return torch.export.export(
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=shapes[0] or shapes[1],
+            strict=False,  # else the functional sites would not be seen
+        )
+
+
+def _translated(
+    program: torch.export.ExportedProgram, act_dtype: str, opset: int, dynamic: Mapping[int, str]
+) -> Any:
+    try:
+        import onnxscript
+
+        from .onnx_graph import finish
+        from .translations import translations
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
+    table = translations(getattr(onnxscript, f"opset{opset}"), act_dtype)
+    exported: Any = torch.onnx.export(
+        program,
+        custom_translation_table=table,
+        opset_version=opset,
+        output_names=_output_names(program),
+        verbose=False,
+    )
+    model = exported.model
+    found = {
+        str(value.shape[axis]): name
+        for value in model.graph.inputs
+        for axis, name in dynamic.items()
+        if axis < len(value.shape)
+    }
+    finish(model, found)
+    return model
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Name outputs by the keys of what the model returns."""
+    spec = program.call_spec.out_spec
+    outputs = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    if not isinstance(outputs, Mapping):
+        outputs = {"output": outputs}
+    names = []
+    for key, value in outputs.items():
+        leaves = len(pytree.tree_leaves(value))
+        names += [key] if leaves == 1 else [f"{key}_{i}" for i in range(leaves)]
+    return names
+
+
+def _write(model: Any, path: Path) -> None:
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    beside = f"{path.name}.data" if size > LARGEST else None
+    with replacing(path) as partial:
+        ir.save(model, partial, external_data=beside)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,69 @@
+"""What is done to the graph that torch.onnx made, before it is written."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
+
+
+def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
+    """Name codes and dimensions, drop the traces of the exporting machine, free products of Clips.
+
+    Args:
+        dimensions: names of dimensions that replace those of the trace.
+    """
+    _name_codes(model.graph)
+    _name_dimensions(model.graph, dimensions)
+    nodes, values = model.graph.all_nodes(), _values(model.graph)
+    owners: list[Any] = [model, model.graph, *nodes, *values]
+    for owner in owners:
+        owner.metadata_props.clear()
+    _free_products(model.graph)
+
+
+def _name_codes(graph: ir.Graph) -> None:
+    """Call what QuantizeLinear returns by its site; a site's later calls get a number."""
+    calls: Counter[str] = Counter()
+    for node in graph:
+        if node.op_type == "QuantizeLinear":
+            site = ast.literal_eval(node.metadata_props[SCOPES])[-2]
+            calls[site] += 1
+            number = f"_{calls[site] - 1}" if calls[site] > 1 else ""
+            node.outputs[0].name = f"{site}.codes{number}"
+
+
+def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    def named(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int) or size.value is None:
+            return size if isinstance(size, int) else None
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
+
+    for value in _values(graph):
+        if value.shape and not value.shape.is_static():
+            value.shape = ir.Shape([named(size) for size in value.shape])
+
+
+def _free_products(graph: ir.Graph) -> None:
+    """Make Min and Max of a Clip behind a product, which ONNX Runtime else computes in float."""
+    for node in graph:
+        if node.op_type != "Clip":
+            continue
+        x, low, high = node.inputs
+        producer = x.producer() if x else None
+        if producer and producer.op_type == "MatMul":
+            least = ir.node("Min", [x, high])
+            greatest = ir.node("Max", [least.outputs[0], low])
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [node], [least, greatest], node.outputs, greatest.outputs
+            )
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    produced = chain.from_iterable(node.outputs for node in graph.all_nodes())
+    return [*graph.inputs, *graph.initializers.values(), *produced]

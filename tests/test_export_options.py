@@ -1,0 +1,266 @@
+"""Exports of small models: types, widths, layouts of weights, sizes of inputs, refusals."""
+
+import numpy as np
+import onnx
+import onnx_files
+import pytest
+import torch
+from models import MODELS, Shared
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import quanttune as qt
+from quanttune.export import onnx_export
+from quanttune.export.integer_weights import integer_weights
+from quanttune.quantization.insertion import quantizers, weight_quantizers
+
+
+class Words(nn.Module):
+    """An embedding, a transposed Linear and a Linear without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.mix = Conv1D(6, 8)
+        self.head = nn.Linear(6, 4, bias=False)
+
+    def forward(self, words):
+        return self.head(self.mix(self.table(words)).tanh())
+
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 2, 2)
+
+    def forward(self, images):
+        return self.patches(images).flatten(2)
+
+
+INPUTS = {
+    Words: torch.arange(12).reshape(2, 6) % 9,
+    Pixels: torch.linspace(-2, 2, 96).reshape(2, 3, 4, 4),
+    Shared: torch.linspace(-2, 2, 24).reshape(3, 8),
+}
+
+
+def quantized(kind, **options):
+    model = kind().eval()
+    return qt.quantize(model, **{"data": [INPUTS[kind]], "coverage": "full", **options})
+
+
+@torch.no_grad()
+def assert_runs_alike(model, path, inputs):
+    """Compare with the simulation; a code that flips is worth a step."""
+    (name,) = (value.name for value in onnx.load(path).graph.input)
+    (actual,) = onnx_files.run(path, {name: inputs}).values()
+    expected = model(inputs).numpy()
+    steps = [quantizer.scale.item() for quantizer in quantizers(model).values()]
+    near = np.abs(actual - expected) < 1e-5
+    assert near.mean() > 0.9
+    assert np.abs(actual - expected).max() < 2 * max(steps)
+
+
+@pytest.mark.parametrize("act_dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("bits", [8, 5])
+def test_zero_points_are_ours(bits, act_dtype, tmp_path):
+    model = quantized(Words, bits=bits, symmetric=False)
+    path = tmp_path / "affine.onnx"
+    qt.export_onnx(model, INPUTS[Words], path, act_dtype=act_dtype)
+    roundings, grids = onnx_files.roundings(path), quantizers(model)
+    x = np.linspace(-5, 5, 501, dtype=np.float32)
+    found = onnx_files.run(roundings, dict.fromkeys(onnx_files.sites(roundings), x))
+    center = 128 if act_dtype == "uint8" else 0
+    zeros = set()
+    for name, codes in found.items():
+        grid = grids[name.removesuffix(onnx_files.CODES)]
+        steps = np.rint(x / grid.scale.numpy()) + (zero := int(grid.zero_point))
+        # below 8 bits, the codes are those of the narrower grid in the middle of the type
+        expected = np.clip(steps, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + center
+        np.testing.assert_array_equal(codes, expected)
+        zeros.add(zero)
+    assert len(zeros) > 1
+    assert_runs_alike(model, path, INPUTS[Words])
+
+
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+@pytest.mark.parametrize("weight_bits", [4, 8, 12])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_integer_weights_are_those_of_the_simulation(kind, weight_bits, weights):
+    model = quantized(kind, weight_bits=weight_bits, weights=weights)
+    expected = {
+        name.removesuffix(".weight_quantizer"): quantizer(module.weight)
+        for name, (module, quantizer) in weight_quantizers(model).items()
+    }
+    classes = [type(module) for module in model.modules()]
+    with torch.no_grad(), integer_weights(model):
+        for name, weight in expected.items():
+            module = model.get_submodule(name)
+            held = module.weight_quantizer
+            assert held.codes.dtype == (torch.float32 if weight_bits > 8 else torch.int8)
+            is_linear = isinstance(kind().get_submodule(name), nn.Linear)
+            assert torch.equal(held().t() if is_linear else held(), weight)
+            if kind is Words and name == "table":
+                assert torch.equal(module(INPUTS[Words]), F.embedding(INPUTS[Words], weight))
+    assert [type(module) for module in model.modules()] == classes
+    for name, weight in expected.items():
+        assert torch.equal(
+            weight,
+            weight_quantizers(model)[f"{name}.weight_quantizer"][1](
+                model.get_submodule(name).weight
+            ),
+        )
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize(("bits", "weight_bits"), [(8, 4), (6, 12), (12, 8)])
+def test_all_widths_run_as_simulated(kind, bits, weight_bits, tmp_path):
+    model = quantized(kind, bits=bits, weight_bits=weight_bits)
+    qt.export_onnx(model, INPUTS[kind], tmp_path / "model.onnx")
+    assert_runs_alike(model, tmp_path / "model.onnx", INPUTS[kind])
+    rounds = onnx_files.operators(tmp_path / "model.onnx")["QuantizeLinear"]
+    assert (rounds == 0) == (bits > 8)
+
+
+def test_weights_are_stored_as_integers(tmp_path):
+    model = quantized(Words)
+    qt.export_onnx(model, [INPUTS[Words], "labels are left out"], tmp_path / "model.onnx")
+    stored = onnx_files.tensors(tmp_path / "model.onnx")
+    shapes = {"table": (9, 8), "mix": (8, 6), "head": (6, 4)}
+    for name, shape in shapes.items():
+        codes = stored[f"{name}.weight_quantizer.codes"]
+        assert (codes.dtype, codes.shape) == (np.int8, shape)
+    floats = [array for array in stored.values() if array.dtype == np.float32]
+    assert max(array.size for array in floats) == 9  # the scales of the table
+    counts = onnx_files.operators(tmp_path / "model.onnx")
+    assert counts["DequantizeLinear"] == counts["QuantizeLinear"] + 2  # none of the table
+
+
+@pytest.mark.parametrize(
+    ("act_dtype", "opset"),
+    [("uint8", 18), ("uint8", 21), ("int8", 20)],
+)
+def test_types_and_opsets_run_as_simulated(act_dtype, opset, tmp_path):
+    model = quantized(Shared, bits=7)
+    path = tmp_path / "model.onnx"
+    qt.export_onnx(model, INPUTS[Shared], path, act_dtype=act_dtype, opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+    zero_points = {
+        stored.item()
+        for name, stored in onnx_files.tensors(path).items()
+        if stored.dtype == act_dtype and stored.ndim == 0
+    }
+    assert zero_points == {128 if act_dtype == "uint8" else 0}
+    assert_runs_alike(model, path, INPUTS[Shared])
+
+
+def test_calls_of_one_module_are_numbered(tmp_path):
+    qt.export_onnx(quantized(Shared), INPUTS[Shared], tmp_path / "model.onnx")
+    sites = onnx_files.sites(onnx.load(tmp_path / "model.onnx"))
+    assert sites.count("shared.output_quantizer") == 1
+    assert {"shared.output_quantizer.codes_1", "shared.output_quantizer.codes_2"} <= set(sites)
+
+
+def test_texts_of_any_length(tmp_path):
+    model = quantized(Words)
+    path = tmp_path / "model.onnx"
+    qt.export_onnx(model, {"words": INPUTS[Words]}, path, dynamic={0: "batch", 1: "tokens"})
+    assert_runs_alike(model, path, INPUTS[Words][:1, :3])
+    sizes = onnx.load(path).graph.output[0].type.tensor_type.shape.dim
+    assert [size.dim_param or size.dim_value for size in sizes] == ["batch", "tokens", 4]
+
+
+def test_large_tensors_lie_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "LARGEST", 100)
+    model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[INPUTS[Shared]])
+    qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert_runs_alike(model, tmp_path / "model.onnx", INPUTS[Shared])
+
+
+def test_training_mode_is_kept_and_dropout_is_not(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train()
+    qt.quantize(model, data=[INPUTS[Shared]])
+    seen = []
+    model[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
+    assert all(module.training for module in model.modules())
+    assert seen == [False]
+    assert_runs_alike(model.eval(), tmp_path / "model.onnx", INPUTS[Shared])
+
+
+def learning():
+    model = quantized(Shared)
+    qt.learn_scales(model)
+    return model
+
+
+def attached():
+    model = quantized(Shared)
+    qt.attach(model, total_steps=1)
+    return model
+
+
+REFUSED = {
+    "Shared is not quantized": Shared,
+    "is being tuned: detach": attached,
+    "are being learned: call freeze_scales": learning,
+    "quantize it with data": lambda: quantized(Shared, calibrator="dynamic", data=None),
+    "must be float32: shared.weight is not": lambda: quantized(Shared).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_models_that_are_not_ready_are_refused(message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        qt.export_onnx(REFUSED[message](), INPUTS[Shared], tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"opset": 17}, ValueError, "opset must be from 18 to 21 with uint8 activations, got 17"),
+        ({"opset": 21, "act_dtype": "int8"}, ValueError, "from 18 to 20 with int8"),
+        ({"act_dtype": "int4"}, ValueError, "act_dtype must be one of uint8, int8, got 'int4'"),
+        ({"path": "none/model.onnx"}, FileNotFoundError, "there is no folder"),
+        ({"path": "."}, IsADirectoryError, "path must be a file"),
+        ({"example_inputs": torch.ones(1, 8)}, ValueError, r"dimension 0 \(batch\).* got 1"),
+        ({"example_inputs": "text"}, TypeError, "must be tensors, got str"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(options, error, message, tmp_path):
+    options = {"example_inputs": INPUTS[Shared], "path": "model.onnx", **options}
+    options["path"] = tmp_path / options["path"]
+    with pytest.raises(error, match=message):
+        qt.export_onnx(quantized(Shared), **options)
+
+
+def test_an_error_leaves_the_model_and_the_older_file_alone(tmp_path, monkeypatch):
+    model = quantized(Shared)
+    (tmp_path / "model.onnx").write_text("older")
+    classes = [type(module) for module in model.modules()]
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
+    assert [type(module) for module in model.modules()] == classes
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+
+def test_masks_and_labels_reach_the_file(tmp_path):
+    example = MODELS["bert"]()
+    model = example.model.eval()
+    del model.bert.encoder.layer[1:]
+    mask = torch.ones_like(example.inputs)
+    mask[0, 4:] = 0
+    batch = {"input_ids": example.inputs, "attention_mask": mask}
+    qt.quantize(model, coverage="linear", data=[batch])
+    path = tmp_path / "model.onnx"
+    qt.export_onnx(model, batch, path, dynamic={0: "batch", 1: "tokens"})
+    mask[1, 2:] = 0
+    shorter = {name: tensor[:, :5] for name, tensor in batch.items()}
+    with torch.no_grad():
+        expected = model(**shorter).logits
+    logits = torch.from_numpy(onnx_files.run(path, shorter)["logits"])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
