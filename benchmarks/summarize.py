@@ -18,7 +18,7 @@ from quanttune.analysis.report import DIGITS
 from quanttune.analysis.table import tabulate
 from quanttune.recipes.experiment import Row
 
-SHOWN = ("none", "minmax", "percentile")  # in the README
+SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
@@ -44,6 +44,7 @@ def main() -> None:
     sections = [f"{head}{MARK}\n"]
     for name, demo in demos.items():
         sections += [_demo_section(name, demo), _settings_section(settings[name])]
+        sections += [_demo_section(f"Zero points on {name}", _read(f"zero-points-{name}.json"))]
     for name in demos:
         title = f"Losses on {name}"
         sections += [_demo_section(title, _read(f"losses-{name}.json"))]

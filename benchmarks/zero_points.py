@@ -1,0 +1,63 @@
+"""Quantize a demo's arms with zero points for activations, which the demo itself leaves out.
+
+python benchmarks/zero_points.py minilm --seeds 3 --out benchmarks/results/xeon-2-cores
+
+docs/results.md has it beside the demo's symmetric grids, which are of the same arms and seeds.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quanttune.analysis.environment import environment
+from quanttune.files import write_json
+from quanttune.quantization.calibrators import AFFINE, SEARCHES
+from quanttune.quantization.simulation import quantize, requantize
+from quanttune.recipes import NAMES, recipe
+from quanttune.recipes.experiment import Results, Row
+
+ARMS = ("base", "control", "detached")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=NAMES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    make, began = recipe(options.task), time.monotonic()
+    arms = [arm for arm in make.arms if arm.name in ARMS and not arm.same_as]
+    results = Results(
+        options.task,
+        make.metric,
+        ["Activations have zero points, weights have none."],
+        {"steps": make.steps, "arms": [vars(arm) for arm in arms]},
+        environment(),
+    )
+    for seed in range(options.seeds):
+        job = make(seed)
+        for arm in arms:
+            results.rows += _rows(job, seed, arm)
+    results.seconds = round(time.monotonic() - began, 1)
+    write_json(options.out / f"zero-points-{options.task}.json", results.as_dict())
+
+
+def _rows(job: Any, seed: int, arm: Any) -> Iterator[Row]:
+    model = job.prepare(arm, lambda: None)
+    for calibrator in AFFINE:
+        for bits in job.bits:
+            if calibrator in SEARCHES or bits == job.bits[0]:
+                options = {"calibrator": calibrator, "symmetric": False, "data": job.calibration()}
+                quantized = quantize(copy.deepcopy(model), bits, **options)
+            requantize(quantized, bits, "channel")
+            value = job.evaluate(quantized)
+            row = Row(seed, arm.name, bits, calibrator, "channel", job.metric, value)
+            print(row, flush=True)
+            yield row
+
+
+if __name__ == "__main__":
+    main()
