@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import analyze, calibrate, demo, doctor, evaluate, report, tune
+from . import analyze, calibrate, demo, doctor, evaluate, export, report, tune
 from .terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -22,6 +22,7 @@ app.command("demo")(demo.run)
 app.command("tune")(tune.run)
 app.command("calibrate")(calibrate.run)
 app.command("evaluate")(evaluate.run)
+app.command("export")(export.run)
 app.command("analyze")(analyze.run)
 app.command("report")(report.run)
 app.command("doctor")(doctor.run)
