@@ -18,8 +18,8 @@ from oracle import (
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from quanttune.masks import batch_size
 from quanttune.reference import RATIO
-from quanttune.tuning.hooks import batch_size
 from quanttune.tuning.loss import instances
 from quanttune.tuning.sites import find_sites
 
