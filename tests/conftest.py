@@ -33,6 +33,21 @@ def _poison_uninitialized_memory(monkeypatch):
 
 
 @pytest.fixture
+def short_digits(monkeypatch):
+    """Return Digits with a model that is hardly trained, few test rows and few ways to quantize."""
+    from quanttune.recipes import digits
+
+    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
+        monkeypatch.setattr(digits, name, 3)
+    monkeypatch.setattr(digits, "TEST", 100)
+    monkeypatch.setattr(digits.Digits, "steps", 2)
+    monkeypatch.setattr(digits.Digits, "bits", (8, 5))
+    ways = {"minmax": ("channel", "tensor"), "percentile": ("channel",)}
+    monkeypatch.setattr(digits.Digits, "ways", ways)
+    return digits.Digits
+
+
+@pytest.fixture
 def with_threads():
     """Set the number of threads, for one test."""
     before = torch.get_num_threads()

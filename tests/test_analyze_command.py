@@ -20,7 +20,6 @@ from quanttune.analysis.analysis import analyze
 from quanttune.analysis.report import write_report
 from quanttune.analysis.subject import Request, Subject
 from quanttune.quantization.calibrators import CALIBRATORS
-from quanttune.recipes.digits import Digits
 from quanttune.recipes.subjects import recipe_subject
 
 runner = CliRunner()
@@ -32,11 +31,8 @@ def _cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def short_digits(monkeypatch):
-    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
-        monkeypatch.setattr(f"quanttune.recipes.digits.{name}", 2)
-    monkeypatch.setattr(Digits, "steps", 1)
-    monkeypatch.setattr(Digits, "calibration", lambda job: [job._images["tuning"][:20]])
+def fewer_digits(short_digits, monkeypatch):
+    monkeypatch.setattr(short_digits, "calibration", lambda job: [job._images["tuning"][:20]])
 
 
 def run(*arguments):
@@ -108,7 +104,7 @@ def test_a_model_and_its_data_are_analysed(case, tmp_path):
     assert "http" not in re.sub(r'src="[^"]+"', "", page)  # it needs nothing else
 
 
-def test_a_recipe_is_analysed_beside_an_arm(short_digits, tmp_path):
+def test_a_recipe_is_analysed_beside_an_arm(fewer_digits, tmp_path):
     run("analyze", "--model", "digits", "--compare", "paper", "--out", tmp_path)
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert [model["name"] for model in found["models"]] == ["digits", "paper"]
@@ -140,7 +136,7 @@ def test_results_files_make_one_page(tmp_path):
     assert "<title>quanttune: digits, letters</title>" in text
 
 
-def test_dry_run_loads_and_writes_nothing(short_digits, tmp_path):
+def test_dry_run_loads_and_writes_nothing(fewer_digits, tmp_path):
     said = run("analyze", "digits", "--dry-run", "--out", tmp_path / "out")
     assert "digits: 20 rows" in said
     assert not (tmp_path / "out").exists()
@@ -157,7 +153,7 @@ def test_dry_run_loads_and_writes_nothing(short_digits, tmp_path):
         (["digits", "--site", "blocks.1.mlp"], "no tensor is called 'blocks.1.mlp': did you mean"),
     ],
 )
-def test_bad_arguments_say_what_was_wanted(short_digits, tmp_path, arguments, message):
+def test_bad_arguments_say_what_was_wanted(fewer_digits, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run("analyze", *arguments, "--out", tmp_path)
 

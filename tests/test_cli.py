@@ -8,17 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from quanttune import cli
-from quanttune.recipes.digits import Digits
 
 runner = CliRunner()
-
-
-@pytest.fixture
-def short_digits(monkeypatch):
-    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
-        monkeypatch.setattr(f"quanttune.recipes.digits.{name}", 2)
-    monkeypatch.setattr(Digits, "steps", 1)
-    monkeypatch.setattr(Digits, "bits", (8,))
 
 
 def test_demo_writes_its_files_and_prints_the_table(short_digits, tmp_path):

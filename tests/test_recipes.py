@@ -87,18 +87,6 @@ def test_docstring_splits_share_neither_text_nor_module(monkeypatch):
         docstrings.load(tokenize, tokens=6, validation=5, test=100_000)
 
 
-@pytest.fixture
-def short_digits(monkeypatch):
-    """Digits with a model that is hardly trained, and few ways to quantize it."""
-    for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
-        monkeypatch.setattr(f"quanttune.recipes.digits.{name}", 3)
-    monkeypatch.setattr(Digits, "steps", 2)
-    monkeypatch.setattr(Digits, "bits", (8, 5))
-    monkeypatch.setattr(
-        Digits, "ways", {"minmax": ("channel", "tensor"), "percentile": ("channel",)}
-    )
-
-
 def test_digits_rows_are_complete_and_repeatable(short_digits):
     reports = []
     results = experiment.run(Digits, 1, lambda text, units: reports.append(units))
@@ -143,7 +131,7 @@ def test_searched_ranges_are_those_of_each_width(short_digits):
 def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):
     first, second = Digits(0), Digits(1)
     parts = [part.flatten(1) for part in first._images.values()]
-    assert [len(part) for part in parts] == [850, 150, 797]
+    assert [len(part) for part in parts] == [1547, 150, 100]
     assert sum(len(part) for part in parts) == 1797
     assert not torch.equal(first._images["test"], second._images["test"])
     with pytest.raises(ValueError, match="the digits demo makes its own model"):
