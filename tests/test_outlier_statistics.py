@@ -247,6 +247,20 @@ def test_ratios_by_hand(dtype, module):
         assert columns[0, RATIO].item() == pytest.approx(ratio, rel=4e-7, abs=0)
 
 
+@pytest.mark.parametrize("module", [cpu, reference])
+@pytest.mark.parametrize(
+    ("median", "degrees", "expected"),
+    [(2, 4, 1.616244), (2, 3, 1.399708), (2.5, 4, 1.515229), (2.5, 3, 1.312227)],
+)
+def test_other_readings_of_the_paper_by_hand(module, median, degrees, expected):
+    """Of [1, -2, 3, -10]: the middle of both medians, N in the denominator of the variance."""
+    row = torch.tensor([[1.0, -2.0, 3.0, -10.0]])
+    found = module.outlier_statistics(row, 1, False)[0].tolist()
+    assert (found[MAXIMUM], found[MEDIAN]) == (10, 2)
+    other = (found[MAXIMUM] - median) / (found[DEVIATION] * (3 / degrees) ** 0.5)
+    assert other == pytest.approx(expected, rel=4e-7)
+
+
 def test_the_ratio_of_gaussian_data():
     # of 36,864 = 48 x 768 values the largest is near 4.3 deviations, and the median near 0.67
     ratio = statistics(torch.randn(20, 36864))[:, RATIO].mean()
