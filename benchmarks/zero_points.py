@@ -6,7 +6,6 @@ docs/results.md has it beside the demo's symmetric grids, which are of the same 
 """
 
 import argparse
-import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 
 from quanttune.analysis.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.calibrators import AFFINE, SEARCHES
-from quanttune.quantization.simulation import quantize, requantize
+from quanttune.quantization.calibrators import AFFINE
 from quanttune.recipes import NAMES, recipe
-from quanttune.recipes.experiment import Results, Row
+from quanttune.recipes.experiment import Results, Row, quantized_in
 
 ARMS = ("base", "control", "detached")
 
@@ -47,16 +45,12 @@ def main() -> None:
 
 def _rows(job: Any, seed: int, arm: Any) -> Iterator[Row]:
     model = job.prepare(arm, lambda: None)
-    for calibrator in AFFINE:
-        for bits in job.bits:
-            if calibrator in SEARCHES or bits == job.bits[0]:
-                options = {"calibrator": calibrator, "symmetric": False, "data": job.calibration()}
-                quantized = quantize(copy.deepcopy(model), bits, **options)
-            requantize(quantized, bits, "channel")
-            value = job.evaluate(quantized)
-            row = Row(seed, arm.name, bits, calibrator, "channel", job.metric, value)
-            print(row, flush=True)
-            yield row
+    ways = [(calibrator, "channel") for calibrator in AFFINE]
+    for calibrator, weights, bits, quantized in quantized_in(job, ways, model, symmetric=False):
+        value = job.evaluate(quantized)
+        row = Row(seed, arm.name, bits, calibrator, weights, job.metric, value)
+        print(row, flush=True)
+        yield row
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..quantization.padding import counting, inside, without_padding
 from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from ..quantization.simulation import forward_batch, forward_batches, quantizers
+from ..quantization.simulation import forward_batches, quantizers
 
 See = Callable[[str, Tensor, Tensor | None], None]  # a site, its tensor, what is no padding
 
@@ -63,8 +63,8 @@ def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
     """Return the model's output for each batch, its logits or last hidden state, and no padding."""
     outputs = []
     for batch in data:
-        with counting(model, batch):
-            outputs.append(without_padding(_main(forward_batch(model, batch)), "output"))
+        with counting(model, batch) as (args, kwargs):
+            outputs.append(without_padding(_main(model(*args, **kwargs)), "output"))
     return outputs
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..fused_observer import observe
+from ..quantization.padding import select
 from ..quantization.twins import QuantizedConv2d
 from ..reference import Statistics
 from .probes import watch
@@ -121,7 +122,7 @@ class _Surveyor:
 
     def update(self, x: Tensor, counted: Tensor | None, rows: int, first: int) -> None:
         found = self.survey
-        values = x if counted is None else x[counted.expand_as(x)]
+        values = select(x, counted)
         if not values.numel():
             return
         low, high = values.aminmax()

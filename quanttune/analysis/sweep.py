@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantization.calibrators import Calibrator, MinMax, Percentile
+from ..quantization.padding import select
 from ..quantization.simulation import quantize
 from .divergence import divergence, histogram
 from .error_split import ErrorSplit, Quantize, split_error
@@ -110,7 +111,7 @@ def site_errors(
 
     def see(site: str, x: Tensor, counted: Tensor | None) -> None:
         if site in surveys:
-            x = x if counted is None else x[counted.expand_as(x)]
+            x = select(x, counted)
             found = surveys[site]
             added = histogram(x, found.low, found.high)
             counts[site] = counts[site] + added if site in counts else added

@@ -23,12 +23,15 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def counting(model: nn.Module, batch: Any, mask: Mask | None = "attention_mask") -> Iterator[None]:
-    """Let `inside` know the padding of the batch that the model is called with here."""
-    counts = Masks(model, mask).read(*arguments_of(batch))
+def counting(
+    model: nn.Module, batch: Any, mask: Mask | None = "attention_mask"
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield the arguments of a call with a batch, whose padding `inside` knows meanwhile."""
+    args, kwargs = arguments_of(batch)
+    counts = Masks(model, mask).read(args, kwargs)
     token = _counts.set(None if counts is None or counts.all() else counts)
     try:
-        yield
+        yield args, kwargs
     finally:
         _counts.reset(token)
 
@@ -54,7 +57,11 @@ def inside(x: Tensor, kind: str) -> Tensor | None:
 
 def without_padding(x: Tensor, kind: str) -> Tensor:
     """Return x, or if there is padding in it the other elements as a vector."""
-    counted = inside(x, kind)
+    return select(x, inside(x, kind))
+
+
+def select(x: Tensor, counted: Tensor | None) -> Tensor:
+    """Return x, or the elements that `inside` told as a vector."""
     return x if counted is None else x[counted.expand_as(x)]
 
 

@@ -13,7 +13,7 @@ from ..masks import Mask
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, state_of, weight_quantizers
-from .padding import arguments_of, counting
+from .padding import counting
 from .scheme import Overrides, Scheme, matches
 
 
@@ -109,8 +109,7 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
 
 def forward_batch(model: nn.Module, batch: Any, mask: Mask | None = "attention_mask") -> Any:
     """Call a model with a batch, whose padding is known meanwhile."""
-    args, kwargs = arguments_of(batch)
-    with counting(model, batch, mask):
+    with counting(model, batch, mask) as (args, kwargs):
         return model(*args, **kwargs)
 
 

@@ -176,20 +176,23 @@ def _measure(
         progress(f"seed {seed}: measuring {arm.name}", 1)
 
     add(FLOAT_BITS, "none", "channel", model)
-    for calibrator, weights, bits, quantized in _quantized(recipe, ways, model):
+    for calibrator, weights, bits, quantized in quantized_in(recipe, ways, model):
         add(bits, calibrator, weights, quantized)
     return rows
 
 
-def _quantized(
-    recipe: Recipe, ways: Sequence[tuple[str, str]], model: nn.Module
+def quantized_in(
+    recipe: Recipe, ways: Sequence[tuple[str, str]], model: nn.Module, **options: Any
 ) -> Iterator[tuple[str, str, int, nn.Module]]:
-    """Yield the model in every way and width: one calibration serves all widths, if it can."""
+    """Yield the model in every way and width: one calibration serves all widths, if it can.
+
+    ways: (calibrator, granularity of weights). `options` are of `quantize`.
+    """
     quantized, calibrated = model, ""
     for calibrator, weights in ways:
         for bits in recipe.bits:
             if calibrator != calibrated or calibrator in SEARCHES:
-                data, calibrated = recipe.calibration(), calibrator
-                quantized = quantize(copy.deepcopy(model), bits, calibrator=calibrator, data=data)
+                calibrated, options["data"] = calibrator, recipe.calibration()
+                quantized = quantize(copy.deepcopy(model), bits, calibrator=calibrator, **options)
             requantize(quantized, bits, weights)
             yield calibrator, weights, bits, quantized
