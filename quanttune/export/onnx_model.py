@@ -1,0 +1,85 @@
+"""An ONNX model that ONNX Runtime computes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read(path: str | Path) -> "onnx.ModelProto":
+    """Read an ONNX file and the tensors beside it.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not whole, or no ONNX file.
+        ModuleNotFoundError: the extra deploy is not installed.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        model = onnx.load(path)
+    except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
+        raise ValueError(f"{path} is no whole ONNX file: {error}") from error
+    if not model.graph.node or not model.opset_import:
+        raise ValueError(f"{path} is no whole ONNX file: it holds no graph, or not all of it")
+    return model
+
+
+class OnnxModel:
+    """Run a model of ONNX in ONNX Runtime on the CPU, called as the model that it was made from.
+
+    Args:
+        model: a file, or what `read` returned.
+        threads: of one operator.
+        optimized: a file for the graph that ONNX Runtime makes of it.
+
+    Raises:
+        ValueError: ONNX Runtime refuses the model.
+    """
+
+    def __init__(self, model: Any, *, threads: int = 1, optimized: Path | None = None) -> None:
+        if isinstance(model, (str, Path)):
+            read(model)  # says what is wrong with a file
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if optimized:
+            options.optimized_model_filepath = str(optimized)
+        source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
+        refusals = states.Fail, states.InvalidGraph, states.InvalidArgument, states.NotImplemented
+        try:
+            self._session = onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"]
+            )
+        except refusals as error:
+            raise ValueError(f"ONNX Runtime refuses the model: {error}") from error
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the outputs by name, in their order.
+
+        Arguments go to the inputs in their order, keywords to those of their names; keywords that
+        the model has no input for, such as labels, are left out.
+
+        Raises:
+            ValueError: an input is missing.
+        """
+        given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        if missing := [name for name in self.inputs if name not in given]:
+            raise ValueError(f"the model needs the inputs {missing}, got {list(given)}")
+        feeds = {name: given[name].detach().cpu().numpy() for name in self.inputs}
+        values = self._session.run(None, feeds)
+        return {n: torch.from_numpy(value) for n, value in zip(self.outputs, values, strict=True)}
