@@ -1,10 +1,12 @@
-"""Four small Transformers with random weights and no dropout, each with a batch and a loss."""
+"""Small Transformers with random weights and no dropout, each with a batch and a loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -14,6 +16,14 @@ BATCH = 4
 CLASSES = 5
 TOKENS = 7
 WORDS = 60
+_VIT: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": CLASSES,
+}
 
 
 @dataclass
@@ -37,10 +47,14 @@ class Example:
 
 
 def vit() -> Example:
-    model = VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=CLASSES
-    )
-    return Example(model, torch.randn(BATCH, 3, 16, 16), _classes(), ("head",))
+    return Example(VisionTransformer(**_VIT), torch.randn(BATCH, 3, 16, 16), _classes(), ("head",))
+
+
+def deit() -> Example:
+    """Return a DeiT with the token and the head of distillation."""
+    model = VisionTransformerDistilled(**_VIT)
+    heads = ("head", "head_dist")
+    return Example(model, torch.randn(BATCH, 3, 16, 16), _classes(), heads)
 
 
 def swin() -> Example:

@@ -9,23 +9,24 @@ import onnx
 import onnx_files
 import pytest
 import torch
-from models import MODELS, Example
+from models import MODELS, Example, deit
 
 import quanttune as qt
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.description import describe
 from quanttune.quantization.insertion import quantizers
 
+KINDS = {**MODELS, "deit": deit}
+# in these coverages both operands of every product are rounded
 CASES = [
-    ("vit", 8, "linear"),
-    ("vit", 6, "full"),
-    ("bert", 8, "full"),
-    ("bert", 7, "linear"),
-    ("opt", 6, "full"),
-    ("swin", 7, "full"),
+    (name, bits, coverage)
+    for name, full in zip(KINDS, [(6,), (7,), (8, 7), (6, 8), (7,)], strict=True)
+    for bits in (8, 7, 6)
+    for coverage in ["full" if bits in full else "linear"]
 ]
 BLOCKS = {  # of which one is enough
     "vit": "blocks",
+    "deit": "blocks",
     "bert": "bert.encoder.layer",
     "opt": "model.decoder.layers",
     "swin": "layers.0.blocks",
@@ -55,7 +56,7 @@ class Exported:
 def exported(request, tmp_path_factory):
     torch.manual_seed(0)
     name, bits, coverage = request.param
-    example = MODELS[name]()
+    example = KINDS[name]()
     model = example.model.eval()
     del model.get_submodule(BLOCKS[name])[1:]
     for parameter in model.parameters():

@@ -38,6 +38,17 @@ class Pixels(nn.Module):
         return self.patches(images).flatten(2)
 
 
+class Twice(nn.Module):
+    """Two Linears of one tensor, of which the second is called again."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh() + self.two(x).tanh())
+
+
 INPUTS = {
     Words: torch.arange(12).reshape(2, 6) % 9,
     Pixels: torch.linspace(-2, 2, 96).reshape(2, 3, 4, 4),
@@ -160,6 +171,16 @@ def test_calls_of_one_module_are_numbered(tmp_path):
     sites = onnx_files.sites(onnx.load(tmp_path / "model.onnx"))
     assert sites.count("shared.output_quantizer") == 1
     assert {"shared.output_quantizer.codes_1", "shared.output_quantizer.codes_2"} <= set(sites)
+
+
+def test_calls_keep_their_numbers_where_sites_are_merged(tmp_path):
+    x = torch.linspace(-3, 3, 24).reshape(3, 8)
+    model = qt.quantize(Twice().eval(), coverage="linear", data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx")
+    sites = onnx_files.sites(onnx.load(tmp_path / "model.onnx"))
+    assert "one.input_quantizer" in sites
+    assert "two.input_quantizer" not in sites  # makes the same codes of the same tensor
+    assert "two.input_quantizer.codes_1" in sites
 
 
 def test_texts_of_any_length(tmp_path):

@@ -90,7 +90,7 @@ def _translated(
     try:
         import onnxscript
 
-        from .onnx_graph import finish
+        from .onnx_graph import finish, name_codes
         from .translations import translations
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
@@ -100,8 +100,11 @@ def _translated(
         custom_translation_table=table,
         opset_version=opset,
         output_names=_output_names(program),
+        optimize=False,
         verbose=False,
     )
+    name_codes(exported.model.graph)
+    exported.optimize()
     model = exported.model
     found = {
         str(value.shape[axis]): name

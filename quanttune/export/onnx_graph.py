@@ -13,12 +13,11 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, out
 
 
 def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
-    """Name codes and dimensions, drop the traces of the exporting machine, free products of Clips.
+    """Name dimensions, drop the traces of the exporting machine, free products of Clips.
 
     Args:
         dimensions: names of dimensions that replace those of the trace.
     """
-    _name_codes(model.graph)
     _name_dimensions(model.graph, dimensions)
     nodes, values = model.graph.all_nodes(), _values(model.graph)
     owners: list[Any] = [model, model.graph, *nodes, *values]
@@ -27,8 +26,11 @@ def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
     _free_products(model.graph)
 
 
-def _name_codes(graph: ir.Graph) -> None:
-    """Call what QuantizeLinear returns by its site; a site's later calls get a number."""
+def name_codes(graph: ir.Graph) -> None:
+    """Call what QuantizeLinear returns by its site; a site's later calls get a number.
+
+    Equal nodes are still there, so that the numbers are those of the calls.
+    """
     calls: Counter[str] = Counter()
     for node in graph:
         if node.op_type == "QuantizeLinear":
