@@ -211,6 +211,18 @@ def test_training_mode_is_kept_and_dropout_is_not(tmp_path):
     assert_runs_alike(model.eval(), tmp_path / "model.onnx", INPUTS[Shared])
 
 
+def test_a_language_model_that_caches_returns_logits_alone(tmp_path):
+    example = MODELS["opt"]()
+    model = example.model.eval()
+    model.config.use_cache = True
+    del model.model.decoder.layers[1:]
+    qt.quantize(model, coverage="linear", data=[example.inputs])
+    qt.export_onnx(model, example.inputs, tmp_path / "model.onnx")
+    assert model.config.use_cache
+    (output,) = onnx.load(tmp_path / "model.onnx").graph.output
+    assert output.name == "logits"
+
+
 def learning():
     model = quantized(Shared)
     qt.learn_scales(model)

@@ -35,7 +35,8 @@ def export_onnx(
     Weights are stored as int8, those of Linear modules as (inputs, outputs). The codes of an
     activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
     than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
-    have the first one's name. The metadata hold the recipe, as `quanttune.save` writes it.
+    have the first one's name. The keys and values of a language model's cache are no outputs. The
+    metadata hold the recipe, as `quanttune.save` writes it.
 
     At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
 
@@ -74,7 +75,7 @@ def _traced(
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with torch.no_grad(), _evaluating(model), integer_weights(model):
+    with torch.no_grad(), _evaluating(model), _without_cache(model), integer_weights(model):
         return torch.export.export(
             model,
             args,
@@ -146,3 +147,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keep a language model from returning the keys and values of each layer."""
+    config: Any = getattr(model, "config", None)
+    uses_cache = getattr(config, "use_cache", None)
+    if uses_cache:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if uses_cache:
+            config.use_cache = uses_cache

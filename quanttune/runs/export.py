@@ -29,8 +29,6 @@ def export(
     if not source.is_quantized:
         raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
     model: Any = source.load(settings.seed).cpu()
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # else the keys and values of each layer are outputs too
     is_image = source.task == "image-classification"
     inputs = _example(models.load_processor(source.name, source.task), is_image)
     dynamic = BATCH if is_image else TEXT
