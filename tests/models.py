@@ -10,7 +10,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 BATCH = 4
 CLASSES = 5
@@ -23,6 +30,13 @@ _VIT: dict[str, Any] = {
     "depth": 2,
     "num_heads": 2,
     "num_classes": CLASSES,
+}
+BLOCKS = {
+    "vit": "blocks",
+    "deit": "blocks",
+    "bert": "bert.encoder.layer",
+    "opt": "model.decoder.layers",
+    "swin": "layers.0.blocks",
 }
 
 
@@ -107,6 +121,14 @@ def opt() -> Example:
     return Example(OPTForCausalLM(config).train(), words, words.roll(-1, 1), ("lm_head",))
 
 
+def gpt2() -> Example:
+    """Return a model of Conv1D modules, whose head is tied to the embeddings."""
+    sizes = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    words = _words()
+    model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False))
+    return Example(model, words, words.roll(-1, 1), ("lm_head",))
+
+
 class Shared(nn.Module):
     """One Linear that is called three times, and has two names."""
 
@@ -124,6 +146,16 @@ class Shared(nn.Module):
 
 
 MODELS: dict[str, Callable[[], Example]] = {"vit": vit, "swin": swin, "bert": bert, "opt": opt}
+
+
+def shallow(name: str) -> Example:
+    """Return a model of one block in evaluation mode, whose weights are large enough to matter."""
+    example = {**MODELS, "deit": deit}[name]()
+    del example.model.eval().get_submodule(BLOCKS[name])[1:]
+    for parameter in example.model.parameters():
+        if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little
+            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    return example
 
 
 def _classes() -> Tensor:

@@ -31,8 +31,8 @@ class Attention(nn.Module):
         if self.fused:
             return x + F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         scale = 8**-0.5 if self.scale is None else self.scale
-        scores = query @ key.transpose(-2, -1)
-        return x + F.dropout((scores * scale).softmax(-1), 0.1, self.training) @ value
+        scores = (query * scale) @ key.transpose(-2, -1)  # as in timm
+        return x + F.dropout(scores.softmax(-1), 0.1, self.training) @ value
 
 
 def rounded(x: torch.Tensor, bits: int, calibrated: torch.Tensor | None = None) -> torch.Tensor:

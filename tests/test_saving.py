@@ -191,15 +191,15 @@ def test_the_fields_are_those_of_compressed_tensors():
     group |= {"input_activations": activation, "output_activations": activation}
     assert describe(model) == {
         "quant_method": "quanttune",
-        "version": "1",
+        "version": "2",
         "format": "dense",
         "quantization_status": "frozen",
         "scheme": {
             "bits": 8, "weight_bits": 4, "coverage": "full_no_softmax", "weights": "channel",
-            "residual": True, "overrides": {},
+            "residual": True, "overrides": {}, "methods": [],
         },
         "config_groups": {"group_0": group},
-        "operation_groups": {},
+        "operation_groups": {}, "restorations": {},
     }  # fmt: skip
 
 
@@ -324,12 +324,16 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
     [
         (put("codebook", value=1), "the quantization has unknown field(s) codebook"),
         (drop("scheme"), "the quantization lacks scheme"),
-        (put("version", value="2"), "version must be '1', got '2'"),
+        (put("version", value="1"), "version must be '2', got '1': quantize the float model again"),
         (put("quant_method", value="gptq"), "quant_method must be 'quanttune', got 'gptq'"),
         (put("scheme", "groups", value=128), "scheme has unknown field(s) groups"),
         (put("scheme", "bits", value=40), "bits must be from 2 to 16, got 40"),
         (put("scheme", "bits", value="8"), "scheme holds a value of another type"),
         (put("scheme", "overrides", value=3), "scheme holds a value of another type"),
+        (
+            put("scheme", "methods", value="erq"),
+            "scheme.methods must be a list of names, got 'erq'",
+        ),
         (put("scheme", "coverage", value="all"), "coverage must be one of"),
         (put(*GROUP, "zero_point", value=3), "config_groups.group_0 has unknown field(s) zero"),
         (put(*GROUP, "targets", value="head"), "targets must be a list of names, got 'head'"),

@@ -11,6 +11,12 @@ from torch import nn
 
 from .insertion import insert, quantizers, state_of, weight_quantizers
 from .quantizer import ActivationQuantizer, check_scale
+from .restoration import (
+    add_described,
+    described_restorations,
+    drop_restorations,
+    restorations,
+)
 from .schema import ARGUMENTS, FIXED, LEARNED, OPERATION, PARTS, SCHEME, check
 from .scheme import DYNAMIC, Scheme
 
@@ -36,6 +42,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "scheme": json.loads(json.dumps({name: getattr(scheme, name) for name in SCHEME})),
         "config_groups": _grouped(modules),
         "operation_groups": _grouped(operations),
+        "restorations": described_restorations(model),
     }
 
 
@@ -55,7 +62,7 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
         ValueError: the description is not one, or is that of another model.
     """
     check(data)
-    sites = _sites(data)
+    sites = described_sites(data)
     dynamic = any(arguments and arguments["dynamic"] for arguments in sites.values())
     symmetric = all(arguments["symmetric"] for arguments in sites.values() if arguments)
     rules: dict[str, Any] = {"calibrator": DYNAMIC if dynamic else "minmax", "symmetric": symmetric}
@@ -64,6 +71,8 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"scheme holds a value of another type: {error}") from error
     state = insert(model, scheme, undo)
+    undo.callback(drop_restorations, model)
+    add_described(model, data["restorations"])
     state.frozen = not dynamic
     owners = dict(model.named_modules())
     for group in data["operation_groups"].values():
@@ -101,6 +110,8 @@ def settle(model: nn.Module) -> None:
     for name, (_, weight) in weight_quantizers(model).items():
         if weight.scale is not None:
             check_scale(name, weight.scale)
+    for name, restoration in restorations(model).items():
+        check_scale(f"{name}.restoration", restoration.scale)
 
 
 def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
@@ -136,7 +147,7 @@ def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"group_{i}": group for i, group in enumerate(groups.values())}
 
 
-def _sites(data: Mapping[str, Any]) -> dict[str, Any]:
+def described_sites(data: Mapping[str, Any]) -> dict[str, Any]:
     sites = {}
     for group in data["config_groups"].values():
         for target in group["targets"]:

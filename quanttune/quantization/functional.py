@@ -134,6 +134,8 @@ class _Mode(TorchFunctionMode):
     ) -> Tensor:
         """Spell out scaled_dot_product_attention, to quantize what it multiplies."""
         site, quantize = self.sites.number("attention"), self.sites.quantize
+        # before it is rounded, where there are fewer values than scores
+        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
         query = quantize("operand", f"{site}_query", query)
         key = quantize("operand", f"{site}_key", key)
         value = quantize("operand", f"{site}_value", value)
@@ -141,7 +143,6 @@ class _Mode(TorchFunctionMode):
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
         scores = quantize("score", f"{site}_score", query @ key.transpose(-2, -1))
-        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~seen, -torch.inf)

@@ -21,8 +21,7 @@ STATE = "quantization_state"  # the attribute of a quantized model that holds it
 
 def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
     """Swap modules for their twins and watch the others, in place; `undo` takes it all back."""
-    if is_quantized(model):
-        raise ValueError(f"{type(model).__name__} is quantized already")
+    refuse_quantized(model)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     modules = [(name, m, _covered_twin(m, scheme)) for name, m in model.named_modules()]
     if not any(twin for *_, twin in modules):
@@ -45,6 +44,12 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
 def is_quantized(model: nn.Module) -> bool:
     """Tell whether any module of a model is quantized."""
     return any(isinstance(module, (Twin, ActivationQuantizer)) for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise a ValueError if any module of a model is quantized."""
+    if is_quantized(model):
+        raise ValueError(f"{type(model).__name__} is quantized already")
 
 
 def state_of(model: nn.Module) -> FunctionalSites:
@@ -101,7 +106,8 @@ def _wrap_norm(
         yield module.register_forward_pre_hook(_quantize_input)
     if "norm" in scheme.kinds:
         _add(name, module, "output_quantizer", "norm", scheme, device)
-        yield module.register_forward_hook(_quantize_output)
+        # first: a restoration scales what is rounded
+        yield module.register_forward_hook(_quantize_output, prepend=True)
 
 
 def _add(

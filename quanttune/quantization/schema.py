@@ -1,7 +1,8 @@
 """The fields of a described model, and the check that there are no others.
 
 The names are those of compressed-tensors. `config_groups` are modules that have the same grids;
-`operation_groups`, which compressed-tensors has no name for, are functional sites; `scheme` is what
+`operation_groups`, which compressed-tensors has no name for, are functional sites, `restorations`
+LayerNorms that were equalized for the modules they are listed with; `scheme` is what
 `quantize` was asked for. What is not `symmetric` has its zero point among the tensors, beside its
 scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
 """
@@ -12,11 +13,12 @@ from typing import Any
 
 from ..fake_quantizer import integer_range
 
-METHOD, VERSION = "quanttune", "1"
+METHOD = "quanttune"
+VERSION = "2"  # 2: queries are scaled before they are rounded; methods
 FIXED = {
     "quant_method": METHOD, "version": VERSION, "format": "dense", "quantization_status": "frozen",
 }  # fmt: skip
-SCHEME = ("bits", "weight_bits", "coverage", "weights", "residual", "overrides")
+SCHEME = ("bits", "weight_bits", "coverage", "weights", "residual", "overrides", "methods")
 PARTS = {
     "weight_quantizer": "weights",
     "input_quantizer": "input_activations",
@@ -41,23 +43,29 @@ def check(data: Any) -> None:
     Raises:
         ValueError: a field is unknown, is missing or holds something else; it says which.
     """
-    names = (*FIXED, "scheme", "config_groups", "operation_groups")
+    names = (*FIXED, "scheme", "config_groups", "operation_groups", "restorations")
+    if isinstance(data, dict) and data.get("version", VERSION) != VERSION:
+        raise ValueError(
+            f"version must be {VERSION!r}, got {data['version']!r}: quantize the float model again"
+        )
     _check_fields(data, names, "the quantization")
     for name, value in FIXED.items():
         if data[name] != value:
             raise ValueError(f"{name} must be {value!r}, got {data[name]!r}")
     _check_fields(data["scheme"], SCHEME, "scheme")
+    _check_names(data["scheme"]["methods"], "scheme.methods")
     for name, parts in _GROUPS.items():
         _check_fields(data[name], data[name], name)  # any keys
         for key, group in data[name].items():
             _check_group(group, parts, f"{name}.{key}")
+    _check_fields(data["restorations"], data["restorations"], "restorations")
+    for name, readers in data["restorations"].items():
+        _check_names(readers, f"restorations.{name}")
 
 
 def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
     _check_fields(group, ("targets", *parts), where)
-    targets = group["targets"]
-    if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
-        raise ValueError(f"{where}.targets must be a list of names, got {targets!r}")
+    _check_names(group["targets"], f"{where}.targets")
     for part in parts:
         if part == "kind":
             _check_text(group[part], f"{where}.{part}")
@@ -86,6 +94,11 @@ def _check_arguments(data: Any, where: str, values_of: dict[str, list[Any]]) -> 
         if data[name] not in values:
             raise ValueError(f"{where}.{name} must be one of {values}, got {data[name]!r}")
     _check_text(data["observer"], f"{where}.observer")
+
+
+def _check_names(data: Any, where: str) -> None:
+    if not (isinstance(data, list) and all(isinstance(name, str) for name in data)):
+        raise ValueError(f"{where} must be a list of names, got {data!r}")
 
 
 def _check_text(data: Any, where: str) -> None:

@@ -1,6 +1,6 @@
 """What a quantized model is: bits, granularity of weights, coverage, calibrator, exceptions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -28,6 +28,7 @@ class Scheme:
     residual: bool = True
     overrides: Overrides = field(default_factory=dict)
     symmetric: bool = True  # activations; weights always are
+    methods: Sequence[str] = ()  # what changed the parameters
 
     def __post_init__(self) -> None:
         integer_range(self.bits)

@@ -1,19 +1,22 @@
 """Turn a float model into one that computes on integer grids, simulated in floating point."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..masks import Mask
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
-from .insertion import insert, quantizers, state_of, weight_quantizers
-from .padding import counting
+from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
+from .methods import METHODS, Method, Rounding, methods_of
+from .passes import enable_weights
+from .passes import forward_batch as forward_batch
+from .passes import forward_batches as forward_batches
+from .restoration import drop_restorations
 from .scheme import Overrides, Scheme, matches
 
 
@@ -28,6 +31,7 @@ def quantize(
     residual: bool = True,
     overrides: Overrides | None = None,
     symmetric: bool = True,
+    methods: Sequence[str | Method] = (),
     data: Iterable[Any] | None = None,
     mask: Mask | None = "attention_mask",
 ) -> nn.Module:
@@ -55,6 +59,9 @@ def quantize(
         symmetric: False gives each activation a zero point: its grid covers from the lowest to the
             highest value, and zero. "percentile" then takes the 0.1th and the 99.9th of the values,
             "omse" is FQ-ViT's; "mse", "kl" and "dynamic" have no such form. Weights stay symmetric.
+        methods: what is done to the parameters so that rounding costs less, in this order: names
+            in quanttune.quantization.methods, such as "erq", or objects with options, such as
+            GPTQ(act_order=True). They read `data` several times.
         data: batches of inputs: tensors, mappings (passed as keywords), or tuples and lists such as
             (inputs, labels), whose first element is taken.
         mask: which tokens of a batch are padding, which no range is taken from: as in `attach`.
@@ -62,19 +69,30 @@ def quantize(
     Raises:
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
             finite, the model has nothing to quantize or is quantized already, an override matches
-            nothing. TypeError: a calibrator of one's own has no range(), with symmetric=False.
+            nothing, a method cannot be applied. TypeError: a calibrator of one's own has no
+            range(), with symmetric=False.
     """
+    equalizations, roundings = methods_of(methods)
+    names = tuple(method.name for method in (*equalizations, *roundings))
     options = weight_bits, calibrator, coverage, weights, residual, overrides or {}, symmetric
-    scheme = Scheme(bits, *options)
-    if data is None and not scheme.dynamic:
-        raise ValueError(f"calibrator={calibrator!r} needs data, an iterable of input batches")
+    scheme = Scheme(bits, *options, names)
+    batches = _check_data(data, scheme)
+    refuse_quantized(model)
     with ExitStack() as undo:  # an error leaves the model as it was
+        if names:
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            undo.callback(model.load_state_dict, before)
+            undo.callback(drop_restorations, model)
+        for equalization in equalizations:
+            equalization.apply(model, scheme, batches, mask)
         functional = insert(model, scheme, undo)
-        if data is not None and not scheme.dynamic:
-            _calibrate(model, data, mask)
+        if not scheme.dynamic:
+            _calibrate(model, batches, mask)
             _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
+        for rounding in roundings:
+            rounding.apply(model, scheme, batches, mask)
         undo.pop_all()
     announce(model)
     return model
@@ -87,9 +105,13 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     Overrides of the width are forgotten; what they left in float stays in float.
 
     Raises:
-        ValueError: the ranges were searched for grids of another width.
+        ValueError: the ranges were searched for grids of another width, or a method chose the codes
+            of the weights.
     """
     state = state_of(model)
+    for name in state.scheme.methods:
+        if issubclass(METHODS.get(name, Method), Rounding):
+            raise ValueError(f"{name} rounded the weights: quantize the float model again")
     if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:
         raise ValueError(
             f"{state.scheme.calibrator} searched its ranges for {state.scheme.bits} bits: quantize "
@@ -107,39 +129,24 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     announce(model)
 
 
-def forward_batch(model: nn.Module, batch: Any, mask: Mask | None = "attention_mask") -> Any:
-    """Call a model with a batch, whose padding is known meanwhile."""
-    with counting(model, batch, mask) as (args, kwargs):
-        return model(*args, **kwargs)
-
-
-@torch.no_grad()
-def forward_batches(
-    model: nn.Module, data: Iterable[Any], mask: Mask | None = "attention_mask"
-) -> int:
-    """Run a model over batches in evaluation mode, for its hooks; return how many there were."""
-    was_training = model.training
-    model.eval()
-    batches = 0
-    try:
-        for batch in data:
-            forward_batch(model, batch, mask)
-            batches += 1
-    finally:
-        model.train(was_training)
-    return batches
+def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:
+    """Return the batches of data; none if a dynamic model is not given any."""
+    if data is None and not scheme.dynamic:
+        wanted = f"calibrator={scheme.calibrator!r} needs data"
+        raise ValueError(f"{wanted}, an iterable of input batches")
+    if scheme.methods and (data is None or iter(data) is data):
+        raise ValueError(
+            "methods read data several times: they need a list or a DataLoader of input batches, "
+            f"got {type(data).__name__}"
+        )
+    return () if data is None else data
 
 
 def _calibrate(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> None:
-    _enable_weights(model, False)
+    enable_weights(model, False)
     if not forward_batches(model, data, mask):
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
-    _enable_weights(model, True)
-
-
-def _enable_weights(model: nn.Module, enabled: bool) -> None:
-    for _, quantizer in weight_quantizers(model).values():
-        quantizer.enabled = enabled
+    enable_weights(model, True)
 
 
 def _check_overrides(model: nn.Module, scheme: Scheme) -> None:

@@ -40,8 +40,18 @@ class Source:
         """Return the model in evaluation mode, on the GPU if there is one.
 
         quantized: False takes the weights of a quantized model in float.
+
+        Raises:
+            ValueError: the weights are those of an equalized model, and wrong without what restores
+                the outputs of its LayerNorms.
         """
         config = copy.deepcopy(self.config)
+        description = getattr(config, "quantization_config", None) or {}
+        if not quantized and description.get("restorations"):
+            raise ValueError(
+                f"{self.name} was equalized where its LayerNorms feed a residual branch, so its "
+                "weights are no float model: name the model that was quantized"
+            )
         if not quantized and hasattr(config, "quantization_config"):
             del config.quantization_config
         set_seed(seed)

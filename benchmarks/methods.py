@@ -1,0 +1,86 @@
+"""Quantize a demo's arms by the methods of quanttune.quantization.methods, alone and together.
+
+python benchmarks/methods.py minilm --seeds 3 --out benchmarks/results/xeon-2-cores
+
+Min-max, weights per channel, on the test rows; the options of the methods are their defaults, none
+was chosen here. A run that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from quanttune.analysis.environment import environment
+from quanttune.files import write_json
+from quanttune.quantization.methods import METHODS
+from quanttune.quantization.simulation import quantize
+from quanttune.recipes import NAMES, recipe
+
+ARMS = {"minilm": ("base", "detached"), "digits": ("control", "detached")}
+WIDTHS = ((8, 8), (6, 6), (4, 8), (4, 4))  # of weights and of activations
+COVERAGES = ("full_no_softmax", "linear")
+CHOICES = ((), *((name,) for name in METHODS), ("smoothquant", "gptq"), ("smoothquant", "erq"))
+FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "methods": []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=NAMES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results |= {"task": make.name, "metric": make.metric, "environment": environment()}
+    for seed in range(options.seeds):
+        for row in _rows(make(seed), seed, results["rows"]):
+            results["rows"].append(row)
+            write_json(path, results)
+            print(row, flush=True)
+
+
+def _rows(job: Any, seed: int, known: list[Any]) -> Iterator[dict[str, Any]]:
+    done = [{**row, "value": None, "seconds": None} for row in known]
+    for arm in (arm for arm in job.arms if arm.name in ARMS[job.name]):
+        ways = [{"seed": seed, "arm": arm.name, **way} for way in (FLOAT, *_ways())]
+        ways = [way for way in ways if {**way, "value": None, "seconds": None} not in done]
+        if not ways or (seed and not arm.learning_rate and job.name == "minilm"):
+            continue  # an arm that is not tuned is the same for every seed
+        model = job.prepare(arm, lambda: None)
+        for way in ways:
+            began = time.monotonic()
+            quantized = _quantized(job, model, way)
+            seconds = round(time.monotonic() - began, 1)
+            yield {**way, "value": job.evaluate(quantized), "seconds": seconds}
+
+
+def _ways() -> Iterator[dict[str, Any]]:
+    for coverage, (weight_bits, bits), methods in product(COVERAGES, WIDTHS, CHOICES):
+        yield {
+            "coverage": coverage,
+            "weight_bits": weight_bits,
+            "bits": bits,
+            "methods": list(methods),
+        }
+
+
+def _quantized(job: Any, model: Any, way: dict[str, Any]) -> Any:
+    if way["coverage"] == "none":
+        return model
+    return quantize(
+        copy.deepcopy(model),
+        way["bits"],
+        weight_bits=way["weight_bits"],
+        coverage=way["coverage"],
+        methods=way["methods"],
+        data=job.calibration(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What is done to a model so that rounding it costs less, a file per kind; a new method is a class
+in a table.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from .aweq import AWEQ as AWEQ
+from .erq import ERQ as ERQ
+from .gptq import GPTQ as GPTQ
+from .method import Equalization as Equalization
+from .method import Method as Method
+from .method import Rounding as Rounding
+from .outlier_suppression import OutlierSuppression as OutlierSuppression
+from .repq import RepQ as RepQ
+from .smoothquant import SmoothQuant as SmoothQuant
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {m.name: m for m in (SmoothQuant, OutlierSuppression, AWEQ, RepQ, GPTQ, ERQ)}
+)
+
+
+def methods_of(chosen: Iterable[str | Method]) -> tuple[list[Equalization], list[Rounding]]:
+    """Return the methods that are chosen by name or with their options, by when they act.
+
+    Raises:
+        ValueError: a name is unknown, an equalization comes after a rounding, or there are two
+            roundings.
+    """
+    if isinstance(chosen, str | Method):
+        raise ValueError(f'methods must be a list, such as ["erq"], got {chosen!r}')
+    methods = [_method_of(choice) for choice in chosen]
+    equalizations = [method for method in methods if isinstance(method, Equalization)]
+    roundings = [method for method in methods if isinstance(method, Rounding)]
+    if methods != [*equalizations, *roundings]:
+        order = ", ".join(method.name for method in (*equalizations, *roundings))
+        raise ValueError(f"what equalizes the float model comes before what rounds it: {order}")
+    if len(roundings) > 1:
+        names = " and ".join(method.name for method in roundings)
+        raise ValueError(f"{names} both choose the codes of the weights: take one of them")
+    return equalizations, roundings
+
+
+def _method_of(choice: str | Method) -> Method:
+    if isinstance(choice, Method):
+        return choice
+    if choice not in METHODS:
+        raise ValueError(
+            f"methods must be of {', '.join(METHODS)}, or objects such as GPTQ(act_order=True), "
+            f"got {choice!r}"
+        )
+    return METHODS[choice]()

@@ -1,0 +1,89 @@
+"""GPTQ: round column by column, and let the columns that follow make up for each error."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...masks import Mask
+from ..scheme import Scheme
+from .layers import Grid
+from .method import Rounding
+from .moments import groups_of, moments_of
+from .solving import damped_factor
+
+BLOCK = 128  # columns whose errors reach those behind them in one product
+
+
+@dataclass(frozen=True)
+class GPTQ(Rounding):
+    """Round Linear and Conv1D weights one column after the other.
+
+    What a column loses is made up for by those that are still float, so that the layer's output
+    on `data` changes the least. A layer is given what the layers before it, already rounded, make
+    of the data; it is the rounded input that counts. Grids are min-max of the float weights.
+    Convolutions, embeddings and tied weights are rounded to nearest.
+
+    Args:
+        damping: of the inputs' second moments, in units of their mean diagonal. Ten times more is
+            tried up to three times where they cannot be inverted.
+        act_order: take columns in the order of their inputs' energy, the largest first.
+
+    Raises:
+        ValueError: the inputs' second moments cannot be inverted, or no layer is reached.
+
+    Source: Frantar et al., GPTQ, arXiv 2210.17323.
+    """
+
+    name = "gptq"
+    damping: float = 0.01
+    act_order: bool = False
+
+    def apply(
+        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+    ) -> None:
+        for group in groups_of(model, data, mask):
+            (moments,) = moments_of(model, [group], data, mask)
+            hessian = 2 / moments.tokens * moments.gram[:-1, :-1]
+            for layer in group.layers:
+                rows, grid = layer.rows, layer.grid(layer.rows)
+                layer.settle(self.round(rows, grid, hessian), grid)
+
+    def round(self, rows: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+        """Return rows on their grid, float64 (outputs, inputs); hessian: (inputs, inputs)."""
+        order = torch.arange(len(hessian), device=hessian.device)
+        if self.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+        rounded = torch.empty_like(rows)
+        rounded[:, order] = _round_columns(
+            rows[:, order], grid, hessian[order][:, order], self.damping
+        )
+        return rounded
+
+
+def _round_columns(rows: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
+    """Put rows on their grid, in place; hessian changes too."""
+    dead = hessian.diagonal() == 0  # no token has such an input
+    hessian.diagonal()[dead] = 1
+    rows[:, dead] = 0
+    factor = damped_factor(hessian, damping * hessian.diagonal().mean().item())
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    for start in range(0, len(hessian), BLOCK):
+        inside, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        errors = _round_block(rows[:, inside], grid, upper[inside, inside])
+        rows[:, behind] -= errors @ upper[inside, behind]
+    return rows
+
+
+def _round_block(rows: Tensor, grid: Grid, upper: Tensor) -> Tensor:
+    """Round columns in place, and return what the columns behind the block have to make up for."""
+    errors = torch.empty_like(rows)
+    for column in range(len(upper)):
+        values = rows[:, column : column + 1]
+        rounded = grid.nearest(values)
+        errors[:, column : column + 1] = (values - rounded) / upper[column, column]
+        rows[:, column:] -= errors[:, column : column + 1] * upper[column, column:]
+        rows[:, column : column + 1] = rounded  # it is, but for float errors
+    return errors

@@ -1,0 +1,40 @@
+"""What a method is: a frozen dataclass of its options that changes a model in place."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ...masks import Mask
+from ..scheme import Scheme
+
+
+class Method(ABC):
+    """Changes parameters so that rounding costs less; see Equalization and Rounding."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(
+        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+    ) -> None:
+        """Change a model in place; whoever calls takes the parameters back after an error.
+
+        Args:
+            model: float for an equalization; for a rounding calibrated, its weights not rounded.
+            scheme: what the model is to be, or is, quantized to.
+            data: the batches of `quantize`, to be iterated as often as needed.
+            mask: as in `quantize`.
+        """
+
+
+class Equalization(Method):
+    """Changes the float model before it is quantized; what that computes stays the same."""
+
+
+class Rounding(Method):
+    """Chooses the codes of weights, once the grids of activations are known.
+
+    It leaves weights on their grid, whose constant `scale` it gives to the weight's quantizer.
+    """

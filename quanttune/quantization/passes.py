@@ -1,0 +1,61 @@
+"""Run a model over batches of data, for its hooks."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..masks import Mask
+from .insertion import quantizers, weight_quantizers
+from .padding import counting
+
+
+class SeenEnough(Exception):
+    """Raised by a hook that needs no more of the forward that is under way."""
+
+
+def forward_batch(model: nn.Module, batch: Any, mask: Mask | None = "attention_mask") -> Any:
+    """Call a model with a batch, whose padding is known meanwhile."""
+    with counting(model, batch, mask) as (args, kwargs):
+        return model(*args, **kwargs)
+
+
+@torch.no_grad()
+def forward_batches(
+    model: nn.Module, data: Iterable[Any], mask: Mask | None = "attention_mask"
+) -> int:
+    """Run a model over batches in evaluation mode, for its hooks; return how many there were."""
+    was_training = model.training
+    model.eval()
+    batches = 0
+    try:
+        for batch in data:
+            with suppress(SeenEnough):
+                forward_batch(model, batch, mask)
+            batches += 1
+    finally:
+        model.train(was_training)
+    return batches
+
+
+def enable_weights(model: nn.Module, enabled: bool) -> None:
+    """Round the weights of a quantized model, or let them pass."""
+    for _, quantizer in weight_quantizers(model).values():
+        quantizer.enabled = enabled
+
+
+@contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Let a quantized model compute in float; a quantizer's own `forward` still rounds."""
+    with ExitStack() as undo:
+        for quantizer in quantizers(model).values():
+            undo.callback(quantizer.register_forward_hook(_pass).remove)
+        enable_weights(model, False)
+        undo.callback(enable_weights, model, True)
+        yield
+
+
+def _pass(_: nn.Module, args: Any, __: Any) -> Any:
+    return args[0]

@@ -1,0 +1,86 @@
+"""LayerNorms that compute equalized channels, for the Linear modules among what reads them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+NAME = "restoration"  # of what a LayerNorm holds
+
+
+class Restoration(nn.Module):
+    """What a LayerNorm was divided by, where it feeds more than Linear modules.
+
+    The LayerNorm computes (x - shift) / scale, and that is what its quantizer rounds. The model
+    gets x back; only `readers` take (x - shift) / scale again, which lies on the same grid.
+    """
+
+    scale: Tensor  # float32, (channels,)
+    shift: Tensor
+
+    def __init__(self, readers: Iterable[nn.Module], channels: int, device: torch.device) -> None:
+        super().__init__()
+        self.readers = list(readers)  # a list: these are no submodules
+        self.handles: list[RemovableHandle] = []
+        options = {"dtype": torch.float32, "device": device}
+        self.register_buffer("scale", torch.ones(channels, **options))  # type: ignore[call-overload]
+        self.register_buffer("shift", torch.zeros(channels, **options))  # type: ignore[call-overload]
+
+    def restore(self, _: nn.Module, __: Any, x: Tensor) -> Tensor:
+        """Return what the LayerNorm computed before; a forward hook of it."""
+        # not +, which the functional sites look at
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+
+    def equalize(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Undo `restore`; a forward pre-hook of the readers."""
+        x, *others = args
+        return ((x - self.shift.to(x.dtype)) / self.scale.to(x.dtype), *others)
+
+
+def add_restoration(norm: Any, readers: Iterable[nn.Module]) -> Restoration:
+    """Restore the output of a LayerNorm for all but `readers`; it scales by 1 until told more."""
+    restoration = Restoration(readers, norm.normalized_shape[-1], norm.weight.device)
+    norm.add_module(NAME, restoration)
+    restoration.handles.append(norm.register_forward_hook(restoration.restore))
+    for reader in restoration.readers:
+        handle = reader.register_forward_pre_hook(restoration.equalize)
+        restoration.handles.append(handle)
+    return restoration
+
+
+def drop_restorations(model: nn.Module) -> None:
+    """Take all restorations out of a model; its parameters stay as they are."""
+    for name, restoration in restorations(model).items():
+        for handle in restoration.handles:
+            handle.remove()
+        delattr(model.get_submodule(name), NAME)
+
+
+def restorations(model: nn.Module) -> dict[str, Restoration]:
+    """Return the restorations of a model by the names of their LayerNorms."""
+    found = {name: getattr(module, NAME, None) for name, module in model.named_modules()}
+    return {name: module for name, module in found.items() if isinstance(module, Restoration)}
+
+
+def described_restorations(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of LayerNorms that have restorations, with those of their readers."""
+    names = {module: name for name, module in model.named_modules()}
+    return {n: [names[m] for m in found.readers] for n, found in restorations(model).items()}
+
+
+def add_described(model: nn.Module, described: Mapping[str, list[str]]) -> None:
+    """Give a float model the restorations of another, whose factors are loaded later.
+
+    Raises:
+        ValueError: the model has no such LayerNorms and Linear modules.
+    """
+    modules = dict(model.named_modules())
+    for name, readers in described.items():
+        norm = modules.get(name)
+        if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine):
+            raise ValueError(f"restorations: {name!r} is no LayerNorm with weights of this model")
+        if unknown := [reader for reader in readers if reader not in modules]:
+            raise ValueError(f"restorations: the model has no {unknown[0]}")
+        add_restoration(norm, [modules[reader] for reader in readers])
