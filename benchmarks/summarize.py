@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bars import BARS, GPU_BARS, Bar
+from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
+from onnx_latency import COVERAGES, figures
 
 from quanttune.analysis.report import DIGITS
 from quanttune.analysis.table import tabulate
@@ -23,8 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
+COSINES = {
+    "simulation": "simulated",
+    "noise": "simulated with a little noise on what is rounded",
+    "onnxruntime": "in ONNX Runtime",
+}
 GPU, END_OF_GPU = "<!-- gpu: made by benchmarks/summarize.py -->", "<!-- end of gpu -->"
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
+ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
 def main() -> None:
@@ -37,6 +44,8 @@ def main() -> None:
     _replace(readme, MARK, END, _results_table(demos["minilm"], SHOWN))
     if (RESULTS / "cpu-ratios.json").exists():
         _replace(readme, SPEED, END_OF_SPEED, _speed_table(_read("cpu-ratios.json")))
+    if (RESULTS / "onnx.json").exists():
+        _replace(readme, ONNX, END_OF_ONNX, onnx_table(_read("onnx.json")))
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
     page = ROOT / "docs" / "results.md"
@@ -69,6 +78,21 @@ def _speed_table(measured: Any) -> str:
         bar = BARS[key]
         cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
         lines.append(_line(bar.what, *cells, bar.text()))
+    return "\n".join(lines)
+
+
+def onnx_table(measured: Any) -> str:
+    """Return the table of a run of onnx_latency.py."""
+    lines = [_line("W8A8", *COVERAGES, "bar"), _line("---", *["---:"] * 4)]
+    for key, values in figures(measured).items():
+        cells = [f"{values[name]:.2f}x" if name in values else "" for name in COVERAGES]
+        bar = ONNX_BARS[key].text() if key in ONNX_BARS else ""
+        lines.append(_line(ONNX_ROWS[key], *cells, bar))
+    if tuned := measured["minilm"]:
+        for what in ("simulation", "noise", "onnxruntime"):
+            cosines = (tuned["cosine"].get(name) for name in COVERAGES)
+            cells = [f"{cosine[what]:.4f}" if cosine else "" for cosine in cosines]
+            lines.append(_line(f"its cosine, {COSINES[what]}", *cells, ""))
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Outlier-driven fine-tuning that makes Transformers ready for plain integer quantization.
 
 observe (kernels) -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
--> export (ONNX)
+-> export (ONNX) -> verify
 """
 
 # torch first: the C++ kernels run on the OpenMP threads that it loads
@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401
 from . import fused_observer as fused_observer
 from . import reference as reference
 from .export.onnx_export import export_onnx as export_onnx
+from .export.torch_export import export_torch as export_torch
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
@@ -21,3 +22,4 @@ from .quantization.storage import save as save
 from .quantization.summary import summary as summary
 from .tuning.tuner import Tuner as Tuner
 from .tuning.tuner import attach as attach
+from .verification.verification import verify as verify

@@ -64,7 +64,7 @@ def layers(path):
     inputs = list(model.graph.input)
     rounded = {name for node in model.graph.node for name in _codes(node)}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and (codes := node.input[0]) in rounded:
+        if node.input and (codes := node.input[0]) in rounded:
             node.input[0] = codes.replace(CODES, ".fed")
             inputs.append(_value(node.input[0], kinds[codes]))
     return _rebuilt(model, model.graph.node, inputs, model.graph.output)

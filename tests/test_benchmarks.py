@@ -86,3 +86,41 @@ def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benc
         "step_vs_eager": 60,
         "fake_quant_vs_torch": 2,
     }
+
+
+def test_files_are_exported_checked_and_timed(from_benchmarks, monkeypatch):
+    script = from_benchmarks("onnx_latency")
+    monkeypatch.setattr(script, "COVERAGES", ("full",))
+    monkeypatch.setattr("quanttune.inference.latency.SHORTEST", 0)
+    found = script.vit(small=True)
+    assert found["inputs"] == {"x": [8, 3, 32, 32]}
+    # patches, qkv, two of attention, its output, two of the feed-forward, head
+    assert found["products"] == {
+        "float": {"integer": 0, "float": 8},
+        "full": {"integer": 8, "float": 0},
+    }
+    for threads in ("1", "2"):
+        assert found["latency"][threads]["float"]["speed"] == 1
+    assert found["bytes"]["full"] < 0.4 * found["bytes"]["float"]
+
+
+def test_bars_of_onnx_files_and_their_table(from_benchmarks):
+    script = from_benchmarks("onnx_latency")
+    speeds = {"float": {"speed": 1}, "full_no_softmax": {"speed": 1.2}, "full": {"speed": 1.4}}
+    cosines = {"simulation": 0.94, "noise": 0.938, "onnxruntime": 0.931}
+    vit = {"latency": {"1": speeds}, "bytes": {"float": 8, "full_no_softmax": 4, "full": 2}}
+    minilm = {
+        **vit, "cosine": {"full_no_softmax": cosines, "full": {**cosines, "onnxruntime": 0.926}}
+    }  # fmt: skip
+    result = {"vit": vit, "minilm": minilm}
+    assert list(script.missed(result)) == [
+        "vit_speed_1 full_no_softmax: 1.20x, bar ≥ 1.3x",
+        "minilm_bytes full_no_softmax: 0.50x, bar ≤ 0.4x",
+        "minilm cosine, full: 0.014 from the simulation's, bar 0.01",
+    ]
+    lines = from_benchmarks("summarize").onnx_table(result).splitlines()
+    assert lines[0] == "| W8A8 | full_no_softmax | full | linear | bar |"
+    assert lines[2].endswith("| 1.20x | 1.40x |  | ≥ 1.3x |")
+    assert lines[5].endswith("| 0.50x | 0.25x |  | ≤ 0.4x |")
+    assert lines[-1] == "| its cosine, in ONNX Runtime | 0.9310 | 0.9260 |  |  |"
+    assert not list(script.missed({"vit": {**vit, "latency": {}}, "minilm": None}))

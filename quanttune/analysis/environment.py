@@ -11,7 +11,8 @@ import torch
 from ..ops import backends
 
 _PACKAGES = (
-    "quanttune", "torch", "triton", "timm", "transformers", "accelerate", "datasets", "numpy"
+    "quanttune", "torch", "triton", "timm", "transformers", "accelerate", "datasets", "numpy",
+    "onnxruntime",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import analyze, calibrate, demo, doctor, evaluate, export, report, tune
+from . import analyze, bench, calibrate, demo, doctor, evaluate, export, report, tune, verify
 from .terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -23,6 +23,8 @@ app.command("tune")(tune.run)
 app.command("calibrate")(calibrate.run)
 app.command("evaluate")(evaluate.run)
 app.command("export")(export.run)
+app.command("verify")(verify.run)
+app.command("bench")(bench.run)
 app.command("analyze")(analyze.run)
 app.command("report")(report.run)
 app.command("doctor")(doctor.run)

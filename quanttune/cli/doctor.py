@@ -1,6 +1,15 @@
 """`quanttune doctor`."""
 
-from .terminal import Json, console, write_numbers
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .terminal import Json, console, say, write_numbers
+
+if TYPE_CHECKING:
+    from ..inference.products import Explanation
 
 _MENDS = {
     "cpu": "install g++ and run: pip install --force-reinstall --no-deps quanttune",
@@ -8,11 +17,16 @@ _MENDS = {
 }
 
 
-def run(json: Json = None) -> None:
+def run(
+    onnx: Annotated[
+        Path | None, typer.Option(help="A file of quanttune export: what is not faster, and why.")
+    ] = None,
+    json: Json = None,
+) -> None:
     """Print versions, which kernels serve which device and why, and what would mend what is
-    missing.
+    missing. Of an ONNX file: which products ONNX Runtime does not compute in integers here.
 
-    Example: quanttune doctor
+    Example: quanttune doctor --onnx sst2.onnx
     """
     from ..analysis.environment import environment
     from ..ops import backends
@@ -27,4 +41,26 @@ def run(json: Json = None) -> None:
         console.print(f"{device:6} [bold]{backend.name}[/bold]: {backend.reason}", highlight=False)
         if backend.name == "reference" and device in _MENDS:
             console.print(f"       to mend it: {_MENDS[device]}", highlight=False)
+    if onnx:
+        with options.of_extra("deploy"):
+            from dataclasses import asdict
+
+            from ..inference.products import explain
+
+            explanation = explain(onnx)
+        _print_products(onnx, explanation)
+        facts["onnx"] = asdict(explanation)
     write_numbers(json, facts)
+
+
+def _print_products(path: Path, found: "Explanation") -> None:
+    """Print the counts, then each product that is not computed in the integers of the file."""
+    integers = sum(product.is_integer for product in found.products)
+    say(f"{path}: {integers} of {len(found.products)} products in integers")
+    alone = ", ".join(f"{count} {kind}" for kind, count in found.roundings.items())
+    say(f"operators of their own: {alone}")
+    if found.has_vnni is False:
+        say("no VNNI: products of 8 bits may saturate here, and gain little speed")
+    for product in found.products:
+        if product.remark:
+            say(f"{product.name} ({product.operator or 'not found'}): {product.remark}")

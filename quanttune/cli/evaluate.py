@@ -1,6 +1,5 @@
 """`quanttune evaluate`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,24 +23,11 @@ def run(
     ] = None,
     task: options.Task = None,
     subset: options.Subset = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Of the dataset; of a file its rows.", show_default="validation"),
-    ] = None,
+    split: options.MeasuredSplit = None,
     text: options.Columns = None,
     label: options.Label = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="accuracy, f1 or matthews_correlation; perplexity, last_word or last_token. "
-            "Repeat for several.",
-            show_default="accuracy or perplexity, or GLUE's of its subset",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Length to which texts are cut.", show_default="128; of last words 512"),
-    ] = None,
+    metric: options.Metrics = None,
+    tokens: options.MeasuredTokens = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Rows, drawn by the seed; of lm_eval's tasks the first."),
@@ -61,14 +47,9 @@ def run(
     """
     if bool(data) == bool(lm_eval):
         raise ValueError("give what the model is measured on: either --data or --lm-eval")
-    if split is None:
-        # datasets calls the rows of a file so
-        split = "train" if data and Path(data).is_file() else "validation"
-    if tokens is None:
-        tokens = 512 if {"last_word", "last_token"} & {*(metric or ())} else 128
-    settings = options.settings_of(
-        model=model, data=data or "", task=task, subset=subset, split=split, text=text,
-        label=label, tokens=tokens, batch_size=batch_size, seed=seed,
+    settings = options.measured_settings(
+        data, split, tokens, metric, model=model, task=task, subset=subset, text=text,
+        label=label, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     if lm_eval:
         options.refuse_given(context, OF_DATA, "with --data")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,22 @@ Split = Annotated[str, typer.Option(help="Of the dataset.")]
 Columns = Annotated[list[str] | None, typer.Option(help="A column; twice for pairs of texts.")]
 Label = Annotated[str | None, typer.Option(help="The column of labels.")]
 Tokens = Annotated[int, typer.Option(help="Length to which texts are cut.")]
+MeasuredSplit = Annotated[
+    str | None,
+    typer.Option(help="Of the dataset; of a file its rows.", show_default="validation"),
+]
+MeasuredTokens = Annotated[
+    int | None,
+    typer.Option(help="Length to which texts are cut.", show_default="128; of last words 512"),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="accuracy, f1 or matthews_correlation; perplexity, last_word or last_token. "
+        "Repeat for several.",
+        show_default="accuracy or perplexity, or GLUE's of its subset",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Rows at a time.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
@@ -52,3 +69,15 @@ def settings_of(**options: Any) -> Any:
         from ..runs.settings import Settings
     disable_progress_bar()  # one for every model that is loaded or written
     return Settings(**{**options, "text": tuple(options["text"] or ())})
+
+
+def measured_settings(
+    data: str | None, split: str | None, tokens: int | None, metric: list[str] | None, **others: Any
+) -> Any:
+    """Return the Settings of what is measured; validation rows are, and of a file all."""
+    if split is None:
+        # datasets calls the rows of a file so
+        split = "train" if data and Path(data).is_file() else "validation"
+    if tokens is None:
+        tokens = 512 if {"last_word", "last_token"} & {*(metric or ())} else 128
+    return settings_of(data=data or "", split=split, tokens=tokens, **others)

@@ -61,15 +61,16 @@ def export_onnx(
     check_types(act_dtype, opset)
     check_model(model)
     args, kwargs = check_example(example_inputs, dynamic)
-    program = _traced(model, args, kwargs, dynamic)
+    program = traced(model, args, kwargs, dynamic)
     onnx_model = _translated(program, act_dtype, opset, dynamic)
     onnx_model.metadata_props[KEY] = json.dumps(describe(model))
-    _write(onnx_model, path)
+    write(onnx_model, path)
 
 
-def _traced(
+def traced(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Mapping[int, str]
 ) -> torch.export.ExportedProgram:
+    """Trace a model in evaluation mode; if it is quantized, with integer weights."""
     # not torch.export.Dim(name), which would have to know how many tokens a model takes
     size = torch.export.Dim.DYNAMIC
     shapes = pytree.tree_map(
@@ -100,7 +101,7 @@ def _translated(
         program,
         custom_translation_table=table,
         opset_version=opset,
-        output_names=_output_names(program),
+        output_names=output_names(program),
         optimize=False,
         verbose=False,
     )
@@ -117,20 +118,28 @@ def _translated(
     return model
 
 
-def _output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """Name outputs by the keys of what the model returns."""
+def output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the names of what a program returns."""
     spec = program.call_spec.out_spec
-    outputs = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    return list(named(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+
+
+def named(outputs: Any) -> dict[str, Any]:
+    """Name what a model returns as a file of it does: by its keys, or "output".
+
+    Several tensors of one name are numbered.
+    """
     if not isinstance(outputs, Mapping):
         outputs = {"output": outputs}
-    names = []
+    found: dict[str, Any] = {}
     for key, value in outputs.items():
-        leaves = len(pytree.tree_leaves(value))
-        names += [key] if leaves == 1 else [f"{key}_{i}" for i in range(leaves)]
-    return names
+        leaves = pytree.tree_leaves(value)
+        found |= {key if len(leaves) == 1 else f"{key}_{i}": leaf for i, leaf in enumerate(leaves)}
+    return found
 
 
-def _write(model: Any, path: Path) -> None:
+def write(model: Any, path: Path) -> None:
+    """Write a graph of onnx_ir, large tensors beside it."""
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())

@@ -7,23 +7,30 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from .onnx_moves import move_codes
+
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
-    """Name dimensions, drop the traces of the exporting machine, free products of Clips.
+    """Name dimensions and products, drop the machine's traces, free products of Clips.
 
     Args:
         dimensions: names of dimensions that replace those of the trace.
     """
     _name_dimensions(model.graph, dimensions)
+    _name_products(model.graph)
     nodes, values = model.graph.all_nodes(), _values(model.graph)
     owners: list[Any] = [model, model.graph, *nodes, *values]
     for owner in owners:
         owner.metadata_props.clear()
     _free_products(model.graph)
+    move_codes(model.graph)
+    _keep_floats(model.graph)
 
 
 def name_codes(graph: ir.Graph) -> None:
@@ -38,6 +45,17 @@ def name_codes(graph: ir.Graph) -> None:
             calls[site] += 1
             number = f"_{calls[site] - 1}" if calls[site] > 1 else ""
             node.outputs[0].name = f"{site}.codes{number}"
+
+
+def _name_products(graph: ir.Graph) -> None:
+    """Call products by the module that multiplies; its later products get a number."""
+    calls: Counter[str] = Counter()
+    for node in graph:
+        if node.op_type in PRODUCTS and SCOPES in node.metadata_props:
+            module = ast.literal_eval(node.metadata_props[SCOPES])[-2]
+            name = f"{module}.{node.op_type.lower()}".lstrip(".")
+            calls[name] += 1
+            node.name = f"{name}_{calls[name] - 1}" if calls[name] > 1 else name
 
 
 def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
@@ -64,6 +82,32 @@ def _free_products(graph: ir.Graph) -> None:
             ir.convenience.replace_nodes_and_values(
                 graph, node, [node], [least, greatest], node.outputs, greatest.outputs
             )
+
+
+def _keep_floats(graph: ir.Graph) -> None:
+    """Put a Max that changes nothing behind what is to be computed in float.
+
+    ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
+    what is simulated, and of a convolution whose weight it then rounds to 8 bits itself.
+    """
+    for node in graph:
+        of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
+        if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
+            output = node.outputs[0]
+            readers = list(output.uses())
+            lowest = ir.node("Constant", [], {"value": ir.tensor(np.float32(-np.inf))})
+            greatest = ir.node("Max", [output, lowest.outputs[0]])
+            greatest.outputs[0].shape, greatest.outputs[0].type = output.shape, output.type
+            for reader, index in readers:
+                if reader.op_type == "QuantizeLinear":
+                    reader.replace_input_with(index, greatest.outputs[0])
+            if greatest.outputs[0].uses():
+                graph.insert_after(node, [lowest, greatest])
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    producer = value.producer() if value else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

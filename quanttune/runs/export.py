@@ -1,5 +1,6 @@
 """Write a quantized model's folder as an ONNX file. What `quanttune export` does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from PIL import Image
 
 from ..export.onnx_export import BATCH, export_onnx
 from . import models
-from .inputs import find
+from .inputs import Source, find
 from .settings import Settings
 
 TEXTS = ("one two", "one two three four five six")
@@ -25,14 +26,9 @@ def export(
     Raises:
         ValueError: the model is not quantized, or an argument does not fit.
     """
-    source = find(settings)
-    if not source.is_quantized:
-        raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
-    model: Any = source.load(settings.seed).cpu()
-    is_image = source.task == "image-classification"
-    inputs = _example(models.load_processor(source.name, source.task), is_image)
-    dynamic = BATCH if is_image else TEXT
-    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, dynamic=dynamic)
+    source, model = load_calibrated(settings)
+    inputs = example(source)
+    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, dynamic=dimensions(source))
     return {
         "out": str(out),
         "task": source.task,
@@ -42,9 +38,28 @@ def export(
     }
 
 
-def _example(processor: Any, is_image: bool) -> dict[str, Any]:
-    """Return two rows, such as a user would feed them."""
-    if is_image:
+def load_calibrated(settings: Settings) -> tuple[Source, Any]:
+    """Return where a quantized model is, and the model as it is exported.
+
+    Raises:
+        ValueError: it is not quantized.
+    """
+    source = find(settings)
+    if not source.is_quantized:
+        raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
+    model: Any = source.load(settings.seed).cpu()
+    return source, model
+
+
+def dimensions(source: Source) -> Mapping[int, str]:
+    """Return the dimensions of a model's inputs that may have any size, and their names."""
+    return BATCH if source.task == "image-classification" else TEXT
+
+
+def example(source: Source) -> dict[str, Any]:
+    """Return two rows for a model, such as a user would feed it."""
+    processor = models.load_processor(source.name, source.task)
+    if source.task == "image-classification":
         images = [Image.new("RGB", (64, 64))] * 2
         return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
     processor.pad_token = processor.pad_token or processor.eos_token

@@ -65,6 +65,7 @@ class OnnxModel:
             )
         except refusals as error:
             raise ValueError(f"ONNX Runtime refuses the model: {error}") from error
+        self._refusals = states.InvalidArgument, states.RuntimeException
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -75,11 +76,14 @@ class OnnxModel:
         the model has no input for, such as labels, are left out.
 
         Raises:
-            ValueError: an input is missing.
+            ValueError: an input is missing, or does not fit.
         """
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         if missing := [name for name in self.inputs if name not in given]:
             raise ValueError(f"the model needs the inputs {missing}, got {list(given)}")
         feeds = {name: given[name].detach().cpu().numpy() for name in self.inputs}
-        values = self._session.run(None, feeds)
+        try:
+            values = self._session.run(None, feeds)
+        except self._refusals as error:
+            raise ValueError(f"ONNX Runtime refuses the inputs: {error}") from error
         return {n: torch.from_numpy(value) for n, value in zip(self.outputs, values, strict=True)}

@@ -1,0 +1,1 @@
+"""Check that a file computes what the quantized model simulates."""

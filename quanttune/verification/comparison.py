@@ -1,0 +1,148 @@
+"""An ONNX file beside the simulation: its scales and tensors, its layers, and the whole of it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..export.integer_weights import WIDEST
+from ..export.onnx_export import named
+from ..export.translations import CENTERS
+from ..inference.onnx_model import OnnxModel
+from ..quantization.insertion import quantizers
+from ..quantization.padding import arguments_of
+from .agreement import Distances, Layer, compare_codes
+from .identity import check_shapes, tensors_of
+from .simulated_codes import noise, recording
+from .sites import Rounding, cut, fed, parsed, roundings, stored_tensors
+from .verdicts import wrong_grids, wrong_layers, wrong_output, wrong_tensors
+from .verification import Output
+
+
+def compare(
+    path: Path, file: onnx.ModelProto, model: nn.Module, data: Iterable[Any]
+) -> dict[str, Any]:
+    """Return the fields of a Verification; the model is in evaluation mode.
+
+    Raises:
+        ValueError: the file is of another model, or data is empty.
+    """
+    batches = iter(data)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("data is empty: verify needs at least one batch of inputs")
+    stored, wanted = stored_tensors(file), tensors_of(model)
+    check_shapes(wanted, stored, path)
+    sites = list(roundings(file, stored))
+    center = CENTERS[str(sites[0].dtype)] if sites else 0
+    problems = [*wrong_grids(sites, model, center), *wrong_tensors(stored, wanted)]
+    cut(file, sites)
+    codes, simulated = _simulate(model, first, sites, center)
+    threads = torch.get_num_threads()
+    found = _call(
+        OnnxModel(file, threads=threads), first, {fed(name): x for name, x in codes.items()}
+    )
+    for name, values in codes.items():
+        _check_shape(name, found.get(name, values), values)
+    layers = [compare_codes(*parsed(s.codes), found[s.codes], codes[s.codes]) for s in sites]
+    merged, lost = _not_in_file(codes, sites, model)
+    problems += lost + wrong_layers(layers)
+    others = ((batch, _call(model, batch)) for batch in batches)
+    runs = chain([(first, simulated)], others)
+    outputs = _outputs(OnnxModel(path, threads=threads), model, runs, found, layers)
+    problems += chain.from_iterable(map(wrong_output, outputs))
+    floats = [site for site, quantizer in quantizers(model).items() if quantizer.bits > WIDEST]
+    return {
+        "layers": tuple(layers),
+        "outputs": tuple(outputs),
+        "merged": tuple(merged),
+        "floats": tuple(floats),
+        "problems": tuple(problems),
+    }
+
+
+def _simulate(
+    model: nn.Module, batch: Any, sites: Sequence[Rounding], center: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the codes of all calls of a simulated forward, and its outputs."""
+    dtype = torch.int8 if center == 0 else torch.uint8
+    with recording(model, dtype, center) as codes:
+        outputs = _call(model, batch)
+    if strange := [site.codes for site in sites if site.codes not in codes]:
+        raise ValueError(f"the file makes {strange[0]}, which the model does not of these data")
+    return codes, outputs
+
+
+def _call(model: nn.Module | OnnxModel, batch: Any, more: Mapping[str, Tensor] = {}) -> Any:
+    args, kwargs = arguments_of(batch)
+    return named(model(*args, **kwargs, **more))
+
+
+def _check_shape(name: str, file: Tensor, simulation: Tensor) -> None:
+    if file.shape != simulation.shape:
+        raise ValueError(
+            f"{name} is {list(file.shape)} in the file, {list(simulation.shape)} in the model"
+        )
+
+
+def _not_in_file(
+    codes: Mapping[str, Tensor], sites: Sequence[Rounding], model: nn.Module
+) -> tuple[list[str], list[str]]:
+    """Return the calls that take their codes from another one of the file, and as problems others.
+
+    The exporter merges what rounds the same tensor with the same grid.
+    """
+    grids = quantizers(model)
+
+    def grid(name: str) -> tuple[float, int]:
+        quantizer = grids[parsed(name)[0]]
+        return quantizer.step.item(), quantizer.zero
+
+    there = {site.codes for site in sites}
+    merged, lost = [], []
+    for name, values in codes.items():
+        if name in there:
+            continue
+        same = (other for other in there if grid(other) == grid(name))
+        if any(torch.equal(codes[other], values) for other in same):
+            merged.append(name)
+        else:
+            lost.append(f"the file does not round at {name}")
+    return merged, lost
+
+
+def _outputs(
+    file: OnnxModel,
+    model: nn.Module,
+    runs: Iterable[tuple[Any, Mapping[str, Tensor]]],
+    same_codes: Mapping[str, Tensor],
+    layers: Sequence[Layer],
+) -> list[Output]:
+    """Compare the whole file, and a simulation whose codes flip as the file's, with that of each
+    batch.
+    """
+    distances: dict[str, list[Distances]] = {}
+    largest: dict[str, float] = {}
+    for seed, (batch, expected) in enumerate(runs):
+        with noise(model, seed, layers):
+            noisy = _call(model, batch)
+        found = _call(file, batch)
+        if missing := [name for name in found if name not in expected]:
+            raise ValueError(f"the file returns {missing}, the model {list(expected)}")
+        for name in found:
+            wanted = expected[name].cpu()
+            _check_shape(name, found[name], wanted)
+            all_of_it = distances.setdefault(name, [Distances(), Distances(), Distances()])
+            candidates = (found[name], noisy[name].cpu(), same_codes[name])
+            # the layers took the codes of the first batch
+            for distance, actual in zip(all_of_it, candidates[: 2 if seed else 3], strict=False):
+                distance.add(actual, wanted)
+            largest[name] = max(largest.get(name, 0.0), wanted.abs().max().item())
+    return [
+        Output(name, largest[name], *(distance.distance() for distance in all_of_it))
+        for name, all_of_it in distances.items()
+    ]

@@ -1,0 +1,92 @@
+"""The sites of an exported graph: where it rounds and with what, and the graph cut there."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+CODES = ".codes"
+Grid = tuple[float, int]  # scale and zero point
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A QuantizeLinear, and what reads its codes."""
+
+    codes: str  # name of what it returns: <site>.codes, of later calls <site>.codes_1, ...
+    dtype: np.dtype[Any]  # of the codes
+    grids: tuple[Grid, ...]  # its own, and those of the nodes that make floats of its codes
+
+    @property
+    def site(self) -> str:
+        return parsed(self.codes)[0]
+
+
+def parsed(codes: str) -> tuple[str, int]:
+    """Return the site and the number of the call that codes are named after."""
+    site, _, number = codes.rpartition(CODES)
+    return site, int(number[1:] or 0)
+
+
+def stored_tensors(model: onnx.ModelProto) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the tensors of a graph by name."""
+    found = [(tensor.name, tensor) for tensor in model.graph.initializer]
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found.append((node.output[0], node.attribute[0].t))
+    return {name: numpy_helper.to_array(tensor) for name, tensor in found}
+
+
+def roundings(
+    model: onnx.ModelProto, tensors: dict[str, np.ndarray[Any, Any]]
+) -> Iterator[Rounding]:
+    """Yield where a graph rounds, in the order in which it computes."""
+    readers = _readers(model)
+    for node in model.graph.node:
+        codes = node.output[0]
+        if node.op_type == "QuantizeLinear" and CODES in codes:
+            nodes = [node, *(n for n in readers[codes] if n.op_type == "DequantizeLinear")]
+            grids = tuple(_grid(n, tensors) for n in nodes)
+            zero_point = tensors.get("".join(node.input[2:]), np.uint8(0))
+            yield Rounding(codes, zero_point.dtype, grids)
+
+
+def fed(codes: str) -> str:
+    """Return the name of the input that stands for a site's codes in a graph that was cut."""
+    return codes.replace(CODES, ".fed")
+
+
+def cut(model: onnx.ModelProto, sites: list[Rounding]) -> None:
+    """Cut a graph at its sites, in place: it returns their codes, and goes on with other ones.
+
+    What follows a site takes the input `fed` in place of its codes.
+    """
+    readers = _readers(model)
+    for rounding in sites:
+        kind = helper.np_dtype_to_tensor_dtype(rounding.dtype)
+        other = fed(rounding.codes)
+        for node in readers[rounding.codes]:
+            names = [other if name == rounding.codes else name for name in node.input]
+            del node.input[:]
+            node.input.extend(names)
+        model.graph.input.append(helper.make_tensor_value_info(other, kind, None))
+        model.graph.output.append(helper.make_tensor_value_info(rounding.codes, kind, None))
+
+
+def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in set(node.input):
+            readers[name].append(node)
+    return readers
+
+
+def _grid(node: onnx.NodeProto, tensors: dict[str, np.ndarray[Any, Any]]) -> Grid:
+    scale = tensors.get(node.input[1], np.float32(math.nan))
+    zero_point = tensors.get("".join(node.input[2:]), np.uint8(0))
+    return scale.item(), zero_point.item()

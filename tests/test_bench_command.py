@@ -1,0 +1,244 @@
+"""`quanttune bench`: what is timed answers right, and what is said of the times is right."""
+
+import json
+import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import onnx
+import onnx_files
+import pytest
+import torch
+import transformers
+from cases import LOADERS, bert_case
+from models import MODELS
+from typer.testing import CliRunner
+
+import quanttune as qt
+from quanttune import cli
+from quanttune.export.float_export import export_float
+from quanttune.export.onnx_export import named
+from quanttune.inference import answers, latency
+from quanttune.inference.answers import check_answers
+from quanttune.inference.onnx_model import OnnxModel
+from quanttune.runs import bench
+
+TOKENS = 16  # the most that the model takes
+SCALE = "classifier.weight_quantizer.scale"
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """Return a folder with a float model, a calibrated one, its file, and both models."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bench")
+    *_, batch = bert_case(folder)
+    loader = getattr(transformers, LOADERS[bert_case])
+    model, floating = (loader.from_pretrained(folder / "model").eval() for _ in range(2))
+    (folder / "model").rename(folder / "float")
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    qt.quantize(model, 8, coverage="full", data=[inputs])
+    model.save_pretrained(folder / "w8a8")
+    for file in (folder / "float").glob("tokenizer*"):
+        (folder / "w8a8" / file.name).write_bytes(file.read_bytes())
+    dynamic = {0: "batch", 1: "tokens"}
+    qt.export_onnx(model, inputs, folder / "integer.onnx", dynamic=dynamic)
+    export_float(floating, inputs, folder / "float.onnx", dynamic=dynamic)
+    return SimpleNamespace(folder=folder, model=model, floating=floating, inputs=inputs)
+
+
+def test_quartiles_and_the_speed_of_a_round():
+    # float takes 2, 4, 2 and 3 times as long as integer in the same round
+    samples = {"float": [2.0, 4.0, 8.0, 6.0], "integer": [1.0, 1.0, 4.0, 2.0]}
+    found = latency.summarize(samples)
+    assert found["float"] == latency.Timing(5000, (3500, 6500), 1)
+    assert found["integer"] == latency.Timing(1500, (1000, 2500), 2.5)
+
+
+def test_calls_take_turns(monkeypatch):
+    calls = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(latency, "perf_counter", lambda: next(clock))
+    turns = {name: lambda name=name: calls.append(name) for name in "ab"}
+    samples = latency.in_turns(turns, seconds=0)
+    assert "".join(calls) == "aabb" + "ab" * latency.LEAST
+    assert samples == {name: [1] * latency.LEAST for name in "ab"}
+
+
+def test_a_short_call_is_repeated_within_its_turn(monkeypatch):
+    calls = []
+    now = [0.0]
+    monkeypatch.setattr(latency, "perf_counter", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += 0.015625
+
+    (samples,) = latency.in_turns({"a": call}, seconds=0, shortest=0.0625).values()
+    assert samples == [0.015625] * latency.LEAST
+    assert len(calls) == 2 + 4 * latency.LEAST
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "rows"),
+    [
+        ("vit", "blocks", slice(3)),
+        ("opt", "model.decoder.layers", (slice(3), slice(5))),
+    ],
+)
+def test_the_float_file_is_what_torch_makes_of_the_model(name, blocks, rows, tmp_path):
+    torch.manual_seed(0)
+    example = MODELS[name]()
+    model = example.model.eval()
+    del model.get_submodule(blocks)[1:]
+    dynamic = {0: "batch", 1: "tokens"} if name == "opt" else {0: "batch"}
+    export_float(model, example.inputs, tmp_path / "float.onnx", dynamic=dynamic)
+    with torch.no_grad():
+        expected = named(model(example.inputs[rows]))
+    actual = OnnxModel(tmp_path / "float.onnx")(example.inputs[rows])
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(*actual.values(), *expected.values(), rtol=1e-4, atol=1e-5)
+    plain = torch.onnx.export(model, (example.inputs,), opset_version=20, verbose=False)
+    plain.save(tmp_path / "plain.onnx")
+    counts, others = (onnx_files.operators(tmp_path / f"{n}.onnx") for n in ("float", "plain"))
+    for operator in ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Gelu", "Relu"):
+        assert counts[operator] == others[operator]
+
+
+def test_right_answers_pass(calibrated):
+    folder = calibrated.folder
+    check_answers(
+        folder / "float.onnx",
+        folder / "integer.onnx",
+        calibrated.floating,
+        calibrated.model,
+        calibrated.inputs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"), [(0.5, True), (0.6, False), (1000, False), (float("nan"), False)]
+)
+def test_the_integer_file_may_be_as_far_as_another_rounding(error, passes, monkeypatch):
+    # from the simulation, which is 1 away from the float model on the other side
+    exact = torch.full((4, 3), 2.0)
+    given = {"float": exact, "integer": exact - error}
+    monkeypatch.setattr(answers, "OnnxModel", lambda path: lambda **_: {"output": given[path]})
+    monkeypatch.setattr(answers, "has_vnni", lambda: False)
+    arguments = "float", "integer", lambda **_: exact, lambda **_: exact + 1, {}
+    if passes:
+        check_answers(*arguments)
+    else:
+        with pytest.raises(ValueError, match=r"integer is not timed.* 1.6 was expected.* saturate"):
+            check_answers(*arguments)
+
+
+def damaged(path, kind, out):
+    """Write a copy of a file, with 1.5 times a tensor of floats."""
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if kind in t.name)
+    values = 1.5 * onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float32"), tensor.name))
+    onnx.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "owner"),
+    [("float", "word_embeddings", "the model"), ("integer", SCALE, "the simulation")],
+)
+def test_wrong_answers_are_named(which, kind, owner, calibrated, tmp_path):
+    folder = calibrated.folder
+    files = {name: folder / f"{name}.onnx" for name in ("float", "integer")}
+    files[which] = damaged(files[which], kind, tmp_path / "damaged.onnx")
+    with pytest.raises(ValueError, match=f"damaged.onnx is not timed.* away from {owner}'s"):
+        check_answers(*files.values(), calibrated.floating, calibrated.model, calibrated.inputs)
+
+
+def test_a_wrong_file_is_not_timed(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(
+        bench,
+        "export_float",
+        lambda *args, **_: shutil.copy(calibrated.folder / "float.onnx", args[2]),
+    )
+    wrong = damaged(calibrated.folder / "integer.onnx", SCALE, tmp_path / "damaged.onnx")
+    with pytest.raises(ValueError, match=r"damaged.onnx is not timed"):
+        run("bench", calibrated.folder / "w8a8", "--onnx", wrong, "--batch-size", 2)
+
+
+def test_the_command_times_both_files(calibrated, tmp_path, monkeypatch):
+    seen = []
+
+    def compare(files, batch, threads, seconds):
+        seen.append({name: OnnxModel(path)(**batch) for name, path in files.items()})
+        times = {"float": [0.01, 0.02, 0.03], "integer": [0.005, 0.01, 0.01]}
+        return latency.summarize({name: times[name] for name in files})
+
+    monkeypatch.setattr(bench, "compare", compare)
+    file, out = calibrated.folder / "integer.onnx", tmp_path / "a.json"
+    said = run(
+        "bench", calibrated.folder / "w8a8", "--onnx", file, "--batch-size", 3, "--json", out
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["inputs"] == {name: [3, TOKENS] for name in calibrated.inputs}
+    assert list(found["latency"]) == ["1", "2"]
+    for files in found["latency"].values():
+        assert files == {
+            "float": {**asdict(latency.Timing(20, (15, 25), 1)), "rows_per_second": 150}
+            | {"quartiles": [15, 25]},
+            "integer": {**asdict(latency.Timing(10, (7.5, 10), 2)), "rows_per_second": 300}
+            | {"quartiles": [7.5, 10]},
+        }
+    sizes = found["bytes"]
+    assert sizes["integer"] == file.stat().st_size
+    # names in it differ
+    assert sizes["float"] == pytest.approx(
+        (calibrated.folder / "float.onnx").stat().st_size, rel=0.01
+    )
+    assert sizes["ratio"] == sizes["integer"] / sizes["float"]
+    assert found["environment"]["versions"]["onnxruntime"]
+    assert "vnni" in found["environment"]
+    assert "2.00x" in said
+    assert "7.5 to 10" in said
+    # of the same rows, the files answer alike, and not the same
+    for outputs in seen:
+        values = {name: output["logits"] for name, output in outputs.items()}
+        assert all(x.shape == (3, 5) for x in values.values())
+        assert not torch.equal(values["float"], values["integer"])
+        torch.testing.assert_close(values["float"], values["integer"], rtol=0, atol=0.1)
+
+
+def test_images_and_texts_without_padding_are_drawn():
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(9, 2))
+    rows = {
+        "input_ids": torch.tensor([[0, 0, 5], [5, 6, 7]]),
+        "attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]),
+        "token_type_ids": torch.zeros(2, 3, dtype=torch.long),
+    }
+    batch = bench._batch(rows, model, 40, 11, seed=1)
+    assert {name: x.shape for name, x in batch.items()} == dict.fromkeys(rows, (40, 11))
+    assert all(x.dtype == torch.long for x in batch.values())
+    assert batch["input_ids"].unique().tolist() == list(range(9))
+    assert batch["attention_mask"].all()
+    assert not batch["token_type_ids"].any()
+    images = bench._batch({"pixel_values": torch.ones(2, 3, 4, 5)}, model, 7, 0, seed=1)
+    assert images["pixel_values"].shape == (7, 3, 4, 5)
+    assert images["pixel_values"].std() > 0.5
+
+
+def test_what_does_not_fit_is_refused(calibrated):
+    file = calibrated.folder / "integer.onnx"
+    with pytest.raises(ValueError, match="threads must be 1 or more, got 0"):
+        run("bench", calibrated.folder / "w8a8", "--onnx", file, "--threads", 1, "--threads", 0)
+    with pytest.raises(ValueError, match="is not quantized: make it so by quanttune calibrate"):
+        run("bench", calibrated.folder / "float", "--onnx", file)
+    with pytest.raises(ValueError, match="does not say how it was quantized"):
+        run("bench", calibrated.folder / "w8a8", "--onnx", calibrated.folder / "float.onnx")

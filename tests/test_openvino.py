@@ -1,0 +1,53 @@
+"""Exported files in OpenVINO: what it computes, and in which integers."""
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from models import MODELS
+from torch import nn
+
+import quanttune as qt
+
+BLOCKS = {"vit": "blocks", "bert": "bert.encoder.layer"}  # of which one is enough
+PRECISIONS = {"uint8": "u8", "int8": "i8"}
+CASES = [("vit", 8, "uint8"), ("bert", 6, "int8")]
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    # it reports its import, and does not without this module
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    return pytest.importorskip("openvino")
+
+
+@pytest.mark.parametrize(("name", "bits", "act_dtype"), CASES, ids=str)
+@torch.no_grad()
+def test_openvino_computes_the_simulation(name, bits, act_dtype, openvino, tmp_path):
+    example = MODELS[name]()
+    model = example.model.eval()
+    del model.get_submodule(BLOCKS[name])[1:]
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little
+            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    exact = example.logits()
+    qt.quantize(model, bits, coverage="linear", data=[example.inputs])
+    qt.export_onnx(model, example.inputs, tmp_path / "model.onnx", act_dtype=act_dtype)
+
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}  # else what is not rounded may be bfloat16
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", hints)
+    logits = torch.from_numpy(compiled([example.inputs[:3].numpy()])[0])
+    simulated = example.logits(rows=slice(3))
+    lost = (exact[:3] - simulated).abs().mean()
+    assert (logits - simulated).abs().mean() < lost / 20
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert operators(compiled)["FullyConnected", PRECISIONS[act_dtype]] == linear
+
+
+def operators(compiled):
+    """Count what was compiled, by the kind and the type that it computes in."""
+    facts = [operator.get_rt_info() for operator in compiled.get_runtime_model().get_ops()]
+    return Counter(
+        (fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts
+    )

@@ -1,0 +1,143 @@
+"""The program of PyTorch computes what the model simulates, and compiles to integer kernels."""
+
+import pytest
+import torch
+from models import MODELS
+from torch import nn
+
+import quanttune as qt
+from quanttune.fake_quantizer import integer_range
+from quanttune.quantization.insertion import quantizers
+
+CASES = [("vit", 8, "linear"), ("vit", 6, "full"), ("bert", 8, "full"), ("bert", 6, "linear")]
+BLOCKS = {"vit": "blocks", "bert": "bert.encoder.layer"}  # of which one is enough
+
+
+class Pixels(nn.Module):
+    """A convolution, a Linear of rows without a bias, and one of them that ends the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, 2)
+        self.hidden = nn.Linear(32, 16, bias=False)
+        self.head = nn.Linear(16, 4, bias=False)
+
+    def forward(self, images):
+        return self.head(self.hidden(self.patches(images).flatten(1)).relu())
+
+
+def quantized(name, bits, coverage):
+    """Return a model, its example and the mean error of what it computed in float."""
+    example = MODELS[name]()
+    model = example.model.eval()
+    del model.get_submodule(BLOCKS[name])[1:]
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little
+            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    exact = example.logits()
+    qt.quantize(model, bits, coverage=coverage, data=[example.inputs])
+    return model, example, error(exact, example.logits())
+
+
+def error(one, other):
+    return (one - other).abs().mean()
+
+
+def targets(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(("name", "bits", "coverage"), CASES, ids=str)
+@torch.no_grad()
+def test_the_program_computes_the_simulation(name, bits, coverage):
+    """Of all values one or another code may differ, which changes those behind it."""
+    model, example, lost = quantized(name, bits, coverage)
+    program = qt.export_torch(model, example.inputs)
+    rows = slice(3)  # another batch
+    actual = example.logits(program.module(), rows)
+    assert error(actual, example.logits(rows=rows)) < lost / 20
+    found = targets(program)
+    assert not any("quanttune" in target for target in found)
+    products = (nn.Linear, nn.Conv2d) if coverage == "full" else nn.Linear
+    weights = sum(isinstance(module, products) for module in model.modules())
+    assert found.count("quantized_decomposed.dequantize_per_channel.default") == weights
+    roundings = found.count("quantized_decomposed.quantize_per_tensor.default")
+    assert roundings == len(quantizers(model))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 5])
+@torch.no_grad()
+def test_codes_are_those_of_the_grid(bits, symmetric):
+    """Beyond the range too; values at the border of two codes are left out."""
+    model, rows = nn.Sequential(nn.Linear(6, 6)).eval(), torch.randn(8, 6) + 0.5
+    qt.quantize(model, bits, coverage="linear", symmetric=symmetric, data=[rows])
+    program = qt.export_torch(model, rows)
+    (node,) = program.graph.find_nodes(
+        op="call_function", target=torch.ops.quantized_decomposed.quantize_per_tensor.default
+    )
+    x = torch.linspace(-9, 9, 6001)
+    (quantizer,) = quantizers(model).values()
+    steps = x.double() / quantizer.scale.double()
+    expected = (steps.round() + quantizer.zero).clamp(*integer_range(bits))
+    assert (quantizer.zero == 0) == symmetric
+    away = (steps - steps.floor() - 0.5).abs() > 1e-4
+    assert away.double().mean() > 0.99
+    assert torch.equal(node.target(x, *node.args[1:])[away].double(), expected[away])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "tensor"},
+        {"symmetric": False},
+        {"weight_bits": 4},
+        {"weight_bits": 12},
+        {"bits": 12},
+        {"coverage": "linear"},  # the last product is what the program returns
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_all_schemes_run_as_simulated(options, tmp_path):
+    model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
+    exact = model(images)
+    qt.quantize(model, data=[images], **{"coverage": "full", **options})
+    program = qt.export_torch(model, images)
+    assert ("quanttune.fake_quant.default" in targets(program)) == (options.get("bits") == 12)
+    torch.export.save(program, tmp_path / "model.pt2")
+    for module in (program.module(), torch.export.load(tmp_path / "model.pt2").module()):
+        for batch in (images, images[:1], torch.randn(7, 3, 4, 4)):
+            lost = error(exact, model(images))
+            assert error(module(batch), model(batch)) < lost / 20
+
+
+def test_the_model_is_what_it_was():
+    model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
+    qt.quantize(model, data=[images])
+    before, expected = [vars(module).keys() for module in model.modules()], model(images)
+    qt.export_torch(model, images)
+    assert [vars(module).keys() for module in model.modules()] == before
+    assert torch.equal(model(images), expected)
+    assert model(images).requires_grad
+
+
+def test_models_that_are_not_ready_are_refused():
+    with pytest.raises(ValueError, match="Pixels is not quantized"):
+        qt.export_torch(Pixels(), torch.randn(4, 3, 4, 4))
+
+
+@torch.no_grad()
+def test_linear_modules_compile_to_integer_kernels():
+    """Takes half a minute: one kernel after another goes through a C++ compiler."""
+    pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    model, example, lost = quantized("vit", 8, "linear")
+    program = qt.export_torch(model, example.inputs).module()
+    with config.patch(freezing=True):
+        actual, (code, *_) = run_and_get_code(torch.compile(program), example.inputs)
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert code.count("onednn.qlinear_pointwise") == linear
+    assert error(actual, example.logits()) < lost / 20
