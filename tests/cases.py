@@ -13,9 +13,20 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from typer.testing import CliRunner
+
+from quanttune import cli
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(WORDS - 4))]
 PAD, CLS, SEP = 0, 2, 3
+
+
+def run(*arguments):
+    """Run `quanttune` in this process; errors are raised."""
+    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 def save_tokenizer(folder):

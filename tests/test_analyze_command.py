@@ -10,19 +10,15 @@ import datasets
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case, opt_case
+from cases import LOADERS, bert_case, opt_case, run
 from torch import nn
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
-from quanttune import cli
 from quanttune.analysis.analysis import analyze
 from quanttune.analysis.report import write_report
 from quanttune.analysis.subject import Request, Subject
 from quanttune.quantization.calibrators import CALIBRATORS
 from quanttune.recipes.subjects import recipe_subject
-
-runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +29,6 @@ def _cache(tmp_path, monkeypatch):
 @pytest.fixture
 def fewer_digits(short_digits, monkeypatch):
     monkeypatch.setattr(short_digits, "calibration", lambda job: [job._images["tuning"][:20]])
-
-
-def run(*arguments):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def drawings(page: str) -> list[str]:
@@ -71,7 +59,7 @@ def test_a_model_and_its_data_are_analysed(case, tmp_path):
     options = ["--tokens", 5 if case is opt_case else 16, "--bits", 6, "--compare"]
     model.save_pretrained(tmp_path / "other")
     options += [tmp_path / "other", "--data", tmp_path / data, "--out", out, "--json", copy]
-    said = run("analyze", tmp_path / "model", *options)
+    said = run("analyze", tmp_path / "model", *options).output
     assert "report.html" in said
     found = json.loads((out / "analysis.json").read_text())
     assert json.loads(copy.read_text()) == found
@@ -128,7 +116,7 @@ def test_results_files_make_one_page(tmp_path):
     for file, task in zip(files, ("digits", "letters"), strict=True):
         file.write_text(json.dumps({**demo, "task": task}))
     page = tmp_path / "deep" / "page.html"
-    assert "2 file(s) make a page" in run("report", *files, "--out", page, "--dry-run")
+    assert "2 file(s) make a page" in run("report", *files, "--out", page, "--dry-run").output
     assert not page.exists()
     run("report", *files, "--out", page)
     text = page.read_text()
@@ -137,7 +125,7 @@ def test_results_files_make_one_page(tmp_path):
 
 
 def test_dry_run_loads_and_writes_nothing(fewer_digits, tmp_path):
-    said = run("analyze", "digits", "--dry-run", "--out", tmp_path / "out")
+    said = run("analyze", "digits", "--dry-run", "--out", tmp_path / "out").output
     assert "digits: 20 rows" in said
     assert not (tmp_path / "out").exists()
 

@@ -10,12 +10,10 @@ import onnx_files
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case
+from cases import LOADERS, bert_case, run
 from models import MODELS
-from typer.testing import CliRunner
 
 import quanttune as qt
-from quanttune import cli
 from quanttune.export.float_export import export_float
 from quanttune.export.onnx_export import named
 from quanttune.inference import answers, latency
@@ -25,13 +23,6 @@ from quanttune.runs import bench
 
 TOKENS = 16  # the most that the model takes
 SCALE = "classifier.weight_quantizer.scale"
-
-
-def run(*arguments):
-    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +177,7 @@ def test_the_command_times_both_files(calibrated, tmp_path, monkeypatch):
     file, out = calibrated.folder / "integer.onnx", tmp_path / "a.json"
     said = run(
         "bench", calibrated.folder / "w8a8", "--onnx", file, "--batch-size", 3, "--json", out
-    )  # fmt: skip
+    ).output  # fmt: skip
     found = json.loads(out.read_text())
     assert found["inputs"] == {name: [3, TOKENS] for name in calibrated.inputs}
     assert list(found["latency"]) == ["1", "2"]

@@ -10,28 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case, opt_case, save_tokenizer, some_words, vit_case
+from cases import LOADERS, bert_case, opt_case, run, save_tokenizer, some_words, vit_case
 from models import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import quanttune as qt
-from quanttune import cli
-
-runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def run(*arguments):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
@@ -420,3 +409,19 @@ def test_the_rest_of_a_killed_run_is_replaced(made, tmp_path):
     assert not partial.exists()
     assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert "half.json" not in names
+
+
+@with_bert
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("gptq", "was rounded by gptq, so its weights"), ("repq", "was equalized where LayerNorms")],
+)
+def test_weights_that_a_method_changed_are_not_called_float(method, message, made, tmp_path):
+    loader, data, _, batch = made
+    model = loader.from_pretrained(tmp_path / "model")
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    qt.quantize(model, 8, coverage="linear", methods=[method], data=[inputs])
+    model.save_pretrained(tmp_path / "changed")
+    save_tokenizer(tmp_path / "changed")
+    with pytest.raises(ValueError, match=f"{message}.* name the model that was quantized"):
+        run("evaluate", tmp_path / "changed", *data)

@@ -7,18 +7,9 @@ import onnx_files
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case
-from typer.testing import CliRunner
+from cases import LOADERS, bert_case, run
 
 import quanttune as qt
-from quanttune import cli
-
-
-def run(*arguments):
-    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.output
 
 
 @pytest.mark.parametrize("case", LOADERS)
@@ -35,7 +26,7 @@ def test_the_file_computes_what_the_model_does(case, tmp_path):
     qt.quantize(model, 8, coverage="full", data=[floats])
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model.onnx"
-    said = run("export", tmp_path / "model", "--out", path, "--json", tmp_path / "a.json")
+    said = run("export", tmp_path / "model", "--out", path, "--json", tmp_path / "a.json").output
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["bytes"] == path.stat().st_size
     assert all(name in said for name in found["inputs"])

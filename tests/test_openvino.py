@@ -5,12 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
-from models import MODELS
+from models import shallow
 from torch import nn
 
 import quanttune as qt
 
-BLOCKS = {"vit": "blocks", "bert": "bert.encoder.layer"}  # of which one is enough
 PRECISIONS = {"uint8": "u8", "int8": "i8"}
 CASES = [("vit", 8, "uint8"), ("bert", 6, "int8")]
 
@@ -25,12 +24,8 @@ def openvino(monkeypatch):
 @pytest.mark.parametrize(("name", "bits", "act_dtype"), CASES, ids=str)
 @torch.no_grad()
 def test_openvino_computes_the_simulation(name, bits, act_dtype, openvino, tmp_path):
-    example = MODELS[name]()
-    model = example.model.eval()
-    del model.get_submodule(BLOCKS[name])[1:]
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little
-            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    example = shallow(name)
+    model = example.model
     exact = example.logits()
     qt.quantize(model, bits, coverage="linear", data=[example.inputs])
     qt.export_onnx(model, example.inputs, tmp_path / "model.onnx", act_dtype=act_dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import MODELS
+from models import shallow
 from torch import nn
 
 import quanttune as qt
@@ -10,7 +10,6 @@ from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.insertion import quantizers
 
 CASES = [("vit", 8, "linear"), ("vit", 6, "full"), ("bert", 8, "full"), ("bert", 6, "linear")]
-BLOCKS = {"vit": "blocks", "bert": "bert.encoder.layer"}  # of which one is enough
 
 
 class Pixels(nn.Module):
@@ -28,12 +27,8 @@ class Pixels(nn.Module):
 
 def quantized(name, bits, coverage):
     """Return a model, its example and the mean error of what it computed in float."""
-    example = MODELS[name]()
-    model = example.model.eval()
-    del model.get_submodule(BLOCKS[name])[1:]
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little
-            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    example = shallow(name)
+    model = example.model
     exact = example.logits()
     qt.quantize(model, bits, coverage=coverage, data=[example.inputs])
     return model, example, error(exact, example.logits())

@@ -10,27 +10,16 @@ import onnx_files
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case, opt_case
+from cases import LOADERS, bert_case, opt_case, run
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import quanttune as qt
-from quanttune import cli
 from quanttune.runs import verification
-
-runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def run(*arguments):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from ..masks import Mask
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
-from .methods import METHODS, Method, Rounding, methods_of
+from .methods import Method, methods_of, roundings_in
 from .passes import enable_weights
 from .passes import forward_batch as forward_batch
 from .passes import forward_batches as forward_batches
@@ -109,9 +109,8 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
             of the weights.
     """
     state = state_of(model)
-    for name in state.scheme.methods:
-        if issubclass(METHODS.get(name, Method), Rounding):
-            raise ValueError(f"{name} rounded the weights: quantize the float model again")
+    for name in roundings_in(state.scheme.methods):
+        raise ValueError(f"{name} rounded the weights: quantize the float model again")
     if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:
         raise ValueError(
             f"{state.scheme.calibrator} searched its ranges for {state.scheme.bits} bits: quantize "

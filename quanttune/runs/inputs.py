@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import logging, set_seed
 
+from ..quantization.methods import roundings_in
 from . import batches, data, models
 from .settings import Settings
 
@@ -42,17 +43,11 @@ class Source:
         quantized: False takes the weights of a quantized model in float.
 
         Raises:
-            ValueError: the weights are those of an equalized model, and wrong without what restores
-                the outputs of its LayerNorms.
+            ValueError: the weights are no longer those of a float model.
         """
         config = copy.deepcopy(self.config)
-        description = getattr(config, "quantization_config", None) or {}
-        if not quantized and description.get("restorations"):
-            raise ValueError(
-                f"{self.name} was equalized where its LayerNorms feed a residual branch, so its "
-                "weights are no float model: name the model that was quantized"
-            )
         if not quantized and hasattr(config, "quantization_config"):
+            self._refuse_changed(config.quantization_config)
             del config.quantization_config
         set_seed(seed)
         before = logging.get_verbosity()
@@ -63,6 +58,18 @@ class Source:
         finally:
             logging.set_verbosity(before)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def _refuse_changed(self, description: dict[str, Any]) -> None:
+        """Refuse weights that a method rounded, or that need a restoration to be right."""
+        methods = description.get("scheme", {}).get("methods", ())
+        changed = [f"rounded by {name}" for name in roundings_in(methods)]
+        if description.get("restorations"):
+            changed.append("equalized where LayerNorms feed a residual branch")
+        if changed:
+            raise ValueError(
+                f"{self.name} was {' and '.join(changed)}, so its weights are no float model: name "
+                "the model that was quantized"
+            )
 
 
 def find(settings: Settings) -> Source:

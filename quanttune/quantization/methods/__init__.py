@@ -41,6 +41,11 @@ def methods_of(chosen: Iterable[str | Method]) -> tuple[list[Equalization], list
     return equalizations, roundings
 
 
+def roundings_in(names: Iterable[str]) -> list[str]:
+    """Return those of the names whose methods choose the codes of weights."""
+    return [name for name in names if issubclass(METHODS.get(name, Method), Rounding)]
+
+
 def _method_of(choice: str | Method) -> Method:
     if isinstance(choice, Method):
         return choice
