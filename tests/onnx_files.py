@@ -61,12 +61,13 @@ def layers(path):
     """Return the model cut at its sites: what follows one takes <site>.fed for <site>.codes."""
     model = onnx.load(path)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    inputs = list(model.graph.input)
+    fed = {}
     rounded = {name for node in model.graph.node for name in _codes(node)}
     for node in model.graph.node:
         if node.input and (codes := node.input[0]) in rounded:
             node.input[0] = codes.replace(CODES, ".fed")
-            inputs.append(_value(node.input[0], kinds[codes]))
+            fed[codes] = _value(node.input[0], kinds[codes])
+    inputs = [*model.graph.input, *fed.values()]
     return _rebuilt(model, model.graph.node, inputs, model.graph.output)
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from .onnx_moves import move_codes
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
+LOWEST = "lowest"  # the name of a float that no value is below
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -90,19 +91,20 @@ def _keep_floats(graph: ir.Graph) -> None:
     ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
     what is simulated, and of a convolution whose weight it then rounds to 8 bits itself.
     """
+    lowest = ir.Value(name=LOWEST, const_value=ir.tensor(np.float32(-np.inf), name=LOWEST))
     for node in graph:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
             output = node.outputs[0]
             readers = list(output.uses())
-            lowest = ir.node("Constant", [], {"value": ir.tensor(np.float32(-np.inf))})
-            greatest = ir.node("Max", [output, lowest.outputs[0]])
+            greatest = ir.node("Max", [output, lowest])
             greatest.outputs[0].shape, greatest.outputs[0].type = output.shape, output.type
             for reader, index in readers:
                 if reader.op_type == "QuantizeLinear":
                     reader.replace_input_with(index, greatest.outputs[0])
             if greatest.outputs[0].uses():
-                graph.insert_after(node, [lowest, greatest])
+                graph.insert_after(node, greatest)
+                graph.initializers[LOWEST] = lowest
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
