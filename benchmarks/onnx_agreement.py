@@ -3,11 +3,13 @@
 python benchmarks/onnx_agreement.py --out benchmarks/results/xeon-2-cores
 
 The demo's tuned MiniLM on its texts, and timm's models with random weights on random images.
-Softmax is rounded too, so that every product is to be one of integers.
+Softmax is rounded too, so that every product is to be one of integers. A run that was interrupted
+goes on where it stopped.
 """
 
 import argparse
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,13 +39,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     path = parser.parse_args().out / "onnx-agreement.json"
     facts = {**environment(), "vnni": has_vnni()}
-    results: dict[str, Any] = {"environment": facts, "commit": commit(), "rows": []}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["environment"] = facts
+    done = {(row["model"], row["bits"]) for row in results["rows"]}
     cases: dict[str, Callable[[], Case]] = {"tuned MiniLM": _minilm}
     cases |= {name: lambda model=model: _timm(model) for name, model in IMAGES.items()}  # type: ignore[misc]
     for name, make in cases.items():
-        case = make()
-        for bits in WIDTHS:
-            results["rows"].append({"model": name, "bits": bits, **_agreement(case, bits)})
+        widths = [bits for bits in WIDTHS if (name, bits) not in done]
+        case = make() if widths else None
+        for bits in widths:
+            row = {"model": name, "bits": bits, "commit": commit(), **_agreement(case, bits)}
+            results["rows"].append(row)
             write_json(path, results)
             print(results["rows"][-1], flush=True)
 
@@ -62,7 +68,7 @@ def _timm(name: str) -> Case:
     return model, [{"x": torch.randn(8, 3, 224, 224)} for _ in range(2)], {0: "batch"}
 
 
-def _agreement(case: Case, bits: int) -> dict[str, Any]:
+def _agreement(case: Any, bits: int) -> dict[str, Any]:
     model, data, dynamic = case
     quantized = qt.quantize(copy.deepcopy(model), bits, coverage="full", data=data)
     with TemporaryDirectory() as folder:
