@@ -419,5 +419,5 @@ def test_weights_that_a_method_rounded_are_not_called_float(made, tmp_path):
     qt.quantize(model, 8, coverage="linear", methods=["gptq"], data=[inputs])
     model.save_pretrained(tmp_path / "changed")
     save_tokenizer(tmp_path / "changed")
-    with pytest.raises(ValueError, match="was rounded by gptq, so .* name the model that"):
+    with pytest.raises(ValueError, match=r"was rounded by gptq, so .* name the model that"):
         run("evaluate", tmp_path / "changed", *data)

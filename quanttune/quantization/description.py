@@ -148,6 +148,7 @@ def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def described_sites(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the QuantizationArgs of each site of a description."""
     sites = {}
     for group in data["config_groups"].values():
         for target in group["targets"]:
