@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"task": make.name, "metric": make.metric, "environment": environment()}

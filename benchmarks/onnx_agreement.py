@@ -37,7 +37,9 @@ Case = tuple[nn.Module, list[dict[str, Tensor]], dict[int, str]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    path = parser.parse_args().out / "onnx-agreement.json"
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "onnx-agreement.json"
     facts = {**environment(), "vnni": has_vnni()}
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results["environment"] = facts
