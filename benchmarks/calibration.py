@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.calibrators import RANGES, SEARCHES, SymmetricOMSE
-from quanttune.quantization.simulation import forward_batches, quantize
+from quanttune.quantization.passes import forward_batches
+from quanttune.quantization.simulation import quantize
 
 BATCHES, IMAGES = 2, 10
 LARGE = 15_000_000  # elements of a site, at 100 images and 768 channels

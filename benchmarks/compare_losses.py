@@ -9,7 +9,6 @@ demo's widths (min-max, weights per channel, seed 0) are measured with all seeds
 demo's control, the paper's loss and its detached variant, whose settings were chosen alike.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import arguments
 from choose_settings import validation_row
 
 from quanttune.analysis.environment import environment
@@ -41,11 +41,8 @@ RATES = {"minilm": (3e-4, 6e-4), "digits": (1e-3, 2e-3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=RATES)
+    parser = arguments.of_task(__doc__, RATES)
     parser.add_argument("--every", action="store_true", help="compare how often to observe")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     make = recipe(options.task)
     arms = [arm for arm in make.arms if arm.name in BESIDE]

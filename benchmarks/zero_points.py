@@ -5,27 +5,23 @@ python benchmarks/zero_points.py minilm --seeds 3 --out benchmarks/results/xeon-
 docs/results.md has it beside the demo's symmetric grids, which are of the same arms and seeds.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+import arguments
 
 from quanttune.analysis.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.calibrators import AFFINE
-from quanttune.recipes import NAMES, recipe
+from quanttune.recipes import recipe
 from quanttune.recipes.experiment import Results, Row, quantized_in
 
 ARMS = ("base", "control", "detached")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=NAMES)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = arguments.of_task(__doc__).parse_args()
     make, began = recipe(options.task), time.monotonic()
     arms = [arm for arm in make.arms if arm.name in ARMS and not arm.same_as]
     results = Results(

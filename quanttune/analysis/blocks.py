@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..quantization.calibrators import MinMax, Percentile
 from ..quantization.padding import without_padding
-from ..quantization.simulation import forward_batches
+from ..quantization.passes import forward_batches
 from ..tuning.sites import LAYER_NORM, LINEAR, RMS_NORM, kind_of
 
 NORMS = (LAYER_NORM, RMS_NORM)

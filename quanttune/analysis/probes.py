@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quantization.insertion import quantizers
 from ..quantization.padding import counting, inside, without_padding
+from ..quantization.passes import answer_of, forward_batches
 from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from ..quantization.simulation import forward_batches, quantizers
 
 See = Callable[[str, Tensor, Tensor | None], None]  # a site, its tensor, what is no padding
 
@@ -64,18 +65,8 @@ def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
     outputs = []
     for batch in data:
         with counting(model, batch) as (args, kwargs):
-            outputs.append(without_padding(_main(model(*args, **kwargs)), "output"))
+            outputs.append(without_padding(answer_of(model(*args, **kwargs)), "output"))
     return outputs
-
-
-def _main(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(value := getattr(output, name, None), Tensor):
-            return value
-    first: Tensor = output[0]
-    return first
 
 
 def _pass(see: See | None, site: str, kind: str, x: Tensor) -> Tensor:

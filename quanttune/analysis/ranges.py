@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantization.simulation import forward_batches
+from ..quantization.passes import forward_batches
 
 
 def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:

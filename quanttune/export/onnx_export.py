@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..files import replacing
 from ..quantization.description import describe
+from ..quantization.passes import evaluating
 from ..quantization.storage import KEY
 from .integer_weights import integer_weights
 from .requirements import check_example, check_model, check_path, check_types
@@ -76,7 +77,7 @@ def traced(
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with torch.no_grad(), _evaluating(model), _without_cache(model), integer_weights(model):
+    with torch.no_grad(), evaluating(model), _without_cache(model), integer_weights(model):
         return torch.export.export(
             model,
             args,
@@ -146,16 +147,6 @@ def write(model: Any, path: Path) -> None:
     beside = f"{path.name}.data" if size > LARGEST else None
     with replacing(path) as partial:
         ir.save(model, partial, external_data=beside)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

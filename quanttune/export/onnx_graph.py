@@ -18,7 +18,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
-    """Name dimensions and products, drop the machine's traces, free products of Clips.
+    """Name dimensions and products, drop the machine's traces, let integers be integers.
 
     Args:
         dimensions: names of dimensions that replace those of the trace.
@@ -42,10 +42,7 @@ def name_codes(graph: ir.Graph) -> None:
     calls: Counter[str] = Counter()
     for node in graph:
         if node.op_type == "QuantizeLinear":
-            site = ast.literal_eval(node.metadata_props[SCOPES])[-2]
-            calls[site] += 1
-            number = f"_{calls[site] - 1}" if calls[site] > 1 else ""
-            node.outputs[0].name = f"{site}.codes{number}"
+            node.outputs[0].name = _numbered(f"{_module(node)}.codes", calls)
 
 
 def _name_products(graph: ir.Graph) -> None:
@@ -53,10 +50,19 @@ def _name_products(graph: ir.Graph) -> None:
     calls: Counter[str] = Counter()
     for node in graph:
         if node.op_type in PRODUCTS and SCOPES in node.metadata_props:
-            module = ast.literal_eval(node.metadata_props[SCOPES])[-2]
-            name = f"{module}.{node.op_type.lower()}".lstrip(".")
-            calls[name] += 1
-            node.name = f"{name}_{calls[name] - 1}" if calls[name] > 1 else name
+            node.name = _numbered(f"{_module(node)}.{node.op_type.lower()}".lstrip("."), calls)
+
+
+def _module(node: ir.Node) -> str:
+    """Return the name of the module that was being called."""
+    name: str = ast.literal_eval(node.metadata_props[SCOPES])[-2]
+    return name
+
+
+def _numbered(name: str, calls: Counter[str]) -> str:
+    """Return a name; where it was there before, with a number."""
+    calls[name] += 1
+    return f"{name}_{calls[name] - 1}" if calls[name] > 1 else name
 
 
 def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
@@ -96,15 +102,15 @@ def _keep_floats(graph: ir.Graph) -> None:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
             output = node.outputs[0]
-            readers = list(output.uses())
+            rounded = [use for use in output.uses() if use[0].op_type == "QuantizeLinear"]
+            if not rounded:
+                continue
             greatest = ir.node("Max", [output, lowest])
             greatest.outputs[0].shape, greatest.outputs[0].type = output.shape, output.type
-            for reader, index in readers:
-                if reader.op_type == "QuantizeLinear":
-                    reader.replace_input_with(index, greatest.outputs[0])
-            if greatest.outputs[0].uses():
-                graph.insert_after(node, greatest)
-                graph.initializers[LOWEST] = lowest
+            for reader, index in rounded:
+                reader.replace_input_with(index, greatest.outputs[0])
+            graph.insert_after(node, greatest)
+            graph.initializers[LOWEST] = lowest
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:

@@ -47,8 +47,6 @@ class OnnxModel:
     """
 
     def __init__(self, model: Any, *, threads: int = 1, optimized: Path | None = None) -> None:
-        if isinstance(model, (str, Path)):
-            read(model)  # says what is wrong with a file
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as states
 
@@ -57,13 +55,19 @@ class OnnxModel:
         options.log_severity_level = 3
         if optimized:
             options.optimized_model_filepath = str(optimized)
-        source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
-        refusals = states.Fail, states.InvalidGraph, states.InvalidArgument, states.NotImplemented
+        is_file = isinstance(model, (str, Path))
+        source = str(model) if is_file else model.SerializeToString()
+        refusals = (
+            states.Fail, states.InvalidGraph, states.InvalidArgument, states.InvalidProtobuf,
+            states.NoSuchFile, states.NotImplemented,
+        )  # fmt: skip
         try:
             self._session = onnxruntime.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"]
             )
         except refusals as error:
+            if is_file:
+                read(model)  # says what is wrong with the file
             raise ValueError(f"ONNX Runtime refuses the model: {error}") from error
         self._refusals = states.InvalidArgument, states.RuntimeException
         self.inputs = tuple(value.name for value in self._session.get_inputs())

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..masks import Mask
 from .insertion import quantizers, weight_quantizers
@@ -27,17 +27,35 @@ def forward_batches(
     model: nn.Module, data: Iterable[Any], mask: Mask | None = "attention_mask"
 ) -> int:
     """Run a model over batches in evaluation mode, for its hooks; return how many there were."""
-    was_training = model.training
-    model.eval()
     batches = 0
-    try:
+    with evaluating(model):
         for batch in data:
             with suppress(SeenEnough):
                 forward_batch(model, batch, mask)
             batches += 1
+    return batches
+
+
+def answer_of(output: Any) -> Tensor:
+    """Return what a model is asked for: its logits, its last hidden state, or what comes first."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(value := getattr(output, name, None), Tensor):
+            return value
+    first: Tensor = output[0]
+    return first
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return batches
 
 
 def enable_weights(model: nn.Module, enabled: bool) -> None:

@@ -13,9 +13,7 @@ from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
 from .methods import Method, methods_of, roundings_in
-from .passes import enable_weights
-from .passes import forward_batch as forward_batch
-from .passes import forward_batches as forward_batches
+from .passes import enable_weights, forward_batches
 from .restoration import drop_restorations
 from .scheme import Overrides, Scheme, matches
 

@@ -1,7 +1,6 @@
 """Check that an ONNX file computes what the quantized model simulates."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..export.requirements import check_model
 from ..inference.onnx_model import read
+from ..quantization.passes import evaluating
 from .agreement import Distance, Layer
 from .identity import check_description
 
@@ -77,7 +77,5 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     check_description(model, file, path)
     from .comparison import compare  # needs onnx
 
-    with ExitStack() as undo, torch.no_grad():
-        undo.callback(model.train, model.training)
-        model.eval()
+    with evaluating(model), torch.no_grad():
         return Verification(type(model).__name__, **compare(path, file, model, data))
