@@ -2,43 +2,52 @@
 
 python benchmarks/methods.py minilm --seeds 3 --out benchmarks/results/xeon-2-cores
 
-Min-max, weights per channel, on the test rows; the options of the methods are their defaults, none
-was chosen here. A run that was interrupted goes on where it stopped.
+On the test rows, weights per channel; the methods on min-max, with their default options, none of
+which was chosen here; beside them the other calibrators without a method. A run that was
+interrupted goes on where it stopped.
 """
 
-import argparse
 import copy
 import json
 import time
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
+
+import arguments
 
 from quanttune.analysis.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import METHODS
+from quanttune.quantization.methods import GPTQ, METHODS
 from quanttune.quantization.simulation import quantize
-from quanttune.recipes import NAMES, recipe
+from quanttune.recipes import recipe
 
-ARMS = {"minilm": ("base", "detached"), "digits": ("control", "detached")}
+# the control of minilm is its base: at alpha = 0 its loss is zero
+ARMS = {"minilm": ("base", "detached"), "digits": ("base", "control", "detached")}
 WIDTHS = ((8, 8), (6, 6), (4, 8), (4, 4))  # of weights and of activations
 COVERAGES = ("full_no_softmax", "linear")
-CHOICES = ((), *((name,) for name in METHODS), ("smoothquant", "gptq"), ("smoothquant", "erq"))
-FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "methods": []}
+VARIANTS = {"gptq (fisher)": GPTQ(hessian="fisher")}
+TOGETHER = (
+    ("aweq", "bias_correction"),
+    ("repq", "erq"),
+    ("smoothquant", "gptq"),
+)  # two as published
+CHOICES = (
+    *(("minmax", methods) for methods in ((), *zip((*METHODS, *VARIANTS)), *TOGETHER)),
+    *((calibrator, ()) for calibrator in ("percentile", "kl")),
+)
+FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "calibrator": "none", "methods": []}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=NAMES)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments.of_task(__doc__)
+    parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"task": make.name, "metric": make.metric, "environment": environment()}
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.seeds):
         for row in _rows(make(seed), seed, results["rows"]):
             results["rows"].append(row)
             write_json(path, results)
@@ -61,12 +70,13 @@ def _rows(job: Any, seed: int, known: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _ways() -> Iterator[dict[str, Any]]:
-    for coverage, (weight_bits, bits), methods in product(COVERAGES, WIDTHS, CHOICES):
+    for coverage, (weight_bits, bits), choice in product(COVERAGES, WIDTHS, CHOICES):
         yield {
             "coverage": coverage,
             "weight_bits": weight_bits,
             "bits": bits,
-            "methods": list(methods),
+            "calibrator": choice[0],
+            "methods": list(choice[1]),
         }
 
 
@@ -77,8 +87,9 @@ def _quantized(job: Any, model: Any, way: dict[str, Any]) -> Any:
         copy.deepcopy(model),
         way["bits"],
         weight_bits=way["weight_bits"],
+        calibrator=way["calibrator"],
         coverage=way["coverage"],
-        methods=way["methods"],
+        methods=[VARIANTS.get(name, name) for name in way["methods"]],
         data=job.calibration(),
     )
 

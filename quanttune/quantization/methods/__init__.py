@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from .aweq import AWEQ as AWEQ
+from .bias_correction import BiasCorrection as BiasCorrection
 from .erq import ERQ as ERQ
 from .gptq import GPTQ as GPTQ
 from .method import Equalization as Equalization
@@ -16,7 +17,10 @@ from .repq import RepQ as RepQ
 from .smoothquant import SmoothQuant as SmoothQuant
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {m.name: m for m in (SmoothQuant, OutlierSuppression, AWEQ, RepQ, GPTQ, ERQ)}
+    {
+        method.name: method
+        for method in (SmoothQuant, OutlierSuppression, AWEQ, RepQ, BiasCorrection, GPTQ, ERQ)
+    }
 )
 
 

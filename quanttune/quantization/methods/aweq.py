@@ -15,8 +15,8 @@ from .pairs import Pair
 class AWEQ(ChannelEqualization):
     """Divide channel c by sqrt(range of x_c / range of W_c), over all weights that read it.
 
-    A range is the highest value less the lowest. The correction of biases that the authors add is
-    not part of it.
+    A range is the highest value less the lowest. The authors correct biases afterwards, which is
+    ["aweq", "bias_correction"] here.
 
     Source: Li et al., AWEQ, arXiv 2311.01305.
     """

@@ -1,7 +1,8 @@
 """GPTQ: round column by column, and let the columns that follow make up for each error."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from ...masks import Mask
 from ..scheme import Scheme
-from .layers import Grid
+from .fisher import fishers_of
+from .layers import Grid, Layer
 from .method import Rounding
-from .moments import groups_of, moments_of
+from .moments import Group, groups_of, moments_of, passes
 from .solving import damped_factor
 
 BLOCK = 128  # columns whose errors reach those behind them in one product
@@ -24,32 +26,38 @@ class GPTQ(Rounding):
     What a column loses is made up for by those that are still float, so that the layer's output
     on `data` changes the least. A layer is given what the layers before it, already rounded, make
     of the data; it is the rounded input that counts. Grids are min-max of the float weights.
-    Convolutions, embeddings and tied weights are rounded to nearest.
+    Convolutions, embeddings and tied weights are rounded to nearest; so are columns that no token
+    reaches, which the official code makes zero.
 
     Args:
+        hessian: what is to change the least: "inputs", the layer's output; or "fisher", the
+            model's, to first order, with each layer in the float model (see fishers_of).
         damping: of the inputs' second moments, in units of their mean diagonal. Ten times more is
             tried up to three times where they cannot be inverted.
         act_order: take columns in the order of their inputs' energy, the largest first.
 
     Raises:
-        ValueError: the inputs' second moments cannot be inverted, or no layer is reached.
+        ValueError: an option is unknown, second moments cannot be inverted, or no layer is reached.
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323.
     """
 
     name = "gptq"
+    hessian: str = "inputs"
     damping: float = 0.01
     act_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hessian not in HESSIANS:
+            raise ValueError(f"hessian must be {' or '.join(HESSIANS)}, got {self.hessian!r}")
 
     def apply(
         self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
     ) -> None:
-        for group in groups_of(model, data, mask):
-            (moments,) = moments_of(model, [group], data, mask)
-            hessian = 2 / moments.tokens * moments.gram[:-1, :-1]
-            for layer in group.layers:
-                rows, grid = layer.rows, layer.grid(layer.rows)
-                layer.settle(self.round(rows, grid, hessian), grid)
+        hessians = HESSIANS[self.hessian]
+        for layer, hessian in hessians(model, groups_of(model, data, mask), data, mask):
+            rows, grid = layer.rows, layer.grid(layer.rows)
+            layer.settle(self.round(rows, grid, hessian), grid)
 
     def round(self, rows: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
         """Return rows on their grid, float64 (outputs, inputs); hessian: (inputs, inputs)."""
@@ -63,11 +71,33 @@ class GPTQ(Rounding):
         return rounded
 
 
+def _of_inputs(
+    model: nn.Module, groups: Sequence[Group], data: Iterable[Any], mask: Mask | None
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Yield layers in their order, whose inputs are what layers yielded before make of data."""
+    for group in groups:
+        (moments,) = moments_of(model, [group], data, mask)
+        for layer in group.layers:
+            yield layer, 2 / moments.tokens * moments.gram[:-1, :-1]
+
+
+def _of_answers(
+    model: nn.Module, groups: Sequence[Group], data: Iterable[Any], mask: Mask | None
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Yield layers once the Fisher information of all, in the float model, is known."""
+    layers = [layer for group in groups for layer in group.layers]
+    found: list[Tensor] = []
+    for chosen in passes(layers, matrices=1):
+        found += fishers_of(model, chosen, data, mask)
+    yield from zip(layers, found, strict=True)
+
+
+HESSIANS = MappingProxyType({"inputs": _of_inputs, "fisher": _of_answers})
+
+
 def _round_columns(rows: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
     """Put rows on their grid, in place; hessian changes too."""
-    dead = hessian.diagonal() == 0  # no token has such an input
-    hessian.diagonal()[dead] = 1
-    rows[:, dead] = 0
+    hessian.diagonal()[hessian.diagonal() == 0] = 1  # no token has such an input
     factor = damped_factor(hessian, damping * hessian.diagonal().mean().item())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     for start in range(0, len(hessian), BLOCK):

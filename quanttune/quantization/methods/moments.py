@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ..passes import SeenEnough, forward_batches
 from ..quantizer import ActivationQuantizer
 from .layers import Layer, layers_of
 
+Item = TypeVar("Item", "Group", Layer)
 BYTES = 2**30  # of the moments that one pass over the data sums
 
 
@@ -27,7 +28,7 @@ class Group:
     calls: int  # in one forward
 
     @property
-    def width(self) -> int:
+    def inputs(self) -> int:
         return self.layers[0].inputs
 
 
@@ -78,16 +79,16 @@ def groups_of(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[
     return [Group(members, calls[leader]) for leader, members in groups.items()]
 
 
-def passes(groups: Sequence[Group], matrices: int) -> Iterator[list[Group]]:
-    """Cut groups into those whose moments, of so many matrices each, fit into BYTES together."""
-    chosen: list[Group] = []
+def passes(items: Sequence[Item], matrices: int) -> Iterator[list[Item]]:
+    """Cut layers or groups into those whose moments, so many matrices each, fit into BYTES."""
+    chosen: list[Item] = []
     size = 0
-    for group in groups:
-        needed = matrices * 8 * (group.width + 1) ** 2
+    for item in items:
+        needed = matrices * 8 * (item.inputs + 1) ** 2
         if chosen and size + needed > BYTES:
             yield chosen
             chosen, size = [], 0
-        chosen.append(group)
+        chosen.append(item)
         size += needed
     yield chosen
 
@@ -103,7 +104,7 @@ def moments_of(
     sums: dict[nn.Module, Moments] = {}
     for group in groups:
         leader = group.layers[0].module
-        sums[leader] = Moments(group.width, leader.weight.device, cross)
+        sums[leader] = Moments(group.inputs, leader.weight.device, cross)
     remaining = 0
 
     def see(module: Any, x: Tensor) -> None:
