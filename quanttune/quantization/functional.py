@@ -5,9 +5,11 @@ quantizers belong to the module that calls, under the name of the operation and 
 came before in that call: `add0_quantizer`, `attention0_query_quantizer`.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +41,6 @@ class FunctionalSites:
         self.frozen = False
         self._names = {module: name for name, module in model.named_modules()}
         self._leaves = {module for module in self._names if not any(module.children())}
-        self._calls: list[tuple[nn.Module, Counter[str]]] = []
-        self._mode: _Mode | None = None
         handles = []
         for module in self._names:
             handles.append(module.register_forward_pre_hook(self._push))
@@ -52,7 +52,7 @@ class FunctionalSites:
         """Round x, or let it pass if it is not covered."""
         if kind not in self.scheme.kinds:
             return x
-        module, _ = self._calls[-1]
+        module, _ = _here.forwards[id(self)].calls[-1]
         name = f"{site}_quantizer"
         if not hasattr(module, name):
             where = f"{self._names[module]}.{name}".lstrip(".")
@@ -68,27 +68,28 @@ class FunctionalSites:
 
     def number(self, operation: str) -> str:
         """Name an operation of the current module call: add0, add1, ..."""
-        _, counts = self._calls[-1]
+        _, counts = _here.forwards[id(self)].calls[-1]
         counts[operation] += 1
         return f"{operation}{counts[operation] - 1}"
 
     @property
     def in_leaf(self) -> bool:
         """Whether the call comes from a module without children, such as an activation function."""
-        return not self._calls or self._calls[-1][0] in self._leaves
+        return _here.forwards[id(self)].calls[-1][0] in self._leaves
 
     def _push(self, module: nn.Module, _: Any) -> None:
         # the outermost call is the model, or a part that activation checkpointing runs again
-        if not self._calls:
-            self._mode = _Mode(self)
-            self._mode.__enter__()
-        self._calls.append((module, Counter()))
+        if id(self) not in _here.forwards:
+            _here.forwards[id(self)] = _Forward(_Mode(self))
+            _here.forwards[id(self)].mode.__enter__()
+        _here.forwards[id(self)].calls.append((module, Counter()))
 
     def _pop(self, *_: Any) -> None:
-        self._calls.pop()
-        if not self._calls and self._mode:
-            self._mode.__exit__(None, None, None)
-            self._mode = None
+        forward = _here.forwards[id(self)]
+        forward.calls.pop()
+        if not forward.calls:
+            del _here.forwards[id(self)]
+            forward.mode.__exit__(None, None, None)
 
 
 class _Mode(TorchFunctionMode):
@@ -171,3 +172,21 @@ class _Mode(TorchFunctionMode):
         one, other = args[0].shape, args[1].shape
         of_all = len(one) == len(other) == 3 and one[1:] == other[1:] and 1 in (one[0], other[0])
         return len(one) > 1 and (one == other or of_all)
+
+
+@dataclass
+class _Forward:
+    """A call of a model that is under way: the modules in it that are being called."""
+
+    mode: _Mode
+    calls: list[tuple[nn.Module, Counter[str]]] = field(default_factory=list)
+
+
+class _Here(threading.local):
+    """What is under way in this thread, by the id of the sites; others may call the model too."""
+
+    def __init__(self) -> None:
+        self.forwards: dict[int, _Forward] = {}
+
+
+_here = _Here()

@@ -11,7 +11,8 @@ from ..passes import in_float
 from ..scheme import Scheme
 from .layers import Layer
 from .method import Rounding
-from .moments import groups_of, moments_of, passes
+from .moments import Group, Moments, groups_of, moments_of, passes
+from .turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class BiasCorrection(Rounding):
                 for group, moments in zip(chosen, sums, strict=True):
                     mean = moments.cross[-1, :-1] / moments.tokens
                     wanted |= {layer: layer.rows @ mean for layer in group.layers}
-        for group in groups:
-            (moments,) = moments_of(model, [group], data, mask)
+
+        def correct(group: Group, moments: Moments) -> None:
             mean = moments.gram[-1, :-1] / moments.tokens
             for layer in group.layers:
                 layer.settle(layer.rows, layer.grid(layer.rows))
                 if layer.module.bias is not None:
                     layer.module.bias.data += wanted[layer] - layer.rows @ mean
+
+        in_turn(model, groups, data, mask, correct)

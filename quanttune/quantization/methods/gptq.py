@@ -1,8 +1,7 @@
 """GPTQ: round column by column, and let the columns that follow make up for each error."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from ..scheme import Scheme
 from .fisher import fishers_of
 from .layers import Grid, Layer
 from .method import Rounding
-from .moments import Group, groups_of, moments_of, passes
+from .moments import Group, Moments, groups_of, passes
 from .solving import damped_factor
+from .turns import in_turn
 
 BLOCK = 128  # columns whose errors reach those behind them in one product
 
@@ -48,16 +48,29 @@ class GPTQ(Rounding):
     act_order: bool = False
 
     def __post_init__(self) -> None:
-        if self.hessian not in HESSIANS:
-            raise ValueError(f"hessian must be {' or '.join(HESSIANS)}, got {self.hessian!r}")
+        if self.hessian not in ("inputs", "fisher"):
+            raise ValueError(f"hessian must be inputs or fisher, got {self.hessian!r}")
 
     def apply(
         self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
     ) -> None:
-        hessians = HESSIANS[self.hessian]
-        for layer, hessian in hessians(model, groups_of(model, data, mask), data, mask):
-            rows, grid = layer.rows, layer.grid(layer.rows)
-            layer.settle(self.round(rows, grid, hessian), grid)
+        groups = groups_of(model, data, mask)
+        if self.hessian == "inputs":
+            in_turn(model, groups, data, mask, self._round_group)
+            return
+        layers, fishers = [layer for group in groups for layer in group.layers], []
+        for chosen in passes(layers, matrices=1):
+            fishers += fishers_of(model, chosen, data, mask)
+        for layer, fisher in zip(layers, fishers, strict=True):
+            self._round_layer(layer, fisher)
+
+    def _round_group(self, group: Group, moments: Moments) -> None:
+        for layer in group.layers:
+            self._round_layer(layer, 2 / moments.tokens * moments.gram[:-1, :-1])
+
+    def _round_layer(self, layer: Layer, hessian: Tensor) -> None:
+        rows, grid = layer.rows, layer.grid(layer.rows)
+        layer.settle(self.round(rows, grid, hessian), grid)
 
     def round(self, rows: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
         """Return rows on their grid, float64 (outputs, inputs); hessian: (inputs, inputs)."""
@@ -69,30 +82,6 @@ class GPTQ(Rounding):
             rows[:, order], grid, hessian[order][:, order], self.damping
         )
         return rounded
-
-
-def _of_inputs(
-    model: nn.Module, groups: Sequence[Group], data: Iterable[Any], mask: Mask | None
-) -> Iterator[tuple[Layer, Tensor]]:
-    """Yield layers in their order, whose inputs are what layers yielded before make of data."""
-    for group in groups:
-        (moments,) = moments_of(model, [group], data, mask)
-        for layer in group.layers:
-            yield layer, 2 / moments.tokens * moments.gram[:-1, :-1]
-
-
-def _of_answers(
-    model: nn.Module, groups: Sequence[Group], data: Iterable[Any], mask: Mask | None
-) -> Iterator[tuple[Layer, Tensor]]:
-    """Yield layers once the Fisher information of all, in the float model, is known."""
-    layers = [layer for group in groups for layer in group.layers]
-    found: list[Tensor] = []
-    for chosen in passes(layers, matrices=1):
-        found += fishers_of(model, chosen, data, mask)
-    yield from zip(layers, found, strict=True)
-
-
-HESSIANS = MappingProxyType({"inputs": _of_inputs, "fisher": _of_answers})
 
 
 def _round_columns(rows: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:

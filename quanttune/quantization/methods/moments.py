@@ -62,7 +62,7 @@ def groups_of(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[
     """
     layers = {layer.module: layer for layer in layers_of(model)}
     trace, calls = _Trace(), Counter[nn.Module]()
-    with _watching(layers, trace.see):
+    with watching(layers, trace.see):
         for batch in data:
             forward_batches(model, [batch], mask)
             calls |= trace.calls
@@ -115,7 +115,7 @@ def moments_of(
         if remaining == 0:
             raise SeenEnough
 
-    with _watching(sums, see):
+    with watching(sums, see):
         for batch in data:
             remaining = sum(group.calls for group in groups)
             forward_batches(model, [batch], mask)
@@ -146,7 +146,7 @@ def _grid(module: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _watching(modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]) -> Iterator[None]:
+def watching(modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]) -> Iterator[None]:
     """Show what each of the modules is given to `see`."""
     with ExitStack() as undo:
         for module in modules:

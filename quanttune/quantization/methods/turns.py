@@ -1,0 +1,114 @@
+"""Go through a model layer by layer, each rounded before the next one is given its inputs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from threading import Semaphore, Thread
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...masks import Mask
+from ..passes import SeenEnough, evaluating, forward_batches
+from .moments import Group, Moments, moments_of, watching
+
+
+def in_turn(
+    model: nn.Module,
+    groups: Sequence[Group],
+    data: Iterable[Any],
+    mask: Mask | None,
+    visit: Callable[[Group, Moments], None],
+) -> None:
+    """Visit groups in their order, with what the model makes of data up to there.
+
+    The forwards of all batches go on together, so that each of them runs once; it takes the memory
+    of as many hidden states as there are batches. Where a layer is called more than once, or
+    batches take different ways, it is a pass for each group instead.
+    """
+    left = list(groups)
+    if all(group.calls == 1 for group in groups):
+        with evaluating(model), ExitStack() as undo:
+            walk = _Walk(model, data, mask, undo)
+            undo.enter_context(watching([group.layers[0].module for group in groups], walk.see))
+            while left and (moments := walk.reach(left[0])):
+                visit(left.pop(0), moments)
+    for group in left:
+        visit(group, *moments_of(model, [group], data, mask))
+
+
+class _Walk:
+    """The forwards of all batches, on their way from the leader of one group to the next."""
+
+    def __init__(
+        self, model: nn.Module, data: Iterable[Any], mask: Mask | None, undo: ExitStack
+    ) -> None:
+        self._forwards = []
+        for batch in data:
+            forward = _Forward(partial(forward_batches, model, [batch], mask))
+            undo.callback(forward.leave)
+            self._forwards.append(forward)
+
+    def reach(self, group: Group) -> Moments | None:
+        """Go on until all batches are there; return nothing if one of them is not."""
+        self._leader: Any = group.layers[0].module
+        self._moments = Moments(group.inputs, self._leader.weight.device, cross=False)
+        for forward in self._forwards:
+            self._running = forward
+            if forward.go_on() is not self._leader:
+                return None
+        return self._moments
+
+    def see(self, module: Any, x: Tensor) -> None:
+        """Stop the forward that is under way; a hook of leaders."""
+        if module is self._leader:
+            self._moments.add(x, module.input_quantizer.forward(x))
+        self._running.stop(module)
+
+
+class _Forward:
+    """A forward in a thread of its own, which runs only while `go_on` waits for it."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self._go, self._there = Semaphore(0), Semaphore(0)
+        self._at: nn.Module | None = None  # where it waits; None once it has ended
+        self._error: BaseException | None = None
+        self._ended = self._leaving = False
+        self._thread = Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> nn.Module | None:
+        """Run to the next stop and return it, or to the end."""
+        if not self._ended:
+            self._at = None
+            self._go.release()
+            self._there.acquire()
+        if self._error:
+            raise self._error
+        return self._at
+
+    def stop(self, at: nn.Module) -> None:
+        """Wait, within the forward, until it is to go on."""
+        self._at = at
+        self._there.release()
+        self._go.acquire()
+        if self._leaving:
+            raise SeenEnough
+
+    def leave(self) -> None:
+        """End it, wherever it is."""
+        self._leaving = True
+        self._go.release()
+        self._thread.join()
+
+    def _main(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._leaving:
+                self._run()
+        except BaseException as error:  # raised where somebody waits for it
+            self._error = error
+        finally:
+            self._ended = True
+            self._there.release()

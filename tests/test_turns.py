@@ -1,0 +1,111 @@
+"""Forwards that go on together give what one pass per layer gives, bit for bit."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from equalized import EXAMPLES
+from oracle import assert_same_bits
+from torch import Tensor, nn
+
+import quanttune as qt
+from quanttune.quantization.methods import turns
+from quanttune.quantization.methods.moments import groups_of, moments_of
+
+OPTIONS = {"bits": 4, "weight_bits": 3}
+
+
+def alone(model, groups, data, mask, visit):
+    """Visit groups as in_turn does, by a pass for each."""
+    for group in groups:
+        visit(group, *moments_of(model, [group], data, mask))
+
+
+@pytest.mark.parametrize("method", ["gptq", "bias_correction"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_equals_a_pass_for_each_layer(name, method, monkeypatch):
+    example = EXAMPLES[name]()
+    model = example.model.train()
+    data = example.inputs.split(1)
+    models = []
+    for walk in (turns.in_turn, alone):
+        for module in ("gptq", "bias_correction"):
+            monkeypatch.setattr(f"quanttune.quantization.methods.{module}.in_turn", walk)
+        quantized = copy.deepcopy(model)
+        models.append(qt.quantize(quantized, **OPTIONS, methods=[method], data=data))
+    assert_same_bits(*(model.state_dict() for model in models))
+    assert all(module.training for model in models for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "opt"])
+def test_each_batch_runs_once(name):
+    example = EXAMPLES[name]()
+    model, data = example.model.eval(), example.inputs.split(1)
+    qt.quantize(model, 8, data=data)
+    groups, calls, seen = groups_of(model, data, None), [], []
+    model.register_forward_pre_hook(lambda *_: calls.append(threading.get_ident()))
+    turns.in_turn(model, groups, data, None, lambda group, _: seen.append(group))
+    assert seen == groups
+    assert len(set(calls)) == len(calls) == len(data)
+
+
+class Forked(nn.Module):
+    """Takes another way, and another order, for inputs that are negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.extra, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        negative = bool((x < 0).all())
+        x = self.first(x).tanh()
+        x = self.one(self.other(x).sin()) if negative else self.other(self.extra(self.one(x)).sin())
+        return self.last(x)
+
+
+def test_batches_that_take_different_ways_are_passed_for_each_layer(monkeypatch):
+    model = Forked()
+    data = [torch.rand(3, 4), -torch.rand(5, 4), torch.rand(2, 4)]
+    found = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
+    monkeypatch.setattr("quanttune.quantization.methods.gptq.in_turn", alone)
+    expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
+    assert_same_bits(found.state_dict(), expected.state_dict())
+
+
+def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
+    model = Forked()
+    data = [torch.rand(3, 4), torch.rand(2, 4)]
+    qt.quantize(model, 8, data=data)
+    groups = groups_of(model, data, None)
+    before, seen = threading.active_count(), []
+
+    def fail(*_):
+        if seen:
+            raise RuntimeError("out of memory, say")
+
+    hook = model.last.register_forward_pre_hook(lambda *_: fail())
+    hooks = len(model.one._forward_pre_hooks)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        turns.in_turn(model, groups, data, None, lambda group, _: seen.append(group))
+    assert threading.active_count() == before
+    assert len(model.one._forward_pre_hooks) == hooks
+    assert len(seen) == 4
+    hook.remove()
+    with pytest.raises(ZeroDivisionError):
+        turns.in_turn(model, groups, data, None, lambda *_: 1 / 0)
+    assert threading.active_count() == before
+
+
+def test_a_quantized_model_is_called_by_several_threads():
+    example = EXAMPLES["bert"]()
+    model = qt.quantize(example.model.eval(), 8, coverage="full", data=[example.inputs])
+    words = example.inputs.repeat(3, 1)[torch.randperm(12)]
+    with torch.no_grad():
+        expected = [model(x).logits for x in words.split(1)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda x: model(x).logits.detach(), words.split(1)))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
