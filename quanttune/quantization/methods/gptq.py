@@ -85,24 +85,24 @@ class GPTQ(Rounding):
 
 
 def _round_columns(rows: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Tensor:
-    """Put rows on their grid, in place; hessian changes too."""
+    """Return rows on their grid; hessian changes in place."""
     hessian.diagonal()[hessian.diagonal() == 0] = 1  # no token has such an input
     factor = damped_factor(hessian, damping * hessian.diagonal().mean().item())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    columns = rows.T.contiguous()  # each in one piece
     for start in range(0, len(hessian), BLOCK):
         inside, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
-        errors = _round_block(rows[:, inside], grid, upper[inside, inside])
-        rows[:, behind] -= errors @ upper[inside, behind]
-    return rows
+        errors = _round_block(columns[inside], grid, upper[inside, inside])
+        columns[behind] -= upper[inside, behind].T @ errors
+    return columns.T
 
 
-def _round_block(rows: Tensor, grid: Grid, upper: Tensor) -> Tensor:
+def _round_block(columns: Tensor, grid: Grid, upper: Tensor) -> Tensor:
     """Round columns in place, and return what the columns behind the block have to make up for."""
-    errors = torch.empty_like(rows)
-    for column in range(len(upper)):
-        values = rows[:, column : column + 1]
-        rounded = grid.nearest(values)
-        errors[:, column : column + 1] = (values - rounded) / upper[column, column]
-        rows[:, column:] -= errors[:, column : column + 1] * upper[column, column:]
-        rows[:, column : column + 1] = rounded  # it is, but for float errors
+    errors = torch.empty_like(columns)
+    for i, values in enumerate(columns):
+        rounded = grid.nearest(values[:, None])[:, 0]
+        errors[i] = (values - rounded) / upper[i, i]
+        columns[i:] -= upper[i, i:, None] * errors[i]
+        columns[i] = rounded  # it is, but for float errors
     return errors
