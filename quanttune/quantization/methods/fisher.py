@@ -59,11 +59,17 @@ def _add(sums: dict[nn.Module, Tensor], calls: Sequence[Call], answer: Tensor) -
     found = torch.autograd.grad(answer, [y for *_, y in calls], materialize_grads=True)
     pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for (module, x, _), gradient in zip(calls, found, strict=True):
-        pairs.setdefault(module, []).append((x.double(), gradient.double()))
+        pairs.setdefault(module, []).append((_samples(x), _samples(gradient)))
     for module, reached in pairs.items():
-        for tensors in zip(*(zip(x, g, strict=True) for x, g in reached), strict=True):
-            rows = torch.stack([_rows(g).T @ _rows(x) for x, g in tensors]).sum(0)
-            sums[module].addmm_(rows.T, rows)
+        x, gradient = (torch.cat(tensors, 1) for tensors in zip(*reached, strict=True))
+        # X^T (g g^T X): G, of outputs * inputs, is there for one sample at a time
+        spread = torch.stack([g @ (g.T @ one) for one, g in zip(x, gradient, strict=True)])
+        sums[module].addmm_(_rows(x).T, _rows(spread))
+
+
+def _samples(x: Tensor) -> Tensor:
+    """Return float64 (samples, tokens, channels)."""
+    return x.double().reshape(len(x), -1, x.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:
