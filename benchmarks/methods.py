@@ -10,7 +10,7 @@ interrupted goes on where it stopped.
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -67,6 +67,16 @@ def _rows(job: Any, seed: int, known: list[Any]) -> Iterator[dict[str, Any]]:
             quantized = _quantized(job, model, way)
             seconds = round(time.monotonic() - began, 1)
             yield {**way, "value": job.evaluate(quantized), "seconds": seconds}
+
+
+def width(weight_bits: int, bits: int) -> str:
+    """Return the usual name of widths, such as W4A8."""
+    return f"W{weight_bits}A{bits}"
+
+
+def way(calibrator: str, methods: Sequence[str]) -> str:
+    """Return what a table calls a calibrator with methods."""
+    return " + ".join(methods) or calibrator
 
 
 def _ways() -> Iterator[dict[str, Any]]:

@@ -7,11 +7,14 @@ With the result of gpu_suite.sh it makes the README's GPU table as well.
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+import methods
 from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
 from onnx_latency import COVERAGES, figures
 
@@ -58,6 +61,8 @@ def main() -> None:
         title = f"Losses on {name}"
         sections += [_demo_section(title, _read(f"losses-{name}.json"))]
         sections += [_settings_section(_read(f"settings-losses-{name}.json"))]
+    sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
+    sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))
 
@@ -159,6 +164,72 @@ def _settings_section(settings: Any) -> str:
     return f"""### Choice of its settings
 
 Validation rows, seed {settings["seed"]}, min-max, weights per channel.
+
+{table}
+"""
+
+
+def methods_section(name: str, measured: Any) -> str:
+    """Return the tables of a run of methods.py, one per coverage."""
+    digits, rows = DIGITS[measured["metric"]], measured["rows"]
+    seeds = len({row["seed"] for row in rows})
+    exact = _cells([{**row, "width": "fp32"} for row in rows if row["coverage"] == "none"], digits)
+    floats = ", ".join(f"{arm} {text.strip('*')}" for (_, arm, _), text in exact.items())
+    parts = [
+        f"## Methods on {name}: {measured['metric']} on the test rows",
+        f"Means of {seeds} seeds, ± their standard deviation; MiniLM's base has one. Float: "
+        f"{floats}. Weights per channel; methods with min-max and their default options; "
+        "percentile and kl without a method. Bold: the best of a column.",
+    ]
+    for coverage in dict.fromkeys(row["coverage"] for row in rows if row["coverage"] != "none"):
+        chosen = [
+            {**row, "width": methods.width(row["weight_bits"], row["bits"])}
+            for row in rows
+            if row["coverage"] == coverage
+        ]
+        parts += [f"Coverage {coverage}:", _methods_table(_cells(chosen, digits))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(rows: list[Any], digits: int) -> dict[tuple[str, str, str], str]:
+    """Return what stands in a table, by width, arm and way."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        way = methods.way(row["calibrator"], row["methods"])
+        values[row["width"], row["arm"], way].append(row["value"])
+    best = {key[:2]: max(mean(v) for k, v in values.items() if k[:2] == key[:2]) for key in values}
+    texts = {}
+    for key, seeds in values.items():
+        deviation = f" ±{stdev(seeds):.{digits}f}" if len(seeds) > 1 else ""
+        text = f"{mean(seeds):.{digits}f}{deviation}"
+        texts[key] = f"**{text}**" if mean(seeds) == best[key[:2]] else text
+    return texts
+
+
+def _methods_table(cells: dict[tuple[str, str, str], str]) -> str:
+    arms = dict.fromkeys(arm for _, arm, _ in cells)
+    columns = [(methods.width(*bits), arm) for bits in methods.WIDTHS for arm in arms]
+    lines = [
+        _line("", *(f"{width} {arm}" for width, arm in columns)),
+        _line("---", *["---:"] * len(columns)),
+    ]
+    for way in (methods.way(*choice) for choice in methods.CHOICES):
+        lines.append(_line(way, *(cells.get((*column, way), "-") for column in columns)))
+    return "\n".join(lines)
+
+
+def times_section(measured: Any) -> str:
+    """Return the table of a run of method_times.py."""
+    lines = [_line("", "seconds", "error"), _line("---", "---:", "---:")]
+    for row in measured["rows"]:
+        lines.append(_line(row["way"], f"{row['seconds']:.0f}", f"{row['error']:.3f}"))
+    facts, table = measured["environment"], "\n".join(lines)
+    where = f"{facts['processor']}, {facts['threads']} threads"
+    return f"""## What methods cost
+
+A ViT-tiny (12 layers, 192 wide, random weights), 32 images of 224 pixels, W4A4, coverage linear;
+once each, calibration included; {where}. Error: squared difference of logits on these
+images, relative to the float model's.
 
 {table}
 """

@@ -1,6 +1,7 @@
 """The second moments of layers' inputs: of which tokens, and whose they are."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import quanttune as qt
 from quanttune.quantization.insertion import is_quantized
 from quanttune.quantization.methods import ERQ, GPTQ, moments
-from quanttune.quantization.methods.moments import groups_of, moments_of, passes
+from quanttune.quantization.methods.moments import Means, Moments, groups_of, passes, sums_of
 from quanttune.quantization.passes import forward_batches
 
 
@@ -52,7 +53,7 @@ def test_moments_are_those_of_all_tokens_and_no_padding(budget, monkeypatch):
     sums = [
         found
         for chosen in passes(groups, 2)
-        for found in moments_of(model, chosen, data, "attention_mask", cross=True)
+        for found in sums_of(model, chosen, data, "attention_mask", partial(Moments, cross=True))
     ]
     seen: dict[str, list[Tensor]] = {name: [] for name, *_ in members}
     for name, given in seen.items():
@@ -68,6 +69,12 @@ def test_moments_are_those_of_all_tokens_and_no_padding(budget, monkeypatch):
         torch.testing.assert_close(found.gram, float_moments(a, a), **near)
         torch.testing.assert_close(found.cross, float_moments(a, tokens), **near)
         assert found.tokens == len(tokens)
+    for found, mean in zip(
+        sums, sums_of(model, groups, data, "attention_mask", Means), strict=True
+    ):
+        tolerance = {"rtol": 1e-9, "atol": 1e-12}
+        torch.testing.assert_close(found.gram[-1, :-1] / found.tokens, mean.rounded, **tolerance)
+        torch.testing.assert_close(found.cross[-1, :-1] / found.tokens, mean.exact, **tolerance)
 
 
 def test_layers_that_round_one_tensor_otherwise_share_nothing():
@@ -85,7 +92,7 @@ def test_a_module_that_is_called_several_times_counts_each_call():
     model = calibrated(model, [x])
     shared, head = groups_of(model, [x], None)
     assert (shared.calls, head.calls) == (3, 1)
-    (found,) = moments_of(model, [shared], [x, x], None)
+    (found,) = sums_of(model, [shared], [x, x], None, Moments)
     assert found.tokens == 2 * 3 * 5
     for method in (ERQ(), GPTQ()):
         assert is_quantized(calibrated(Shared().eval(), [x], methods=[method]))

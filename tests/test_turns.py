@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import quanttune as qt
 from quanttune.quantization.methods import turns
-from quanttune.quantization.methods.moments import groups_of, moments_of
+from quanttune.quantization.methods.moments import Moments, groups_of, sums_of
 
 OPTIONS = {"bits": 4, "weight_bits": 3}
 
 
-def alone(model, groups, data, mask, visit):
+def alone(model, groups, data, mask, make, visit):
     """Visit groups as in_turn does, by a pass for each."""
     for group in groups:
-        visit(group, *moments_of(model, [group], data, mask))
+        visit(group, *sums_of(model, [group], data, mask, make))
 
 
 @pytest.mark.parametrize("method", ["gptq", "bias_correction"])
@@ -46,7 +46,7 @@ def test_each_batch_runs_once(name):
     qt.quantize(model, 8, data=data)
     groups, calls, seen = groups_of(model, data, None), [], []
     model.register_forward_pre_hook(lambda *_: calls.append(threading.get_ident()))
-    turns.in_turn(model, groups, data, None, lambda group, _: seen.append(group))
+    turns.in_turn(model, groups, data, None, Moments, lambda group, _: seen.append(group))
     assert seen == groups
     assert len(set(calls)) == len(calls) == len(data)
 
@@ -89,13 +89,13 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     hook = model.last.register_forward_pre_hook(lambda *_: fail())
     hooks = len(model.one._forward_pre_hooks)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        turns.in_turn(model, groups, data, None, lambda group, _: seen.append(group))
+        turns.in_turn(model, groups, data, None, Moments, lambda group, _: seen.append(group))
     assert threading.active_count() == before
     assert len(model.one._forward_pre_hooks) == hooks
     assert len(seen) == 4
     hook.remove()
     with pytest.raises(ZeroDivisionError):
-        turns.in_turn(model, groups, data, None, lambda *_: 1 / 0)
+        turns.in_turn(model, groups, data, None, Moments, lambda *_: 1 / 0)
     assert threading.active_count() == before
 
 

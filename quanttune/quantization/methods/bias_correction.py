@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...masks import Mask
 from ..passes import in_float
 from ..scheme import Scheme
-from .layers import Layer
 from .method import Rounding
-from .moments import Group, Moments, groups_of, moments_of, passes
+from .moments import Group, Means, groups_of, sums_of
 from .turns import in_turn
 
 
@@ -36,19 +35,18 @@ class BiasCorrection(Rounding):
         self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
     ) -> None:
         groups = groups_of(model, data, mask)
-        wanted: dict[Layer, Tensor] = {}  # mean outputs of the float model
         with in_float(model):
-            for chosen in passes(groups, matrices=2):
-                sums = moments_of(model, chosen, data, mask, cross=True)
-                for group, moments in zip(chosen, sums, strict=True):
-                    mean = moments.cross[-1, :-1] / moments.tokens
-                    wanted |= {layer: layer.rows @ mean for layer in group.layers}
+            means = sums_of(model, groups, data, mask, Means)
+        wanted = {
+            layer: layer.rows @ mean.exact
+            for group, mean in zip(groups, means, strict=True)
+            for layer in group.layers
+        }
 
-        def correct(group: Group, moments: Moments) -> None:
-            mean = moments.gram[-1, :-1] / moments.tokens
+        def correct(group: Group, mean: Means) -> None:
             for layer in group.layers:
                 layer.settle(layer.rows, layer.grid(layer.rows))
                 if layer.module.bias is not None:
-                    layer.module.bias.data += wanted[layer] - layer.rows @ mean
+                    layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
-        in_turn(model, groups, data, mask, correct)
+        in_turn(model, groups, data, mask, Means, correct)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..scheme import Scheme
 from .flips import FLIPS, refine
 from .layers import Grid, Layer
 from .method import Rounding
-from .moments import Moments, groups_of, moments_of, passes
+from .moments import Moments, groups_of, passes, sums_of
 from .solving import ridge
 
 ROWS = 512  # of a weight that are rounded together
@@ -56,7 +57,7 @@ class ERQ(Rounding):
         found = []
         with in_float(model):
             for chosen in passes(groups_of(model, data, mask), matrices=2):
-                sums = moments_of(model, chosen, data, mask, cross=True)
+                sums = sums_of(model, chosen, data, mask, partial(Moments, cross=True))
                 for group, moments in zip(chosen, sums, strict=True):
                     found += [(layer, *self._solve(layer, moments)) for layer in group.layers]
         for layer, rows, grid, bias in found:  # not before: each pass is one of the float model

@@ -56,7 +56,7 @@ class GPTQ(Rounding):
     ) -> None:
         groups = groups_of(model, data, mask)
         if self.hessian == "inputs":
-            in_turn(model, groups, data, mask, self._round_group)
+            in_turn(model, groups, data, mask, Moments, self._round_group)
             return
         layers, fishers = [layer for group in groups for layer in group.layers], []
         for chosen in passes(layers, matrices=1):

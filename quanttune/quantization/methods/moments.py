@@ -1,4 +1,4 @@
-"""Second moments of what layers are given, summed batch by batch."""
+"""Means and second moments of what layers are given, summed batch by batch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from ..quantizer import ActivationQuantizer
 from .layers import Layer, layers_of
 
 Item = TypeVar("Item", "Group", Layer)
+Sums = TypeVar("Sums", "Means", "Moments")
 BYTES = 2**30  # of the moments that one pass over the data sums
 
 
@@ -28,8 +29,36 @@ class Group:
     calls: int  # in one forward
 
     @property
+    def leader(self) -> Any:
+        """The module that is called first."""
+        return self.layers[0].module
+
+    @property
     def inputs(self) -> int:
         return self.layers[0].inputs
+
+
+class Means:
+    """Sums over tokens of what layers are given, float64: in float, and rounded."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._exact = torch.zeros(width, dtype=torch.float64, device=device)
+        self._rounded = torch.zeros_like(self._exact)
+
+    def add(self, x: Tensor, rounded: Tensor) -> None:
+        rows = _rows(x)
+        self.tokens += len(rows)
+        self._exact += rows.sum(0)
+        self._rounded += _rows(rounded).sum(0)
+
+    @property
+    def exact(self) -> Tensor:
+        return self._exact / self.tokens
+
+    @property
+    def rounded(self) -> Tensor:
+        return self._rounded / self.tokens
 
 
 class Moments:
@@ -39,7 +68,7 @@ class Moments:
     cross: rounded inputs (first dimension) with those in float; empty if not wanted.
     """
 
-    def __init__(self, width: int, device: torch.device, cross: bool) -> None:
+    def __init__(self, width: int, device: torch.device, cross: bool = False) -> None:
         self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.gram) if cross else self.gram[:0]
 
@@ -48,10 +77,10 @@ class Moments:
         return self.gram[-1, -1].item()
 
     def add(self, x: Tensor, rounded: Tensor) -> None:
-        rows = _rows(rounded)
+        rows = _with_one(rounded)
         self.gram.addmm_(rows.T, rows)
         if len(self.cross):
-            self.cross.addmm_(rows.T, _rows(x))
+            self.cross.addmm_(rows.T, _with_one(x))
 
 
 def groups_of(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[Group]:
@@ -93,18 +122,18 @@ def passes(items: Sequence[Item], matrices: int) -> Iterator[list[Item]]:
     yield chosen
 
 
-def moments_of(
+def sums_of(
     model: nn.Module,
     groups: Sequence[Group],
     data: Iterable[Any],
     mask: Mask | None,
-    cross: bool = False,
-) -> list[Moments]:
-    """Return the moments of each group, from one pass that goes no further than their calls."""
-    sums: dict[nn.Module, Moments] = {}
-    for group in groups:
-        leader = group.layers[0].module
-        sums[leader] = Moments(group.inputs, leader.weight.device, cross)
+    make: Callable[[int, torch.device], Sums],
+) -> list[Sums]:
+    """Return the sums of each group, from one pass that goes no further than their calls.
+
+    make: Moments or Means.
+    """
+    sums = {group.leader: make(group.inputs, group.leader.weight.device) for group in groups}
     remaining = 0
 
     def see(module: Any, x: Tensor) -> None:
@@ -156,6 +185,10 @@ def watching(modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]) -
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return the tokens that are no padding, in float64 and with a last channel of ones."""
-    rows = without_padding(x, "input").reshape(-1, x.shape[-1]).double()
-    return F.pad(rows, (0, 1), value=1.0)
+    """Return the tokens that are no padding, in float64."""
+    return without_padding(x, "input").reshape(-1, x.shape[-1]).double()
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """Return rows with a last channel of ones."""
+    return F.pad(_rows(x), (0, 1), value=1.0)

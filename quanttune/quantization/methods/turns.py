@@ -6,11 +6,12 @@ from functools import partial
 from threading import Semaphore, Thread
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...masks import Mask
 from ..passes import SeenEnough, evaluating, forward_batches
-from .moments import Group, Moments, moments_of, watching
+from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
 def in_turn(
@@ -18,9 +19,10 @@ def in_turn(
     groups: Sequence[Group],
     data: Iterable[Any],
     mask: Mask | None,
-    visit: Callable[[Group, Moments], None],
+    make: Callable[[int, torch.device], Sums],
+    visit: Callable[[Group, Sums], None],
 ) -> None:
-    """Visit groups in their order, with what the model makes of data up to there.
+    """Visit groups in their order, with the sums of what the model makes of data up to there.
 
     The forwards of all batches go on together, so that each of them runs once; it takes the memory
     of as many hidden states as there are batches. Where a layer is called more than once, or
@@ -30,11 +32,15 @@ def in_turn(
     if all(group.calls == 1 for group in groups):
         with evaluating(model), ExitStack() as undo:
             walk = _Walk(model, data, mask, undo)
-            undo.enter_context(watching([group.layers[0].module for group in groups], walk.see))
-            while left and (moments := walk.reach(left[0])):
-                visit(left.pop(0), moments)
+            undo.enter_context(watching([group.leader for group in groups], walk.see))
+            while left:
+                leader = left[0].leader
+                sums = make(left[0].inputs, leader.weight.device)
+                if not walk.reach(leader, sums):
+                    break
+                visit(left.pop(0), sums)
     for group in left:
-        visit(group, *moments_of(model, [group], data, mask))
+        visit(group, *sums_of(model, [group], data, mask, make))
 
 
 class _Walk:
@@ -49,20 +55,19 @@ class _Walk:
             undo.callback(forward.leave)
             self._forwards.append(forward)
 
-    def reach(self, group: Group) -> Moments | None:
-        """Go on until all batches are there; return nothing if one of them is not."""
-        self._leader: Any = group.layers[0].module
-        self._moments = Moments(group.inputs, self._leader.weight.device, cross=False)
+    def reach(self, leader: Any, sums: Means | Moments) -> bool:
+        """Let all batches go on to a leader, and sum what it is given; tell if all came there."""
+        self._leader, self._sums = leader, sums
         for forward in self._forwards:
             self._running = forward
-            if forward.go_on() is not self._leader:
-                return None
-        return self._moments
+            if forward.go_on() is not leader:
+                return False
+        return True
 
     def see(self, module: Any, x: Tensor) -> None:
         """Stop the forward that is under way; a hook of leaders."""
         if module is self._leader:
-            self._moments.add(x, module.input_quantizer.forward(x))
+            self._sums.add(x, module.input_quantizer.forward(x))
         self._running.stop(module)
 
 
