@@ -9,6 +9,7 @@ from typing import Any
 
 import gpu_checks
 import gpu_kernels
+import gpu_methods
 import gpu_steps
 import torch
 from bars import GPU_BARS
@@ -27,6 +28,7 @@ SECTIONS = {
     "ceilings": gpu_kernels.ceilings,
     "kernels": gpu_kernels.kernels,
     "steps": gpu_steps.steps,
+    "methods": gpu_methods.methods,
 }
 
 

@@ -40,7 +40,7 @@ def test_the_gpu_suite_runs_dry(tmp_path, from_benchmarks):
     done = gpu_suite(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
-    sections = ["correctness", "sanitizer", "graph", "ceilings", "kernels", "steps"]
+    sections = ["correctness", "sanitizer", "graph", "ceilings", "kernels", "steps", "methods"]
     assert all("seconds" in result[section] for section in sections)
     assert result["correctness"]["checked"] == 15  # dtypes x (shapes x kinds + tokens)
     bars = from_benchmarks("bars").GPU_BARS
