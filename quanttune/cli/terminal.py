@@ -1,13 +1,16 @@
 """What the verbs share: the console, a progress bar, and --json."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from ..progress import Progress
 
 console = Console()
 
@@ -19,9 +22,9 @@ def say(line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def progress_bar() -> Progress:
+def progress_bar() -> Bar:
     """Return a progress bar with the time that is left; it is shown while it is entered."""
-    return Progress(
+    return Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -32,12 +35,14 @@ def progress_bar() -> Progress:
 
 
 @contextmanager
-def showing() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar, and yield what moves it: called with what is done, how far, and of how much."""
+def showing() -> Iterator[Progress]:
+    """Show a bar, and yield what moves it."""
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
-        def advance(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int | None) -> None:
+            if bar.tasks[0].description != what:
+                bar.reset(task)  # its time is its own
             bar.update(task, description=what, completed=done, total=total)
 
         yield advance

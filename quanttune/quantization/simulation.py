@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..masks import Mask
+from ..progress import Progress, silent, track
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
@@ -32,6 +33,7 @@ def quantize(
     methods: Sequence[str | Method] = (),
     data: Iterable[Any] | None = None,
     mask: Mask | None = "attention_mask",
+    progress: Progress = silent,
 ) -> nn.Module:
     """Quantize a model in place to uniform integers, and return it.
 
@@ -63,6 +65,8 @@ def quantize(
         data: batches of inputs: tensors, mappings (passed as keywords), or tuples and lists such as
             (inputs, labels), whose first element is taken.
         mask: which tokens of a batch are padding, which no range is taken from: as in `attach`.
+        progress: called with what is being done, how many batches, layers or the like are done,
+            and of how many, which is None for data without a length.
 
     Raises:
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
@@ -82,15 +86,15 @@ def quantize(
             undo.callback(model.load_state_dict, before)
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
-            equalization.apply(model, scheme, batches, mask)
+            equalization.apply(model, scheme, batches, mask, progress)
         functional = insert(model, scheme, undo)
         if not scheme.dynamic:
-            _calibrate(model, batches, mask)
+            _calibrate(model, track(batches, "calibrating", progress), mask)
             _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
         for rounding in roundings:
-            rounding.apply(model, scheme, batches, mask)
+            rounding.apply(model, scheme, batches, mask, progress)
         undo.pop_all()
     announce(model)
     return model

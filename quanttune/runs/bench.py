@@ -15,10 +15,11 @@ from ..inference.answers import check_answers
 from ..inference.latency import compare
 from ..inference.onnx_model import read
 from ..inference.products import has_vnni
+from ..progress import Progress, silent
 from ..verification.identity import check_description
 from . import models
 from .export import dimensions, example, load_calibrated
-from .inputs import Progress, Source, silent
+from .inputs import Source
 from .settings import Settings
 
 SECONDS = 10.0  # of turns per number of threads, where seven rounds do not take longer

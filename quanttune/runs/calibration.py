@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..progress import Progress, silent
 from ..quantization.description import describe
 from ..quantization.insertion import is_quantized
 from ..quantization.scheme import DYNAMIC
 from ..quantization.simulation import quantize
 from ..quantization.summary import summary
 from .folder import check_empty, publish
-from .inputs import Progress, prepare, silent
+from .inputs import prepare
 from .settings import Settings
 
 
@@ -45,14 +46,15 @@ def calibrate(
     if is_quantized(model):
         raise ValueError(f"{settings.model} is quantized already: give the float model")
     dynamic = quantization.get("calibrator") == DYNAMIC
-    batches = None if dynamic else inputs.batches(settings, model, "calibrating", progress)
-    quantize(model, data=batches, **quantization)
-    sites = summary(model)
-    rows = 0 if dynamic else len(inputs.rows)
-    said = f"{len(sites.sites)} quantizers, ranges of {rows} rows"
-    say(f"{inputs.task}: {type(model).__name__}, {said}")
+    wanted = not dynamic or quantization.get("methods")
+    batches = inputs.batches(settings, model) if wanted else None
+    quantize(model, data=batches, progress=progress, **quantization)
+    scheme, sites = describe(model)["scheme"], summary(model)
+    rows = len(inputs.rows) if wanted else 0
+    ranges = f"ranges of {0 if dynamic else rows} rows"
+    said = [f"{len(sites.sites)} quantizers", ranges, *scheme["methods"]]
+    say(f"{inputs.task}: {type(model).__name__}, {', '.join(said)}")
     if not dry_run:
         publish(model.cpu(), inputs.processor, out)
-    scheme = describe(model)["scheme"]
     facts = {"task": inputs.task, "rows": rows, **inputs.facts, "quantization": scheme}
     return {"out": str(out), **facts, "summary": sites.as_dict()}

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..progress import Progress, silent, track
 from ..quantization.description import describe
-from .inputs import Progress, Source, find, prepare, silent
+from .inputs import Source, find, prepare
 from .metrics import LAST_WORDS, choose, measure
 from .settings import Settings
 
@@ -45,8 +46,8 @@ def evaluate(
         say(line)
 
     def measured(name: str, model: nn.Module) -> dict[str, float]:
-        batches = inputs.batches(settings, model, f"measuring {name}", progress)
-        return measure(names, model, batches)
+        batches = inputs.batches(settings, model)
+        return measure(names, model, track(batches, f"measuring {name}", progress))
 
     return {
         "task": inputs.task,

@@ -14,11 +14,20 @@ from ..quantization.methods import roundings_in
 from . import batches, data, models
 from .settings import Settings
 
-Progress = Callable[[str, int, int], None]  # what is done, batches so far, batches in all
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a loader, on a device; each time they are iterated, they are read again."""
 
-def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    loader: DataLoader[Any]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,10 @@ class Inputs(Source):
     facts: dict[str, Any]
     said: list[str]
 
-    def batches(
-        self, settings: Settings, model: nn.Module, what: str, progress: Progress
-    ) -> Iterator[dict[str, Tensor]]:
-        """Yield the rows on the model's device, `settings.batch_size` at a time."""
-        device = next(model.parameters()).device
+    def batches(self, settings: Settings, model: nn.Module) -> Batches:
+        """Return the rows on the model's device, `settings.batch_size` at a time."""
         loader = DataLoader(self.rows, settings.batch_size, collate_fn=self.collate)
-        for i, batch in enumerate(loader):
-            progress(what, i, len(loader))
-            yield {name: tensor.to(device) for name, tensor in batch.items()}
-        progress(what, len(loader), len(loader))
+        return Batches(loader, next(model.parameters()).device)
 
 
 def prepare(

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..analysis.subject import Subject
 from . import models
-from .inputs import Inputs, prepare, silent
+from .inputs import Inputs, prepare
 from .metrics import measure
 from .settings import Settings
 
@@ -44,14 +44,14 @@ def load_subject(
     watched = _rows(inputs, range(taken))
     data = [
         {name: x for name, x in batch.items() if name != "labels"}
-        for batch in watched.batches(settings, model, "reading", silent)
+        for batch in watched.batches(settings, model)
     ]
     measured = _rows(inputs, range(taken, len(inputs.rows)))
     is_text = inputs.task == "text-generation"
     metric = "perplexity" if is_text else "accuracy"
 
     def evaluate(model: nn.Module) -> float:
-        batches = measured.batches(settings, model, "measuring", silent)
+        batches = measured.batches(settings, model)
         (value,) = measure([metric], model, batches).values()
         return 100 / value if is_text else value
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..inference.onnx_model import OnnxModel
+from ..progress import Progress, silent, track
 from ..verification.simulated_codes import noise
 from ..verification.verification import Verification
 from ..verification.verification import verify as verify_outputs
 from .export import example, load_calibrated
-from .inputs import Progress, prepare, silent
+from .inputs import prepare
 from .metrics import LAST_WORDS, choose, measure
 from .settings import Settings
 
@@ -60,7 +61,7 @@ def verify(
     file = OnnxModel(onnx, threads=torch.get_num_threads())
 
     def batches(what: str) -> Iterator[dict[str, Tensor]]:
-        rows = inputs.batches(settings, model, what, progress)
+        rows = track(inputs.batches(settings, model), what, progress)
         return (_completed(batch, file.inputs) for batch in rows)
 
     first = next(batches("comparing layers"))

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...masks import Mask
+from ...progress import Progress, silent, track
 from ..passes import in_float
 from ..scheme import Scheme
 from .method import Rounding
@@ -32,11 +34,17 @@ class BiasCorrection(Rounding):
     name = "bias_correction"
 
     def apply(
-        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        data: Iterable[Any],
+        mask: Mask | None,
+        progress: Progress = silent,
     ) -> None:
-        groups = groups_of(model, data, mask)
+        groups = groups_of(model, track(data, f"{self.name}: finding layers", progress), mask)
         with in_float(model):
-            means = sums_of(model, groups, data, mask, Means)
+            seen = track(data, f"{self.name}: means", progress)
+            means = sums_of(model, groups, seen, mask, Means)
         wanted = {
             layer: layer.rows @ mean.exact
             for group, mean in zip(groups, means, strict=True)
@@ -49,4 +57,4 @@ class BiasCorrection(Rounding):
                 if layer.module.bias is not None:
                     layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
-        in_turn(model, groups, data, mask, Means, correct)
+        in_turn(model, groups, data, mask, Means, correct, partial(progress, self.name))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...masks import Mask
+from ...progress import Progress, silent, track
 from ..padding import inside
 from ..passes import forward_batches
 from ..scheme import Scheme
@@ -72,7 +73,12 @@ class ChannelEqualization(Equalization):
 
     @torch.no_grad()
     def apply(
-        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        data: Iterable[Any],
+        mask: Mask | None,
+        progress: Progress = silent,
     ) -> None:
         pairs = find_pairs(model, data, mask)
         seen = {pair.name: Channels(self.rows) for pair in pairs}
@@ -81,8 +87,8 @@ class ChannelEqualization(Equalization):
                 reader = next(iter(pair.readers.values()))
                 handle = reader.register_forward_pre_hook(seen[pair.name].see)
                 undo.callback(handle.remove)
-            forward_batches(model, data, mask)
-        for pair in pairs:
+            forward_batches(model, track(data, f"{self.name}: ranges", progress), mask)
+        for pair in track(pairs, self.name, progress):
             channels = seen[pair.name]
             if not channels.absmax.isfinite().all():
                 raise ValueError(f"{pair.name} returned NaN, inf or nothing during calibration")

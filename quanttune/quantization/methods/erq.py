@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...masks import Mask
+from ...progress import Progress, silent, track
 from ..passes import in_float
 from ..scheme import Scheme
 from .flips import FLIPS, refine
@@ -52,14 +53,25 @@ class ERQ(Rounding):
             raise ValueError(f"flip must be one of {', '.join(FLIPS)}, got {self.flip!r}")
 
     def apply(
-        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        data: Iterable[Any],
+        mask: Mask | None,
+        progress: Progress = silent,
     ) -> None:
-        found = []
+        found: list[tuple[Layer, Tensor, Grid, Tensor]] = []
         with in_float(model):
-            for chosen in passes(groups_of(model, data, mask), matrices=2):
-                sums = sums_of(model, chosen, data, mask, partial(Moments, cross=True))
+            groups = groups_of(model, track(data, "erq: finding layers", progress), mask)
+            layers = sum(len(group.layers) for group in groups)
+            for chosen in passes(groups, matrices=2):
+                seen = track(data, "erq: inputs of layers", progress)
+                sums = sums_of(model, chosen, seen, mask, partial(Moments, cross=True))
                 for group, moments in zip(chosen, sums, strict=True):
-                    found += [(layer, *self._solve(layer, moments)) for layer in group.layers]
+                    for layer in group.layers:
+                        progress(self.name, len(found), layers)
+                        found.append((layer, *self._solve(layer, moments)))
+        progress(self.name, layers, layers)
         for layer, rows, grid, bias in found:  # not before: each pass is one of the float model
             layer.settle(rows, grid)
             if layer.module.bias is not None:

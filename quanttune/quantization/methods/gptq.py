@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...masks import Mask
+from ...progress import Progress, silent, track
 from ..scheme import Scheme
 from .fisher import fishers_of
 from .layers import Grid, Layer
@@ -52,16 +54,23 @@ class GPTQ(Rounding):
             raise ValueError(f"hessian must be inputs or fisher, got {self.hessian!r}")
 
     def apply(
-        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        data: Iterable[Any],
+        mask: Mask | None,
+        progress: Progress = silent,
     ) -> None:
-        groups = groups_of(model, data, mask)
+        groups = groups_of(model, track(data, f"{self.name}: finding layers", progress), mask)
         if self.hessian == "inputs":
-            in_turn(model, groups, data, mask, Moments, self._round_group)
+            tell = partial(progress, self.name)
+            in_turn(model, groups, data, mask, Moments, self._round_group, tell)
             return
         layers, fishers = [layer for group in groups for layer in group.layers], []
         for chosen in passes(layers, matrices=1):
-            fishers += fishers_of(model, chosen, data, mask)
-        for layer, fisher in zip(layers, fishers, strict=True):
+            seen = track(data, f"{self.name}: gradients", progress)
+            fishers += fishers_of(model, chosen, seen, mask)
+        for layer, fisher in zip(track(layers, self.name, progress), fishers, strict=True):
             self._round_layer(layer, fisher)
 
     def _round_group(self, group: Group, moments: Moments) -> None:

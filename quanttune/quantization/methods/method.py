@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ...masks import Mask
+from ...progress import Progress, silent
 from ..scheme import Scheme
 
 
@@ -17,7 +18,12 @@ class Method(ABC):
 
     @abstractmethod
     def apply(
-        self, model: nn.Module, scheme: Scheme, data: Iterable[Any], mask: Mask | None
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        data: Iterable[Any],
+        mask: Mask | None,
+        progress: Progress = silent,
     ) -> None:
         """Change a model in place; whoever calls takes the parameters back after an error.
 
@@ -25,7 +31,7 @@ class Method(ABC):
             model: float for an equalization; for a rounding calibrated, its weights not rounded.
             scheme: what the model is to be, or is, quantized to.
             data: the batches of `quantize`, to be iterated as often as needed.
-            mask: as in `quantize`.
+            mask, progress: as in `quantize`.
         """
 
 

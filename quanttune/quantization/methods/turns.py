@@ -21,26 +21,28 @@ def in_turn(
     mask: Mask | None,
     make: Callable[[int, torch.device], Sums],
     visit: Callable[[Group, Sums], None],
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Visit groups in their order, with the sums of what the model makes of data up to there.
 
     The forwards of all batches go on together, so that each of them runs once; it takes the memory
     of as many hidden states as there are batches. Where a layer is called more than once, or
-    batches take different ways, it is a pass for each group instead.
+    batches take different ways, it is a pass for each group instead. `tell` is a Progress.
     """
-    left = list(groups)
-    if all(group.calls == 1 for group in groups):
-        with evaluating(model), ExitStack() as undo:
-            walk = _Walk(model, data, mask, undo)
-            undo.enter_context(watching([group.leader for group in groups], walk.see))
-            while left:
-                leader = left[0].leader
-                sums = make(left[0].inputs, leader.weight.device)
-                if not walk.reach(leader, sums):
-                    break
-                visit(left.pop(0), sums)
-    for group in left:
-        visit(group, *sums_of(model, [group], data, mask, make))
+    alike = all(group.calls == 1 for group in groups)
+    with ExitStack() as undo:
+        undo.enter_context(evaluating(model))
+        walk = _Walk(model, data if alike else (), mask, undo)
+        undo.enter_context(watching([group.leader for group in groups], walk.see))
+        for done, group in enumerate(groups):
+            tell(done, len(groups))
+            sums = make(group.inputs, group.leader.weight.device)
+            if not (alike and walk.reach(group.leader, sums)):
+                alike = False
+                undo.close()
+                (sums,) = sums_of(model, [group], data, mask, make)
+            visit(group, sums)
+    tell(len(groups), len(groups))
 
 
 class _Walk:
