@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quanttune import cli
+from quanttune.quantization.methods import METHODS
 
 runner = CliRunner()
 
@@ -45,6 +46,11 @@ def test_every_verb_has_help_with_an_example():
         name = command.name
         result = runner.invoke(cli.app, [name, "--help"])
         assert f"Example: quanttune {name}" in result.output
+
+
+def test_the_help_of_calibrate_names_every_method():
+    output = runner.invoke(cli.app, ["calibrate", "--help"], env={"COLUMNS": "300"}).output
+    assert f"{', '.join(METHODS)}. Repeat for several." in output
 
 
 def test_a_wrong_task_is_one_line_and_status_two():

@@ -87,6 +87,24 @@ def test_a_model_is_quantized_and_measured_as_by_hand(made, tmp_path):
     assert alone["quantized"] is alone["quantization"] is None
 
 
+METHODS = ["outlier_suppression", "gptq"]
+
+
+@pytest.mark.parametrize("made", [bert_case, vit_case], indirect=True)
+def test_methods_act_in_the_order_they_are_named(made, tmp_path):
+    loader, data, rows, batch = made
+    options = ["--coverage", "linear", "--weight-bits", 4, "--json", tmp_path / "a.json"]
+    options += ["--method", METHODS[0], "--method", METHODS[1], "--batch-size", rows]
+    result = run("calibrate", tmp_path / "model", *data, *options, "--out", tmp_path / "out")
+    assert f"ranges of {rows} rows, outlier_suppression, gptq\n" in result.output
+    assert json.loads((tmp_path / "a.json").read_text())["quantization"]["methods"] == METHODS
+    model = loader.from_pretrained(tmp_path / "model").eval()
+    scheme = {"weight_bits": 4, "coverage": "linear", "methods": METHODS}
+    expected = qt.quantize(model, **scheme, data=[batch])(**batch).logits
+    loaded = loader.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(loaded(**batch).logits, expected)
+
+
 @with_opt
 def test_perplexity_of_a_model_that_knows_nothing(made, tmp_path):
     """Uniform logits: the perplexity is the number of words."""
@@ -369,6 +387,8 @@ def test_dynamic_ranges_need_no_rows(made, tmp_path):
     qt.quantize(expected, calibrator="dynamic")
     loaded = loader.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(loaded(**batch).logits, expected(**batch).logits)
+    options = ["--calibrator", "dynamic", "--method", "gptq", "--out", tmp_path / "rounded"]
+    assert "ranges of 0 rows, gptq" in run("calibrate", tmp_path / "model", *data, *options).output
 
 
 @with_bert
@@ -382,6 +402,8 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         (["--override", "head=int8"], "got 'head=int8'"),
         (["--override", "head=4"], "override 'head' matches no quantizer"),
         (["--calibrator", "best"], "calibrator must be one of minmax"),
+        (["--method", "awe"], r"methods must be of .*gptq, erq, .*, got 'awe'"),
+        (["--method", "gptq", "--method", "repq"], "comes before what rounds it: repq, gptq"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(*command, *arguments)

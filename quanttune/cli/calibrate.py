@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..quantization.methods import METHODS  # quanttune itself has imported it
 from . import options
 from .terminal import Json, say, showing, write_numbers
 
@@ -36,6 +37,13 @@ def run(
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Other bits, such as '*.fc2=16', 'head=float'."),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Makes rounding cost less: {', '.join(METHODS)}. Repeat for several.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows, drawn by the seed.")] = 320,
     batch_size: options.BatchSize = 32,
     seed: options.Seed = 0,
@@ -56,7 +64,7 @@ def run(
     quantization = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
         "weights": weights, "residual": residual, "symmetric": symmetric,
-        "overrides": _overrides(override or []),
+        "overrides": _overrides(override or []), "methods": method or (),
     }  # fmt: skip
     with showing() as progress:
         outcome = calibrate(
