@@ -11,11 +11,15 @@ import pytest
 import torch
 import transformers
 from cases import LOADERS, bert_case, opt_case, run, save_tokenizer, some_words, vit_case
+from equalized import relative
 from models import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 import quanttune as qt
+from quanttune.runs.evaluation import beside
+from quanttune.runs.inputs import find
+from quanttune.runs.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +107,22 @@ def test_methods_act_in_the_order_they_are_named(made, tmp_path):
     expected = qt.quantize(model, **scheme, data=[batch])(**batch).logits
     loaded = loader.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(loaded(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("calibrator", ["minmax", "dynamic"])
+@each_case
+def test_the_float_column_of_an_equalized_model_is_the_float_model(made, calibrator, tmp_path):
+    loader, data, _, batch = made
+    options = ["--method", "smoothquant", "--coverage", "full", "--calibrator", calibrator]
+    run("calibrate", tmp_path / "model", *data, *options, "--out", tmp_path / "out")
+    expected = loader.from_pretrained(tmp_path / "model").eval()(**batch).logits
+    rounded = loader.from_pretrained(tmp_path / "out").eval()(**batch).logits
+    settings = Settings(model=str(tmp_path / "out"), data="")
+    found = beside(find(settings), 0, lambda _, model: {"logits": model(**batch).logits})
+    assert relative(found["float"]["logits"], expected) < 1e-5
+    assert torch.equal(found["quantized"]["logits"], rounded)
+    assert relative(rounded, expected) > 1e-3
+    assert found["quantization"]["methods"] == ["smoothquant"]
 
 
 @with_opt

@@ -119,7 +119,7 @@ def test_what_is_told_is_done():
 
     data = example.inputs.split(2)
     qt.quantize(example.model, methods=["smoothquant", "gptq"], data=data, progress=progress)
-    # calls before a step, and then of each batch; finding pairs takes one, and all layers all batches
+    # calls before a step, then of each batch; finding pairs takes one, and all layers all batches
     assert told == [
         *(("smoothquant: ranges", i, 1 + i, 0, 0) for i in range(3)),
         *(("smoothquant", i, 3, i, 0) for i in range(5)),

@@ -8,7 +8,7 @@ came before in that call: `add0_quantizer`, `attention0_query_quantizer`.
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class FunctionalSites:
     ) -> None:
         self.scheme, self.device = scheme, device
         self.frozen = False
+        self.enabled = True
         self._names = {module: name for name, module in model.named_modules()}
         self._leaves = {module for module in self._names if not any(module.children())}
         handles = []
@@ -80,7 +81,7 @@ class FunctionalSites:
     def _push(self, module: nn.Module, _: Any) -> None:
         # the outermost call is the model, or a part that activation checkpointing runs again
         if id(self) not in _here.forwards:
-            _here.forwards[id(self)] = _Forward(_Mode(self))
+            _here.forwards[id(self)] = _Forward(_Mode(self) if self.enabled else nullcontext())
             _here.forwards[id(self)].mode.__enter__()
         _here.forwards[id(self)].calls.append((module, Counter()))
 
@@ -178,7 +179,7 @@ class _Mode(TorchFunctionMode):
 class _Forward:
     """A call of a model that is under way: the modules in it that are being called."""
 
-    mode: _Mode
+    mode: AbstractContextManager[Any]
     calls: list[tuple[nn.Module, Counter[str]]] = field(default_factory=list)
 
 

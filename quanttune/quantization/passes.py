@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
-from .insertion import quantizers, weight_quantizers
+from .insertion import quantizers, state_of, weight_quantizers
 from .padding import counting
 
 
@@ -67,7 +67,10 @@ def enable_weights(model: nn.Module, enabled: bool) -> None:
 @contextmanager
 def in_float(model: nn.Module) -> Iterator[None]:
     """Let a quantized model compute in float; a quantizer's own `forward` still rounds."""
+    sites = state_of(model)  # a dynamic model may not know yet which it has
     with ExitStack() as undo:
+        sites.enabled = False
+        undo.callback(setattr, sites, "enabled", True)
         for quantizer in quantizers(model).values():
             undo.callback(quantizer.register_forward_hook(_pass).remove)
         enable_weights(model, False)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..progress import Progress, silent, track
 from ..quantization.description import describe
+from ..quantization.passes import in_float
 from .inputs import Source, find, prepare
 from .metrics import LAST_WORDS, choose, measure
 from .settings import Settings
@@ -61,14 +62,16 @@ def evaluate(
 def beside(
     source: Source, seed: int, measured: Callable[[str, nn.Module], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what is measured of a model in float and, if it is quantized, beside it as it is."""
-    results: dict[str, Any] = {
-        "float": measured("float", source.load(seed, quantized=False)),
-        "quantized": None,
-        "quantization": None,
-    }
-    if source.is_quantized:
-        model = source.load(seed)
-        results["quantized"] = measured("quantized", model)
-        results["quantization"] = describe(model)["scheme"]
-    return results
+    """Return what is measured of a model in float and, if it is quantized, beside it as it is.
+
+    Raises:
+        ValueError: a method rounded the weights.
+    """
+    source.refuse_rounded()
+    model = source.load(seed)
+    if not source.is_quantized:
+        return {"float": measured("float", model), "quantized": None, "quantization": None}
+    with in_float(model):
+        exact = measured("float", model)
+    quantized = measured("quantized", model)
+    return {"float": exact, "quantized": quantized, "quantization": describe(model)["scheme"]}

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,10 @@ class Source:
             ValueError: the weights are no longer those of a float model.
         """
         config = copy.deepcopy(self.config)
-        if not quantized and hasattr(config, "quantization_config"):
-            self._refuse_changed(config.quantization_config)
+        if not quantized and self.is_quantized:
+            self.refuse_rounded()
+            if self._description.get("restorations"):
+                self._refuse("equalized where LayerNorms feed a residual branch")
             del config.quantization_config
         set_seed(seed)
         before = logging.get_verbosity()
@@ -68,17 +70,20 @@ class Source:
             logging.set_verbosity(before)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def _refuse_changed(self, description: dict[str, Any]) -> None:
-        """Refuse weights that a method rounded, or that need a restoration to be right."""
-        methods = description.get("scheme", {}).get("methods", ())
-        changed = [f"rounded by {name}" for name in roundings_in(methods)]
-        if description.get("restorations"):
-            changed.append("equalized where LayerNorms feed a residual branch")
-        if changed:
-            raise ValueError(
-                f"{self.name} was {' and '.join(changed)}, so its weights are no float model: name "
-                "the model that was quantized"
-            )
+    def refuse_rounded(self) -> None:
+        """Raise a ValueError if a method rounded the weights: what they were in float is gone."""
+        for name in roundings_in(self._description.get("scheme", {}).get("methods", ())):
+            self._refuse(f"rounded by {name}")
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        return getattr(self.config, "quantization_config", None) or {}
+
+    def _refuse(self, changed: str) -> NoReturn:
+        raise ValueError(
+            f"{self.name} was {changed}, so its weights are no float model: name the model that "
+            "was quantized"
+        )
 
 
 def find(settings: Settings) -> Source:
