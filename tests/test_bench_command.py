@@ -1,7 +1,9 @@
 """`quanttune bench`: what is timed answers right, and what is said of the times is right."""
 
+import copy
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -118,12 +120,20 @@ def test_right_answers_pass(calibrated):
     ("error", "passes"), [(0.5, True), (0.6, False), (1000, False), (float("nan"), False)]
 )
 def test_the_integer_file_may_be_as_far_as_another_rounding(error, passes, monkeypatch):
-    # from the simulation, which is 1 away from the float model on the other side
-    exact = torch.full((4, 3), 2.0)
-    given = {"float": exact, "integer": exact - error}
+    # from the simulation, which is 1 away from itself in float on the other side
+    exact, rounding = torch.full((4, 3), 2.0), torch.ones(1)
+
+    @contextmanager
+    def in_float(_):
+        rounding.sub_(1)
+        yield
+        rounding.add_(1)
+
+    given = {"float": 5 * exact, "integer": exact - error}
     monkeypatch.setattr(answers, "OnnxModel", lambda path: lambda **_: {"output": given[path]})
     monkeypatch.setattr(answers, "has_vnni", lambda: False)
-    arguments = "float", "integer", lambda **_: exact, lambda **_: exact + 1, {}
+    monkeypatch.setattr(answers, "in_float", in_float)
+    arguments = "float", "integer", lambda **_: 5 * exact, lambda **_: exact + rounding, {}
     if passes:
         check_answers(*arguments)
     else:
@@ -205,6 +215,25 @@ def test_the_command_times_both_files(calibrated, tmp_path, monkeypatch):
         assert all(x.shape == (3, 5) for x in values.values())
         assert not torch.equal(values["float"], values["integer"])
         torch.testing.assert_close(values["float"], values["integer"], rtol=0, atol=0.1)
+
+
+def test_models_that_methods_changed_are_timed(calibrated, tmp_path, monkeypatch):
+    """Even where the weights of the folder, in float, are no longer those of the float model."""
+    model, floating = copy.deepcopy(calibrated.floating), calibrated.floating
+    qt.quantize(model, 8, methods=["smoothquant", "gptq"], data=[calibrated.inputs])
+    shutil.copytree(calibrated.folder / "w8a8", tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    file = tmp_path / "integer.onnx"
+    qt.export_onnx(model, calibrated.inputs, file, dynamic={0: "batch", 1: "tokens"})
+    timed = []
+
+    def compare(files, batch, threads, seconds):
+        timed.append(OnnxModel(files["float"])(**batch)["logits"] - floating(**batch).logits)
+        return latency.summarize({name: [1.0, 1.0] for name in files})
+
+    monkeypatch.setattr(bench, "compare", compare)
+    run("bench", tmp_path / "out", "--onnx", file, "--batch-size", 2, "--threads", 1)
+    assert timed[0].abs().max() > 1e-3
 
 
 def test_images_and_texts_without_padding_are_drawn():

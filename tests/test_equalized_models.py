@@ -11,7 +11,6 @@ import torch
 from equalized import EXAMPLES, METHODS, POST, RESTORED, each_method, grown, relative
 from models import MODELS, TOKENS, Example
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 import quanttune as qt
 from quanttune.inference.onnx_model import OnnxModel
@@ -21,7 +20,6 @@ from quanttune.quantization.methods import OutlierSuppression, SmoothQuant
 from quanttune.quantization.methods.tracing import find_pairs
 from quanttune.quantization.restoration import restorations
 from quanttune.quantization.scheme import Scheme
-from quanttune.runs.inputs import Source
 
 
 def output(example: Example, model: nn.Module) -> Tensor:
@@ -102,23 +100,6 @@ def test_from_pretrained_gives_the_same_bits(name, tmp_path):
         assert torch.equal(restored[norm].scale, mine.scale)
         assert torch.equal(restored[norm].shift, mine.shift)
     assert example.logits(half).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["opt", *POST])
-def test_the_weights_of_a_folder_are_no_float_model_without_restorations(name, tmp_path):
-    example = grown(name)
-    exact = example.logits()
-    qt.quantize(example.model, methods=["smoothquant"], data=[example.inputs])
-    example.model.save_pretrained(tmp_path)
-    task = "text-classification" if name == "bert" else "text-generation"
-    source = Source(str(tmp_path), AutoConfig.from_pretrained(tmp_path), task)
-    assert torch.equal(example.logits(source.load(0).cpu()), example.logits())
-    if name in POST:
-        with pytest.raises(ValueError, match="was equalized where LayerNorms feed a residual"):
-            source.load(0, quantized=False)
-    else:
-        loaded = source.load(0, quantized=False).cpu()
-        torch.testing.assert_close(example.logits(loaded), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", POST)

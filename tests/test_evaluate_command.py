@@ -454,12 +454,17 @@ def test_the_rest_of_a_killed_run_is_replaced(made, tmp_path):
 
 
 @with_bert
-def test_weights_that_a_method_rounded_are_not_called_float(made, tmp_path):
-    loader, data, _, batch = made
-    model = loader.from_pretrained(tmp_path / "model")
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    qt.quantize(model, 8, coverage="linear", methods=["gptq"], data=[inputs])
-    model.save_pretrained(tmp_path / "changed")
-    save_tokenizer(tmp_path / "changed")
-    with pytest.raises(ValueError, match=r"was rounded by gptq, so .* name the model that"):
-        run("evaluate", tmp_path / "changed", *data)
+def test_a_model_whose_weights_were_rounded_is_measured_alone(made, tmp_path):
+    loader, data, rows, batch = made
+    options = ["--method", "smoothquant", "--method", "gptq", "--out", tmp_path / "out"]
+    run("calibrate", tmp_path / "model", *data, *options)
+    asked = [*data, "--split", "train", "--json", tmp_path / "a.json"]
+    result = run("evaluate", tmp_path / "out", *asked)
+    found = json.loads((tmp_path / "a.json").read_text())
+    expected = measured(loader.from_pretrained(tmp_path / "out").eval(), batch)
+    assert found["quantized"] == pytest.approx(expected, rel=1e-5)
+    assert found["float"] is None
+    table = f"""{rows} rows    quantized (W8A8, full_no_softmax, smoothquant, gptq)
+accuracy  {expected["accuracy"]:10.6g}
+"""
+    assert table in result.output

@@ -17,7 +17,7 @@ from quanttune.quantization.methods.moments import Moments, groups_of, sums_of
 OPTIONS = {"bits": 4, "weight_bits": 3}
 
 
-def alone(model, groups, data, mask, make, visit):
+def alone(model, groups, data, mask, make, visit, tell):
     """Visit groups as in_turn does, by a pass for each."""
     for group in groups:
         visit(group, *sums_of(model, [group], data, mask, make))

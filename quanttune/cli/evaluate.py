@@ -38,6 +38,8 @@ def run(
 ) -> None:
     """Measure a model on your data; one that is quantized beside its own weights in float.
 
+    Where a method rounded the weights, there are no float ones, and it is measured alone.
+
     last_word and last_token are LAMBADA's: how often every token of a text's last word, or its
     last token alone, is the likeliest one.
 
@@ -71,13 +73,14 @@ def run(
 
 def _print(outcome: dict[str, Any]) -> None:
     """Print a line for each number, in float and, of a quantized model, beside it."""
-    rows = f"{outcome['rows']} rows"
-    width = max(map(len, [rows, *outcome["float"]]))
-    heads, columns = ["float"], [outcome["float"]]
+    columns = {"float": outcome["float"]} if outcome["float"] else {}
     if scheme := outcome["quantization"]:
         widths = f"W{scheme['weight_bits'] or scheme['bits']}A{scheme['bits']}"
-        heads.append(f"quantized ({widths}, {scheme['coverage']})")
-        columns.append(outcome["quantized"])
-    say("  ".join([rows.ljust(width), heads[0].rjust(10), *heads[1:]]))
-    for name in outcome["float"]:
-        say("  ".join([name.ljust(width), *(f"{column[name]:10.6g}" for column in columns)]))
+        how = ", ".join([widths, scheme["coverage"], *scheme["methods"]])
+        columns[f"quantized ({how})"] = outcome["quantized"]
+    rows, names = f"{outcome['rows']} rows", next(iter(columns.values()))
+    width = max(map(len, [rows, *names]))
+    say("  ".join([rows.ljust(width), *(head.rjust(10) for head in columns)]))
+    for name in names:
+        numbers = (f"{column[name]:10.6g}" for column in columns.values())
+        say("  ".join([name.ljust(width), *numbers]))

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..progress import Progress, silent, track
 from ..quantization.description import describe
+from ..quantization.methods import roundings_in
 from ..quantization.passes import in_float
 from .inputs import Source, find, prepare
 from .metrics import LAST_WORDS, choose, measure
@@ -26,7 +27,7 @@ def evaluate(
 
     By default the metric is the accuracy, for the subsets cola, mrpc and qqp that of GLUE, and for
     text generation the perplexity of rows of `settings.tokens` tokens, each but the first of a row
-    predicted from those before it.
+    predicted from those before it. "float" is None where a method rounded the weights.
 
     Args:
         metrics: accuracy, f1 (of the model's class 1) and matthews_correlation of classification;
@@ -64,14 +65,13 @@ def beside(
 ) -> dict[str, Any]:
     """Return what is measured of a model in float and, if it is quantized, beside it as it is.
 
-    Raises:
-        ValueError: a method rounded the weights.
+    Where a method rounded the weights, "float" is None.
     """
-    source.refuse_rounded()
     model = source.load(seed)
     if not source.is_quantized:
         return {"float": measured("float", model), "quantized": None, "quantization": None}
-    with in_float(model):
-        exact = measured("float", model)
-    quantized = measured("quantized", model)
-    return {"float": exact, "quantized": quantized, "quantization": describe(model)["scheme"]}
+    exact, scheme = None, describe(model)["scheme"]
+    if not roundings_in(scheme["methods"]):
+        with in_float(model):
+            exact = measured("float", model)
+    return {"float": exact, "quantized": measured("quantized", model), "quantization": scheme}

@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import logging, set_seed
 
-from ..quantization.methods import roundings_in
 from . import batches, data, models
 from .settings import Settings
 
@@ -49,16 +48,11 @@ class Source:
     def load(self, seed: int, quantized: bool = True) -> nn.Module:
         """Return the model in evaluation mode, on the GPU if there is one.
 
-        quantized: False takes the weights of a quantized model in float.
-
-        Raises:
-            ValueError: the weights are no longer those of a float model.
+        quantized: False takes the weights of a quantized model in float, as methods left them, and
+            nothing else: it may answer otherwise than the model that was quantized, as fast.
         """
         config = copy.deepcopy(self.config)
         if not quantized and self.is_quantized:
-            self.refuse_rounded()
-            if self._description.get("restorations"):
-                self._refuse("equalized where LayerNorms feed a residual branch")
             del config.quantization_config
         set_seed(seed)
         before = logging.get_verbosity()
@@ -69,21 +63,6 @@ class Source:
         finally:
             logging.set_verbosity(before)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    def refuse_rounded(self) -> None:
-        """Raise a ValueError if a method rounded the weights: what they were in float is gone."""
-        for name in roundings_in(self._description.get("scheme", {}).get("methods", ())):
-            self._refuse(f"rounded by {name}")
-
-    @property
-    def _description(self) -> dict[str, Any]:
-        return getattr(self.config, "quantization_config", None) or {}
-
-    def _refuse(self, changed: str) -> NoReturn:
-        raise ValueError(
-            f"{self.name} was {changed}, so its weights are no float model: name the model that "
-            "was quantized"
-        )
 
 
 def find(settings: Settings) -> Source:
