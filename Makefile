@@ -13,9 +13,10 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296
 demo: $(VENV)/.demo
 	$(KEEP_MEMORY) $(BIN)/quanttune demo $(ARGS)
 
-# a file of tests per process, each of one thread: two that share two cores wait for each other
+# a file of tests per process, each of one thread: two that share two cores wait for each other. Where a
+# test takes more, those that wait sleep: by default they spin, on a core that another test could use.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 # every op beside its rivals, then the table of ratios. ARGS go to ratios.py, for instance --strict;
 # JSON=benchmarks/results/<machine>/cpu-ratios.json keeps what it measured.

@@ -1,5 +1,6 @@
 """Fixtures for all tests, and two things that must happen before anything is imported."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# inductor would try each instruction set of the processor in a program and a Python of its own
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from going again and again through all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +42,14 @@ def _poison_uninitialized_memory(monkeypatch):
 
 @pytest.fixture
 def short_digits(monkeypatch):
-    """Return Digits with a model that is hardly trained, few test rows and few ways to quantize."""
+    """Return Digits with a model that is hardly trained, few rows and few ways to quantize."""
     from quanttune.recipes import digits
 
     for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
         monkeypatch.setattr(digits, name, 3)
     monkeypatch.setattr(digits, "TEST", 100)
+    calibration = digits.Digits.calibration
+    monkeypatch.setattr(digits.Digits, "calibration", lambda self: calibration(self)[:2])
     monkeypatch.setattr(digits.Digits, "steps", 2)
     monkeypatch.setattr(digits.Digits, "bits", (8, 5))
     ways = {"minmax": ("channel", "tensor"), "percentile": ("channel",)}

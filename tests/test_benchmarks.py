@@ -52,11 +52,21 @@ def test_the_gpu_suite_runs_dry(tmp_path, from_benchmarks):
     assert [bar.what in measured for bar in bars.values()].count(False) == 2
 
 
-def test_one_section_of_the_gpu_suite_leaves_the_others_as_they_were(tmp_path):
+@pytest.fixture
+def gpu_suite_here(monkeypatch, from_benchmarks):
+    """Run the GPU suite in this process, with the arguments of its command."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *map(str, arguments)])
+        from_benchmarks("gpu_suite").main()
+
+    return run
+
+
+def test_one_section_of_the_gpu_suite_leaves_the_others_as_they_were(tmp_path, gpu_suite_here):
     pytest.importorskip("triton")
     (tmp_path / "gpu.json").write_text(json.dumps({"kernels": {"rows": []}}))
-    done = gpu_suite(tmp_path, "--dry-run", "--sections", "ceilings")
-    assert done.returncode == 0, done.stderr
+    gpu_suite_here(tmp_path, "--dry-run", "--sections", "ceilings")
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["kernels"] == {"rows": []}
     assert result["ceilings"]["read_gb_per_s"] > 0
@@ -67,7 +77,13 @@ def test_the_gpu_suite_wants_a_gpu(tmp_path):
     done = gpu_suite(tmp_path)
     assert done.returncode == 1
     assert "no GPU is visible to torch" in done.stderr
-    assert gpu_suite(tmp_path, "--sections", "cielings").returncode == 2
+
+
+def test_the_gpu_suite_wants_the_names_of_sections(tmp_path, gpu_suite_here, capsys):
+    pytest.importorskip("triton")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite_here(tmp_path, "--sections", "cielings")
+    assert "no section 'cielings'" in capsys.readouterr().err
 
 
 def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benchmarks):

@@ -65,7 +65,7 @@ def test_quantization_aware_training_returns_a_float_model():
 
 
 def test_docstring_splits_share_neither_text_nor_module(monkeypatch):
-    monkeypatch.setattr(docstrings, "FILES", 200)
+    monkeypatch.setattr(docstrings, "FILES", 50)
     monkeypatch.setattr(docstrings, "PACKAGES", ("numpy", "torch", "no_such_package"))
     found = list(docstrings._docstrings())
     assert {split for split, _ in found} == {"tuning", "validation", "test"}
