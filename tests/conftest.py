@@ -26,6 +26,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # else libraries call it a leak
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
