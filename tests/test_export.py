@@ -17,12 +17,12 @@ from quanttune.quantization.description import describe
 from quanttune.quantization.insertion import quantizers
 
 KINDS = {**MODELS, "deit": deit}
-# In these coverages both operands of every product are rounded. Each model is seen in both, once at 8
-# bits and once below, where codes are clipped.
+# in these coverages both operands of every product are rounded
 CASES = [
-    *[("vit", 8, "full"), ("vit", 6, "linear"), ("swin", 8, "linear"), ("swin", 7, "full")],
-    *[("bert", 8, "full"), ("bert", 6, "linear"), ("opt", 8, "full"), ("opt", 7, "linear")],
-    *[("deit", 8, "linear"), ("deit", 6, "full")],
+    (name, bits, coverage)
+    for name, full in zip(KINDS, [(8, 6), (7,), (8, 7), (6, 8), (7,)], strict=True)
+    for bits in (8, 7, 6)
+    for coverage in ["full" if bits in full else "linear"]
 ]
 CENTER = 128
 
