@@ -208,7 +208,13 @@ def _cells(rows: list[Any], digits: int) -> dict[tuple[str, str, str], str]:
 
 def _methods_table(cells: dict[tuple[str, str, str], str]) -> str:
     arms = dict.fromkeys(arm for _, arm, _ in cells)
-    columns = [(methods.width(*bits), arm) for bits in methods.WIDTHS for arm in arms]
+    widths = {width for width, _, _ in cells}
+    columns = [
+        (width, arm)
+        for width in (methods.width(*bits) for bits in methods.WIDTHS)
+        for arm in arms
+        if width in widths
+    ]
     lines = [
         _line("", *(f"{width} {arm}" for width, arm in columns)),
         _line("---", *["---:"] * len(columns)),

@@ -140,3 +140,30 @@ def test_bars_of_onnx_files_and_their_table(from_benchmarks):
     assert lines[5].endswith("| 0.50x | 0.25x |  | ≤ 0.4x |")
     assert lines[-1] == "| its cosine, in ONNX Runtime | 0.9310 | 0.9260 |  |  |"
     assert not list(script.missed({"vit": {**vit, "latency": {}}, "minilm": None}))
+
+
+def test_the_tables_of_methods_have_a_row_for_each_way_and_a_column_for_each_arm(from_benchmarks):
+    def row(seed, arm, coverage, weight_bits, methods, value):
+        bits, calibrator = (32, "none") if coverage == "none" else (8, "minmax")
+        row = {"seed": seed, "arm": arm, "coverage": coverage, "weight_bits": weight_bits}
+        return row | {"bits": bits, "calibrator": calibrator, "methods": methods, "value": value}
+
+    rows = [
+        row(0, "base", "none", 32, [], 1.0),
+        row(0, "base", "linear", 4, ["repq", "erq"], 0.5),
+        row(0, "base", "linear", 4, [], 0.25),
+        *(row(seed, "detached", "linear", 4, ["gptq"], 0.7 + 0.1 * seed) for seed in (0, 2)),
+        row(0, "base", "full_no_softmax", 8, [], 0.125),
+    ]
+    text = from_benchmarks("summarize").methods_section("x", {"metric": "cosine", "rows": rows})
+    assert "## Methods on x: cosine" in text
+    assert "Float: base 1.000." in text
+    linear, full = text.index("Coverage linear"), text.index("Coverage full_no_softmax")
+    lines = [line.split(" | ") for line in text[linear:full].splitlines() if line.startswith("| ")]
+    table = {line[0].strip("| "): [cell.strip("| ") for cell in line[1:]] for line in lines}
+    assert table[""] == ["W4A8 base", "W4A8 detached"]
+    assert table["repq + erq"] == ["**0.500**", "-"]
+    assert table["minmax"] == ["0.250", "-"]
+    assert table["gptq"] == ["-", "**0.800 ±0.141**"]
+    assert table["percentile"] == ["-", "-"]
+    assert "**0.125**" in text[full:]

@@ -22,7 +22,7 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        x += 1
+        x *= 2
         x = self.again(torch.tanh(x))
         return self.last(torch.tanh(self.again(x)).mean(1)) + 0 * self.unused(x).sum()
 
@@ -71,6 +71,14 @@ def test_is_on_average_that_of_a_gaussian_around_the_answer():
     times = 1000
     (found,) = fishers_of(model, layers_of(model)[:1], times * [x], None)
     torch.testing.assert_close(found / times, expected, rtol=0, atol=0.06 * expected.abs().max())
+
+
+def test_what_a_layer_multiplies_is_rounded():
+    model, x = nn.Sequential(nn.Linear(4, 1)).requires_grad_(False), torch.randn(9, 4)
+    model = qt.quantize(model, 3, coverage="linear", data=[x])
+    rounded = model[0].input_quantizer(x).double()
+    (found,) = fishers_of(model, layers_of(model), [x], None)
+    torch.testing.assert_close(found, rounded.T @ rounded, rtol=1e-9, atol=0)
 
 
 def test_tokens_that_are_padding_give_nothing():
