@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
 from quanttune.quantization.methods.tracing import find_pairs
+from quanttune.quantization.passes import Data
 
 
 def deit() -> Example:
@@ -77,7 +78,7 @@ def grown(name: str) -> Example:
     for parameter in example.model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
-    for pair in find_pairs(example.model, [example.inputs], None):
+    for pair in find_pairs(example.model, Data([example.inputs])):
         for parameter in (pair.norm.weight, pair.norm.bias):
             parameter[[3, 8]] *= 50
         for columns in pair.columns():

@@ -20,6 +20,7 @@ from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, Smoot
 from quanttune.quantization.methods.equalization import Channels
 from quanttune.quantization.methods.pairs import columns_of
 from quanttune.quantization.methods.tracing import find_pairs
+from quanttune.quantization.passes import Data
 from quanttune.quantization.scheme import Scheme
 
 
@@ -41,10 +42,10 @@ def test_the_float_model_computes_what_it_did(name, method):
     example = prepared(name)
     model, exact = example.model, example.logits()
     before = copy.deepcopy(model.state_dict())
-    method.apply(model, Scheme(8), [example.inputs], None)
+    method.apply(model, Scheme(8), Data([example.inputs]))
     assert relative(example.logits(), exact) < 1e-14
     after = model.state_dict()
-    norms = [pair.name for pair in find_pairs(model, [example.inputs], None)]
+    norms = [pair.name for pair in find_pairs(model, Data([example.inputs]))]
     assert len(norms) == (7 if name == "swin" else 4)
     changed = [key for key in before if not torch.equal(after[key], before[key])]
     assert {*norms} == {key.rpartition(".")[0] for key in changed} & {
@@ -57,7 +58,7 @@ def test_equalizations_add_up(name):
     example = prepared(name)
     exact = example.logits()
     for method in (SmoothQuant(0.7), OutlierSuppression(), RepQ()):
-        method.apply(example.model, Scheme(4), [example.inputs], None)
+        method.apply(example.model, Scheme(4), Data([example.inputs]))
         assert relative(example.logits(), exact) < 1e-7  # restorations hold float32
 
 
@@ -85,7 +86,7 @@ READERS = {"vit": 4, "deit": 4, "gpt2": 4, "swin": 7, "opt": 8, "bert": 8, "opt 
 @each_model
 def test_which_modules_belong_together(name):
     example = EXAMPLES[name]()
-    pairs = find_pairs(example.model, [example.inputs], None)
+    pairs = find_pairs(example.model, Data([example.inputs]))
     assert [pair.name for pair in pairs if pair.alone] == FOLDED[name]
     assert [pair.name for pair in pairs if not pair.alone] == RESTORED.get(name, [])
     assert sum(len(pair.readers) for pair in pairs) == READERS[name]
@@ -118,7 +119,7 @@ WORKED = torch.tensor([[1.0, -16, 2, 6], [-2, 8, -1, -9]])
 
 def factors(block: Block, method, x: Tensor = WORKED) -> tuple[Tensor, Tensor]:
     """Return what a method divides and shifts by, as the LayerNorm's parameters tell."""
-    method.apply(block, Scheme(8), [x], None)
+    method.apply(block, Scheme(8), Data([x]))
     scale = 1 / block.norm.weight
     return scale, -block.norm.bias * scale
 
@@ -175,8 +176,8 @@ def test_channels_that_are_zero_have_a_smallest_factor(block):
 @each_model
 def test_smoothquant_makes_the_largest_values_equal(name):
     example = prepared(name)
-    SmoothQuant().apply(example.model, Scheme(8), [example.inputs], None)
-    drop = {pair.name: pair for pair in find_pairs(example.model, [example.inputs], None)}
+    SmoothQuant().apply(example.model, Scheme(8), Data([example.inputs]))
+    drop = {pair.name: pair for pair in find_pairs(example.model, Data([example.inputs]))}
     for pair in drop.values():
         names = list(pair.readers)
         weights = torch.cat([columns_of(module) for module in pair.readers.values()])
@@ -188,11 +189,11 @@ def test_repq_gives_the_codes_of_a_scale_per_channel():
     example = prepared("vit")
     names = ["blocks.0.attn.qkv", "blocks.1.mlp.fc1"]
     wanted = [codes(x, x.abs().amax(0)) for x in seen_by(example.model, names, example.inputs)]
-    RepQ().apply(example.model, Scheme(8), [example.inputs], None)
+    RepQ().apply(example.model, Scheme(8), Data([example.inputs]))
     seen = seen_by(example.model, names, example.inputs)
     assert all(torch.equal(codes(x, x.abs().amax()), y) for x, y in zip(seen, wanted, strict=True))
     before = copy.deepcopy(example.model.state_dict())
-    RepQ().apply(example.model, Scheme(8), [example.inputs], None)  # all channels are alike now
+    RepQ().apply(example.model, Scheme(8), Data([example.inputs]))  # all channels are alike now
     for key, value in example.model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=1e-6, atol=0)
 
@@ -243,7 +244,7 @@ def test_without_a_bias_nothing_is_shifted():
     block.norm.bias.copy_(torch.tensor([0, 30, -20, 1]))
     x = torch.randn(50, 4)
     exact, bias = block(x), block.norm.bias.clone()
-    OutlierSuppression().apply(block, Scheme(4), [x], None)
+    OutlierSuppression().apply(block, Scheme(4), Data([x]))
     scale = bias[1:3] / block.norm.bias[1:3]
     assert (scale > 1.5).all()
     torch.testing.assert_close(block(x), exact, rtol=1e-5, atol=1e-6)
@@ -258,8 +259,8 @@ def test_outlier_suppression_rounds_as_the_call_will(overrides, block):
     """Coarser grids take another threshold; where nothing is rounded, none is better than all."""
     x = torch.randn(300, 4) * torch.tensor([1, 9, 0.3, 2])
     other = copy.deepcopy(block)
-    OutlierSuppression().apply(block, Scheme(8, overrides=overrides), [x], None)
-    OutlierSuppression().apply(other, Scheme(8), [x], None)
+    OutlierSuppression().apply(block, Scheme(8, overrides=overrides), Data([x]))
+    OutlierSuppression().apply(other, Scheme(8), Data([x]))
     assert not torch.equal(block.norm.weight, other.norm.weight)
     if None in overrides.values():
         torch.testing.assert_close(block.norm.weight, torch.ones(4))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import quanttune as qt
 from quanttune.quantization.description import describe
 from quanttune.quantization.methods import RepQ, SmoothQuant
+from quanttune.quantization.passes import Data
 from quanttune.quantization.restoration import restorations
 from quanttune.quantization.scheme import Scheme
 
@@ -87,7 +88,7 @@ class ByKeyword(Block):
 def changed(model: nn.Module, x: Tensor) -> set[str]:
     """Return which parameters a method changes; what the model computes it must not."""
     before, exact = copy.deepcopy(model.state_dict()), model(x)
-    SmoothQuant().apply(model, Scheme(8), [x], None)
+    SmoothQuant().apply(model, Scheme(8), Data([x]))
     torch.testing.assert_close(model(x), exact, rtol=1e-12, atol=1e-14)
     return {key for key, value in before.items() if not torch.equal(model.state_dict()[key], value)}
 
@@ -125,13 +126,13 @@ def test_layer_norms_of_other_dimensions_are_no_pairs(norm):
     model.norm = norm.requires_grad_(False)
     exact = model(x)
     if norm.bias is None:
-        SmoothQuant().apply(model, Scheme(8), [x], None)
+        SmoothQuant().apply(model, Scheme(8), Data([x]))
         torch.testing.assert_close(model(x), exact)
         return
     with pytest.raises(
         ValueError, match="Block has no LayerNorm whose output a Linear module reads"
     ):
-        SmoothQuant().apply(model, Scheme(8), [x], None)
+        SmoothQuant().apply(model, Scheme(8), Data([x]))
 
 
 def test_a_layer_norm_without_weights_is_left_alone():
@@ -139,7 +140,7 @@ def test_a_layer_norm_without_weights_is_left_alone():
     model[2].norm = nn.LayerNorm(4, elementwise_affine=False)
     exact, before = model(x), copy.deepcopy(model[2].state_dict())
     with pytest.warns(UserWarning, match=r"2 module\(s\) .* 2\.one, 2\.other\. It has no weight"):
-        RepQ().apply(model, Scheme(8), [x], None)
+        RepQ().apply(model, Scheme(8), Data([x]))
     torch.testing.assert_close(model(x), exact)
     assert all(torch.equal(value, before[key]) for key, value in model[2].state_dict().items())
 

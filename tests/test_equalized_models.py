@@ -18,6 +18,7 @@ from quanttune.quantization.description import describe
 from quanttune.quantization.insertion import quantizers
 from quanttune.quantization.methods import OutlierSuppression, SmoothQuant
 from quanttune.quantization.methods.tracing import find_pairs
+from quanttune.quantization.passes import Data
 from quanttune.quantization.restoration import restorations
 from quanttune.quantization.scheme import Scheme
 
@@ -106,7 +107,7 @@ def test_from_pretrained_gives_the_same_bits(name, tmp_path):
 def test_readers_round_to_the_codes_that_the_layer_norm_was_rounded_to(name):
     """Scaling up for the residual branch and down again moves no code."""
     example = grown(name)
-    pairs = find_pairs(example.model, [example.inputs], None)
+    pairs = find_pairs(example.model, Data([example.inputs]))
     qt.quantize(example.model, methods=[OutlierSuppression()], data=[example.inputs])
     found = quantizers(example.model)
     rounded = {}
@@ -161,7 +162,7 @@ def test_padding_takes_no_part(name, method):
     for each, data, name in zip(
         found, (alone, [padded], [padded]), ("attention_mask",) * 2 + (None,), strict=True
     ):
-        method.apply(each, Scheme(8), data, name)
+        method.apply(each, Scheme(8), Data(data, name))
     expected, actual, all_of_them = (each.state_dict() for each in found)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6)

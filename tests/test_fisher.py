@@ -10,6 +10,7 @@ import quanttune as qt
 from quanttune.quantization.methods import GPTQ
 from quanttune.quantization.methods.fisher import fishers_of
 from quanttune.quantization.methods.layers import layers_of
+from quanttune.quantization.passes import Data
 
 
 class Shared(nn.Module):
@@ -52,7 +53,7 @@ def test_equals_the_gradients_of_each_sample(batch):
         expected[name] = torch.einsum("bri,brj->ij", gradients, gradients)
     model = quantized(model, x)
     layers = layers_of(model)
-    found = fishers_of(model, layers, x.split(batch), None)
+    found = fishers_of(model, layers, Data(x.split(batch)))
     for layer, (name, wanted), fisher in zip(layers, expected.items(), found, strict=True):
         assert layer.module is model.get_submodule(name)
         torch.testing.assert_close(fisher, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max())
@@ -69,7 +70,7 @@ def test_is_on_average_that_of_a_gaussian_around_the_answer():
     expected = torch.einsum("bori,borj->ij", gradients, gradients)
     model = quantized(model, x)
     times = 1000
-    (found,) = fishers_of(model, layers_of(model)[:1], times * [x], None)
+    (found,) = fishers_of(model, layers_of(model)[:1], Data(times * [x]))
     torch.testing.assert_close(found / times, expected, rtol=0, atol=0.06 * expected.abs().max())
 
 
@@ -77,7 +78,7 @@ def test_what_a_layer_multiplies_is_rounded():
     model, x = nn.Sequential(nn.Linear(4, 1)).requires_grad_(False), torch.randn(9, 4)
     model = qt.quantize(model, 3, coverage="linear", data=[x])
     rounded = model[0].input_quantizer(x).double()
-    (found,) = fishers_of(model, layers_of(model), [x], None)
+    (found,) = fishers_of(model, layers_of(model), Data([x]))
     torch.testing.assert_close(found, rounded.T @ rounded, rtol=1e-9, atol=0)
 
 
@@ -89,9 +90,9 @@ def test_tokens_that_are_padding_give_nothing():
     data = [{"input_ids": words, "attention_mask": mask}]
     qt.quantize(model, 8, coverage="linear", data=data)
     layers = layers_of(model)
-    found = fishers_of(model, layers, data, "attention_mask")
+    found = fishers_of(model, layers, Data(data))
     other = [{"input_ids": words.masked_fill(mask == 0, 3), "attention_mask": mask}]
-    again = fishers_of(model, layers, other, "attention_mask")
+    again = fishers_of(model, layers, Data(other))
     assert all(
         a.any() == ("pooler" not in name) for name, a in zip(names(model), found, strict=True)
     )

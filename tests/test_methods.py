@@ -195,8 +195,8 @@ class Early(Equalization):
     name = "early"
     seen: list = field(default_factory=list)
 
-    def apply(self, model, scheme, data, mask, progress):
-        self.seen.append((is_quantized(model), scheme.bits, list(data), mask))
+    def apply(self, model, scheme, data):
+        self.seen.append((is_quantized(model), scheme.bits, list(data.batches), data.mask))
         model.head.weight.data.mul_(2)
 
 
@@ -208,7 +208,7 @@ class Late(Rounding):
     seen: list = field(default_factory=list)
     fails: bool = False
 
-    def apply(self, model, scheme, data, mask, progress):
+    def apply(self, model, scheme, data):
         scales = {name: q.scale.item() for name, q in quantizers(model).items()}
         self.seen.append((is_quantized(model), model.head.weight.clone(), scales))
         model.head.weight.data.zero_()

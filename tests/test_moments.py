@@ -13,7 +13,7 @@ import quanttune as qt
 from quanttune.quantization.insertion import is_quantized
 from quanttune.quantization.methods import ERQ, GPTQ, moments
 from quanttune.quantization.methods.moments import Means, Moments, groups_of, passes, sums_of
-from quanttune.quantization.passes import forward_batches
+from quanttune.quantization.passes import Data, forward_batches
 
 
 def bert() -> tuple[nn.Module, Tensor]:
@@ -43,7 +43,7 @@ def test_moments_are_those_of_all_tokens_and_no_padding(budget, monkeypatch):
     batch = {"input_ids": x, "attention_mask": mask}
     data = [{name: y[rows] for name, y in batch.items()} for rows in (slice(0, 3), slice(3, 4))]
     model = calibrated(model, data)
-    groups = groups_of(model, data, "attention_mask")
+    groups = groups_of(model, Data(data))
     names = {m: name for name, m in model.named_modules()}
     members = [[names[layer.module] for layer in group.layers] for group in groups]
     block = "bert.encoder.layer.0.attention.self."
@@ -53,7 +53,7 @@ def test_moments_are_those_of_all_tokens_and_no_padding(budget, monkeypatch):
     sums = [
         found
         for chosen in passes(groups, 2)
-        for found in sums_of(model, chosen, data, "attention_mask", partial(Moments, cross=True))
+        for found in sums_of(model, chosen, Data(data), partial(Moments, cross=True))
     ]
     seen: dict[str, list[Tensor]] = {name: [] for name, *_ in members}
     for name, given in seen.items():
@@ -69,9 +69,7 @@ def test_moments_are_those_of_all_tokens_and_no_padding(budget, monkeypatch):
         torch.testing.assert_close(found.gram, float_moments(a, a), **near)
         torch.testing.assert_close(found.cross, float_moments(a, tokens), **near)
         assert found.tokens == len(tokens)
-    for found, mean in zip(
-        sums, sums_of(model, groups, data, "attention_mask", Means), strict=True
-    ):
+    for found, mean in zip(sums, sums_of(model, groups, Data(data), Means), strict=True):
         tolerance = {"rtol": 1e-9, "atol": 1e-12}
         torch.testing.assert_close(found.gram[-1, :-1] / found.tokens, mean.rounded, **tolerance)
         torch.testing.assert_close(found.cross[-1, :-1] / found.tokens, mean.exact, **tolerance)
@@ -81,18 +79,18 @@ def test_layers_that_round_one_tensor_otherwise_share_nothing():
     model, x = bert()
     data = x.split(3)
     other = calibrated(model, data, overrides={"*.key.input_quantizer": {"bits": 6}})
-    groups = groups_of(other, data, None)
+    groups = groups_of(other, Data(data))
     assert [len(group.layers) for group in groups[:3]] == [1, 1, 1]
     same = calibrated(model, data)
-    assert [len(group.layers) for group in groups_of(same, data, None)[:2]] == [3, 1]
+    assert [len(group.layers) for group in groups_of(same, Data(data))[:2]] == [3, 1]
 
 
 def test_a_module_that_is_called_several_times_counts_each_call():
     model, x = Shared().eval(), torch.randn(5, 8)
     model = calibrated(model, [x])
-    shared, head = groups_of(model, [x], None)
+    shared, head = groups_of(model, Data([x]))
     assert (shared.calls, head.calls) == (3, 1)
-    (found,) = sums_of(model, [shared], [x, x], None, Moments)
+    (found,) = sums_of(model, [shared], Data([x, x]), Moments)
     assert found.tokens == 2 * 3 * 5
     for method in (ERQ(), GPTQ()):
         assert is_quantized(calibrated(Shared().eval(), [x], methods=[method]))
@@ -122,5 +120,5 @@ class Again(nn.Module):
 def test_layers_that_share_one_of_their_inputs_share_nothing(order):
     x = torch.randn(5, 8)
     model = calibrated(Again(order).eval(), [x])
-    calls = {group.layers[0].module: group.calls for group in groups_of(model, [x], None)}
+    calls = {group.layers[0].module: group.calls for group in groups_of(model, Data([x]))}
     assert calls == {model.a: 2, model.b: 1}

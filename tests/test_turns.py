@@ -13,14 +13,15 @@ from torch import Tensor, nn
 import quanttune as qt
 from quanttune.quantization.methods import turns
 from quanttune.quantization.methods.moments import Moments, groups_of, sums_of
+from quanttune.quantization.passes import Data
 
 OPTIONS = {"bits": 4, "weight_bits": 3}
 
 
-def alone(model, groups, data, mask, make, visit, tell):
+def alone(model, groups, data, make, visit, what):
     """Visit groups as in_turn does, by a pass for each."""
     for group in groups:
-        visit(group, *sums_of(model, [group], data, mask, make))
+        visit(group, *sums_of(model, [group], data, make))
 
 
 @pytest.mark.parametrize("method", ["gptq", "bias_correction"])
@@ -44,9 +45,9 @@ def test_each_batch_runs_once(name):
     example = EXAMPLES[name]()
     model, data = example.model.eval(), example.inputs.split(1)
     qt.quantize(model, 8, data=data)
-    groups, calls, seen = groups_of(model, data, None), [], []
+    groups, calls, seen = groups_of(model, Data(data)), [], []
     model.register_forward_pre_hook(lambda *_: calls.append(threading.get_ident()))
-    turns.in_turn(model, groups, data, None, Moments, lambda group, _: seen.append(group))
+    turns.in_turn(model, groups, Data(data), Moments, lambda group, _: seen.append(group), "")
     assert seen == groups
     assert len(set(calls)) == len(calls) == len(data)
 
@@ -79,7 +80,7 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     model = Forked()
     data = [torch.rand(3, 4), torch.rand(2, 4)]
     qt.quantize(model, 8, data=data)
-    groups = groups_of(model, data, None)
+    groups = groups_of(model, Data(data))
     before, seen = threading.active_count(), []
 
     def fail(*_):
@@ -89,13 +90,13 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     hook = model.last.register_forward_pre_hook(lambda *_: fail())
     hooks = len(model.one._forward_pre_hooks)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        turns.in_turn(model, groups, data, None, Moments, lambda group, _: seen.append(group))
+        turns.in_turn(model, groups, Data(data), Moments, lambda group, _: seen.append(group), "")
     assert threading.active_count() == before
     assert len(model.one._forward_pre_hooks) == hooks
     assert len(seen) == 4
     hook.remove()
     with pytest.raises(ZeroDivisionError):
-        turns.in_turn(model, groups, data, None, Moments, lambda *_: 1 / 0)
+        turns.in_turn(model, groups, Data(data), Moments, lambda *_: 1 / 0, "")
     assert threading.active_count() == before
 
 

@@ -2,14 +2,33 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
+from ..progress import Progress, silent, track
 from .insertion import quantizers, state_of, weight_quantizers
 from .padding import counting
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model is run on for its ranges, and for what methods want to know.
+
+    batches: iterated as often as needed. mask: which tokens are padding, as in `quantize`.
+    progress: is told how far a pass has come.
+    """
+
+    batches: Iterable[Any]
+    mask: Mask | None = "attention_mask"
+    progress: Progress = silent
+
+    def track(self, what: str | None) -> Iterable[Any]:
+        """Return the batches, of which `progress` is told under a name, if there is one."""
+        return self.batches if what is None else track(self.batches, what, self.progress)
 
 
 class SeenEnough(Exception):

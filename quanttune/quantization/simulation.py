@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..masks import Mask
-from ..progress import Progress, silent, track
+from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .description import announce
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
 from .methods import Method, methods_of, roundings_in
-from .passes import enable_weights, forward_batches
+from .passes import Data, enable_weights, forward_batches
 from .restoration import drop_restorations
 from .scheme import Overrides, Scheme, matches
 
@@ -78,7 +78,7 @@ def quantize(
     names = tuple(method.name for method in (*equalizations, *roundings))
     options = weight_bits, calibrator, coverage, weights, residual, overrides or {}, symmetric
     scheme = Scheme(bits, *options, names)
-    batches = _check_data(data, scheme)
+    given = Data(_check_data(data, scheme), mask, progress)
     refuse_quantized(model)
     with ExitStack() as undo:  # an error leaves the model as it was
         if names:
@@ -86,15 +86,15 @@ def quantize(
             undo.callback(model.load_state_dict, before)
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
-            equalization.apply(model, scheme, batches, mask, progress)
+            equalization.apply(model, scheme, given)
         functional = insert(model, scheme, undo)
         if not scheme.dynamic:
-            _calibrate(model, track(batches, "calibrating", progress), mask)
+            _calibrate(model, given)
             _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
         for rounding in roundings:
-            rounding.apply(model, scheme, batches, mask, progress)
+            rounding.apply(model, scheme, given)
         undo.pop_all()
     announce(model)
     return model
@@ -143,9 +143,9 @@ def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:
     return () if data is None else data
 
 
-def _calibrate(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> None:
+def _calibrate(model: nn.Module, data: Data) -> None:
     enable_weights(model, False)
-    if not forward_batches(model, data, mask):
+    if not forward_batches(model, data.track("calibrating"), data.mask):
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
     enable_weights(model, True)
 

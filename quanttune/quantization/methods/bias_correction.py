@@ -1,15 +1,10 @@
 """Bias correction: rounding to nearest, and biases that make up for its mean error."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from torch import nn
 
-from ...masks import Mask
-from ...progress import Progress, silent, track
-from ..passes import in_float
+from ..passes import Data, in_float
 from ..scheme import Scheme
 from .method import Rounding
 from .moments import Group, Means, groups_of, sums_of
@@ -33,18 +28,10 @@ class BiasCorrection(Rounding):
 
     name = "bias_correction"
 
-    def apply(
-        self,
-        model: nn.Module,
-        scheme: Scheme,
-        data: Iterable[Any],
-        mask: Mask | None,
-        progress: Progress = silent,
-    ) -> None:
-        groups = groups_of(model, track(data, f"{self.name}: finding layers", progress), mask)
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
+        groups = groups_of(model, data, f"{self.name}: finding layers")
         with in_float(model):
-            seen = track(data, f"{self.name}: means", progress)
-            means = sums_of(model, groups, seen, mask, Means)
+            means = sums_of(model, groups, data, Means, f"{self.name}: means")
         wanted = {
             layer: layer.rows @ mean.exact
             for group, mean in zip(groups, means, strict=True)
@@ -57,4 +44,4 @@ class BiasCorrection(Rounding):
                 if layer.module.bias is not None:
                     layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
-        in_turn(model, groups, data, mask, Means, correct, partial(progress, self.name))
+        in_turn(model, groups, data, Means, correct, self.name)

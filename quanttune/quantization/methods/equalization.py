@@ -1,7 +1,6 @@
 """What equalizations share: ranges of channels, and factors that LayerNorms are divided by."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...masks import Mask
-from ...progress import Progress, silent, track
+from ...progress import track
 from ..padding import inside
-from ..passes import forward_batches
+from ..passes import Data, forward_batches
 from ..scheme import Scheme
 from .method import Equalization
 from .pairs import Pair
@@ -72,23 +70,16 @@ class ChannelEqualization(Equalization):
         """Return what each channel is divided by, and what is subtracted before, or zeros."""
 
     @torch.no_grad()
-    def apply(
-        self,
-        model: nn.Module,
-        scheme: Scheme,
-        data: Iterable[Any],
-        mask: Mask | None,
-        progress: Progress = silent,
-    ) -> None:
-        pairs = find_pairs(model, data, mask)
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
+        pairs = find_pairs(model, data)
         seen = {pair.name: Channels(self.rows) for pair in pairs}
         with ExitStack() as undo:
             for pair in pairs:
                 reader = next(iter(pair.readers.values()))
                 handle = reader.register_forward_pre_hook(seen[pair.name].see)
                 undo.callback(handle.remove)
-            forward_batches(model, track(data, f"{self.name}: ranges", progress), mask)
-        for pair in track(pairs, self.name, progress):
+            forward_batches(model, data.track(f"{self.name}: ranges"), data.mask)
+        for pair in track(pairs, self.name, data.progress):
             channels = seen[pair.name]
             if not channels.absmax.isfinite().all():
                 raise ValueError(f"{pair.name} returned NaN, inf or nothing during calibration")

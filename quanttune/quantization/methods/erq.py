@@ -1,16 +1,12 @@
 """ERQ: ridge regression against the error of activations, then against that of weights."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...masks import Mask
-from ...progress import Progress, silent, track
-from ..passes import in_float
+from ..passes import Data, in_float
 from ..scheme import Scheme
 from .flips import FLIPS, refine
 from .layers import Grid, Layer
@@ -52,26 +48,19 @@ class ERQ(Rounding):
         if self.flip not in FLIPS:
             raise ValueError(f"flip must be one of {', '.join(FLIPS)}, got {self.flip!r}")
 
-    def apply(
-        self,
-        model: nn.Module,
-        scheme: Scheme,
-        data: Iterable[Any],
-        mask: Mask | None,
-        progress: Progress = silent,
-    ) -> None:
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         found: list[tuple[Layer, Tensor, Grid, Tensor]] = []
         with in_float(model):
-            groups = groups_of(model, track(data, "erq: finding layers", progress), mask)
+            groups = groups_of(model, data, f"{self.name}: finding layers")
             layers = sum(len(group.layers) for group in groups)
             for chosen in passes(groups, matrices=2):
-                seen = track(data, "erq: inputs of layers", progress)
-                sums = sums_of(model, chosen, seen, mask, partial(Moments, cross=True))
+                what = f"{self.name}: inputs of layers"
+                sums = sums_of(model, chosen, data, partial(Moments, cross=True), what)
                 for group, moments in zip(chosen, sums, strict=True):
                     for layer in group.layers:
-                        progress(self.name, len(found), layers)
+                        data.progress(self.name, len(found), layers)
                         found.append((layer, *self._solve(layer, moments)))
-        progress(self.name, layers, layers)
+        data.progress(self.name, layers, layers)
         for layer, rows, grid, bias in found:  # not before: each pass is one of the float model
             layer.settle(rows, grid)
             if layer.module.bias is not None:

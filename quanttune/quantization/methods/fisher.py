@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...masks import Mask
 from ..padding import counting, inside
-from ..passes import answer_of, evaluating, in_float
+from ..passes import Data, answer_of, evaluating, in_float
 from .layers import Layer
 
 Call = tuple[nn.Module, Tensor, Tensor]  # of a layer, what it multiplies and what it returns
 
 
 def fishers_of(
-    model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], mask: Mask | None
+    model: nn.Module, layers: Sequence[Layer], data: Data, what: str | None = None
 ) -> list[Tensor]:
     """Return for each layer the sum over samples of G^T G, G the gradient of its rows.
 
@@ -33,8 +32,8 @@ def fishers_of(
     sums = {layer.module: _zeros(layer) for layer in layers}
     signs = torch.Generator().manual_seed(0)
     with in_float(model), evaluating(model), torch.enable_grad(), _calls_of(layers) as calls:
-        for batch in data:
-            with counting(model, batch, mask) as (args, kwargs):
+        for batch in data.track(what):
+            with counting(model, batch, data.mask) as (args, kwargs):
                 answer = _sum(answer_of(model(*args, **kwargs)), signs)
             _add(sums, calls, answer)
             calls.clear()

@@ -1,15 +1,12 @@
 """GPTQ: round column by column, and let the columns that follow make up for each error."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...masks import Mask
-from ...progress import Progress, silent, track
+from ...progress import track
+from ..passes import Data
 from ..scheme import Scheme
 from .fisher import fishers_of
 from .layers import Grid, Layer
@@ -53,24 +50,15 @@ class GPTQ(Rounding):
         if self.hessian not in ("inputs", "fisher"):
             raise ValueError(f"hessian must be inputs or fisher, got {self.hessian!r}")
 
-    def apply(
-        self,
-        model: nn.Module,
-        scheme: Scheme,
-        data: Iterable[Any],
-        mask: Mask | None,
-        progress: Progress = silent,
-    ) -> None:
-        groups = groups_of(model, track(data, f"{self.name}: finding layers", progress), mask)
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
+        groups = groups_of(model, data, f"{self.name}: finding layers")
         if self.hessian == "inputs":
-            tell = partial(progress, self.name)
-            in_turn(model, groups, data, mask, Moments, self._round_group, tell)
+            in_turn(model, groups, data, Moments, self._round_group, self.name)
             return
         layers, fishers = [layer for group in groups for layer in group.layers], []
         for chosen in passes(layers, matrices=1):
-            seen = track(data, f"{self.name}: gradients", progress)
-            fishers += fishers_of(model, chosen, seen, mask)
-        for layer, fisher in zip(track(layers, self.name, progress), fishers, strict=True):
+            fishers += fishers_of(model, chosen, data, f"{self.name}: gradients")
+        for layer, fisher in zip(track(layers, self.name, data.progress), fishers, strict=True):
             self._round_layer(layer, fisher)
 
     def _round_group(self, group: Group, moments: Moments) -> None:

@@ -1,13 +1,11 @@
 """What a method is: a frozen dataclass of its options that changes a model in place."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from ...masks import Mask
-from ...progress import Progress, silent
+from ..passes import Data
 from ..scheme import Scheme
 
 
@@ -17,21 +15,13 @@ class Method(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def apply(
-        self,
-        model: nn.Module,
-        scheme: Scheme,
-        data: Iterable[Any],
-        mask: Mask | None,
-        progress: Progress = silent,
-    ) -> None:
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         """Change a model in place; whoever calls takes the parameters back after an error.
 
         Args:
             model: float for an equalization; for a rounding calibrated, its weights not rounded.
             scheme: what the model is to be, or is, quantized to.
-            data: the batches of `quantize`, to be iterated as often as needed.
-            mask, progress: as in `quantize`.
+            data: what `quantize` was given.
         """
 
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...masks import Mask
 from ..padding import without_padding
-from ..passes import SeenEnough, forward_batches
+from ..passes import Data, SeenEnough, forward_batches
 from ..quantizer import ActivationQuantizer
 from .layers import Layer, layers_of
 
@@ -83,7 +82,7 @@ class Moments:
             self.cross.addmm_(rows.T, _with_one(x))
 
 
-def groups_of(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[Group]:
+def groups_of(model: nn.Module, data: Data, what: str | None = None) -> list[Group]:
     """Return the layers that data reach, in the order in which they are first called.
 
     Raises:
@@ -92,8 +91,8 @@ def groups_of(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[
     layers = {layer.module: layer for layer in layers_of(model)}
     trace, calls = _Trace(), Counter[nn.Module]()
     with watching(layers, trace.see):
-        for batch in data:
-            forward_batches(model, [batch], mask)
+        for batch in data.track(what):
+            forward_batches(model, [batch], data.mask)
             calls |= trace.calls
             trace.calls.clear()
     if not calls:
@@ -125,9 +124,9 @@ def passes(items: Sequence[Item], matrices: int) -> Iterator[list[Item]]:
 def sums_of(
     model: nn.Module,
     groups: Sequence[Group],
-    data: Iterable[Any],
-    mask: Mask | None,
+    data: Data,
     make: Callable[[int, torch.device], Sums],
+    what: str | None = None,
 ) -> list[Sums]:
     """Return the sums of each group, from one pass that goes no further than their calls.
 
@@ -145,9 +144,9 @@ def sums_of(
             raise SeenEnough
 
     with watching(sums, see):
-        for batch in data:
+        for batch in data.track(what):
             remaining = sum(group.calls for group in groups)
-            forward_batches(model, [batch], mask)
+            forward_batches(model, [batch], data.mask)
     return list(sums.values())
 
 

@@ -1,7 +1,7 @@
 """Which Linear modules read which LayerNorms, found by watching one batch on its way."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...masks import Mask
-from ..passes import forward_batches
+from ..passes import Data, forward_batches
 from ..restoration import NAME
 from ..twins import QuantizedConv2d, QuantizedEmbedding, twin_of
 from .pairs import Pair
@@ -28,7 +27,7 @@ _MOVERS |= {F.pad, F.dropout, torch.dropout}
 _FACTS = (bool, int, str, torch.Size, torch.dtype, torch.device)  # of a tensor, not of its values
 
 
-def find_pairs(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list[Pair]:
+def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
     """Run a float model on the first batch and return the pairs in it.
 
     What cannot be changed is left alone, with a warning that names it.
@@ -41,7 +40,7 @@ def find_pairs(model: nn.Module, data: Iterable[Any], mask: Mask | None) -> list
         for handle in watch.handles():
             undo.callback(handle.remove)
         undo.enter_context(watch)
-        if not forward_batches(model, islice(data, 1), mask):
+        if not forward_batches(model, islice(data.batches, 1), data.mask):
             raise ValueError("data is empty: calibration needs at least one batch of inputs")
     pairs = watch.pairs()
     if not pairs:

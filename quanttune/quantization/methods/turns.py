@@ -1,6 +1,6 @@
 """Go through a model layer by layer, each rounded before the next one is given its inputs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from threading import Semaphore, Thread
@@ -9,51 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...masks import Mask
-from ..passes import SeenEnough, evaluating, forward_batches
+from ...progress import track
+from ..passes import Data, SeenEnough, evaluating, forward_batches
 from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
 def in_turn(
     model: nn.Module,
     groups: Sequence[Group],
-    data: Iterable[Any],
-    mask: Mask | None,
+    data: Data,
     make: Callable[[int, torch.device], Sums],
     visit: Callable[[Group, Sums], None],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    what: str,
 ) -> None:
     """Visit groups in their order, with the sums of what the model makes of data up to there.
 
     The forwards of all batches go on together, so that each of them runs once; it takes the memory
     of as many hidden states as there are batches. Where a layer is called more than once, or
-    batches take different ways, it is a pass for each group instead. `tell` is a Progress.
+    batches take different ways, it is a pass for each group instead.
     """
     alike = all(group.calls == 1 for group in groups)
     with ExitStack() as undo:
         undo.enter_context(evaluating(model))
-        walk = _Walk(model, data if alike else (), mask, undo)
+        walk = _Walk(model, data if alike else Data(()), undo)
         undo.enter_context(watching([group.leader for group in groups], walk.see))
-        for done, group in enumerate(groups):
-            tell(done, len(groups))
+        for group in track(groups, what, data.progress):
             sums = make(group.inputs, group.leader.weight.device)
             if not (alike and walk.reach(group.leader, sums)):
                 alike = False
                 undo.close()
-                (sums,) = sums_of(model, [group], data, mask, make)
+                (sums,) = sums_of(model, [group], data, make)
             visit(group, sums)
-    tell(len(groups), len(groups))
 
 
 class _Walk:
     """The forwards of all batches, on their way from the leader of one group to the next."""
 
-    def __init__(
-        self, model: nn.Module, data: Iterable[Any], mask: Mask | None, undo: ExitStack
-    ) -> None:
+    def __init__(self, model: nn.Module, data: Data, undo: ExitStack) -> None:
         self._forwards = []
-        for batch in data:
-            forward = _Forward(partial(forward_batches, model, [batch], mask))
+        for batch in data.batches:
+            forward = _Forward(partial(forward_batches, model, [batch], data.mask))
             undo.callback(forward.leave)
             self._forwards.append(forward)
 
