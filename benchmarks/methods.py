@@ -41,7 +41,7 @@ FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "calibrator": "none"
 
 def main() -> None:
     parser = arguments.of_task(__doc__)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
