@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
+from quanttune.quantization.methods.layers import layers_of
 from quanttune.quantization.methods.tracing import find_pairs
 from quanttune.quantization.passes import Data
 
@@ -98,3 +99,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         return self.one(y) * self.other(y).sigmoid()
+
+
+def rounded_names(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose weights methods round, in a quantized model."""
+    modules = {layer.module for layer in layers_of(model)}
+    return [name for name, module in model.named_modules() if module in modules]

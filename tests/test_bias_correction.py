@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from equalized import EXAMPLES
+from equalized import EXAMPLES, rounded_names
 from torch import nn
 
 import quanttune as qt
 from quanttune.quantization.insertion import weight_quantizers
-from quanttune.quantization.methods.layers import layers_of
 from quanttune.quantization.passes import forward_batches
 
 
@@ -28,11 +27,6 @@ def means_of(model: nn.Module, names: list[str], data, keep=lambda x: x) -> dict
     return {name: torch.cat(rows).mean(0) for name, rows in seen.items() if rows}
 
 
-def names_of(model: nn.Module) -> list[str]:
-    modules = {layer.module for layer in layers_of(model)}
-    return [name for name, module in model.named_modules() if module in modules]
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_mean_outputs_are_those_of_the_float_model(name):
     example = EXAMPLES[name]()
@@ -40,7 +34,7 @@ def test_mean_outputs_are_those_of_the_float_model(name):
     options = {"weight_bits": 3, "coverage": "linear", "data": data}
     ours = qt.quantize(copy.deepcopy(model), 4, methods=["bias_correction"], **options)
     nearest = qt.quantize(copy.deepcopy(model), 4, **options)
-    names = [n for n in names_of(ours) if ours.get_submodule(n).bias is not None]
+    names = [n for n in rounded_names(ours) if ours.get_submodule(n).bias is not None]
     wanted, found, before = (means_of(m, names, data) for m in (model, ours, nearest))
     assert len(wanted) >= 8
     for name, mean in wanted.items():
@@ -62,7 +56,7 @@ def test_padding_takes_no_part():
     model = example.model.eval()
     options = {"weight_bits": 3, "coverage": "linear", "data": data}
     ours = qt.quantize(copy.deepcopy(model), 4, methods=["bias_correction"], **options)
-    names = [name for name in names_of(ours) if "encoder" in name]
+    names = [name for name in rounded_names(ours) if "encoder" in name]
     wanted, found = (means_of(m, names, data, lambda y: y[mask > 0]) for m in (model, ours))
     for name, mean in wanted.items():
         torch.testing.assert_close(

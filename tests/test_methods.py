@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from equalized import rounded_names
 from models import MODELS, deit, gpt2
 from oracle import assert_same_bits
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from quanttune.inference.onnx_model import OnnxModel
 from quanttune.quantization.description import describe
 from quanttune.quantization.insertion import is_quantized, weight_quantizers
 from quanttune.quantization.methods import ERQ, GPTQ, METHODS, Equalization, Method, Rounding
-from quanttune.quantization.methods.layers import layers_of
 from quanttune.quantization.passes import forward_batches
 from quanttune.quantization.simulation import quantizers, requantize
 
@@ -57,7 +57,7 @@ def test_weights_end_on_a_constant_grid_and_outputs_are_nearer(name, width, meth
     options = {"bits": bits, "weight_bits": weight_bits, "weights": weights}
     ours = rounded(example.model, data, method, **options)
     nearest = rounded(example.model, data, None, **options)
-    layers = names_of(ours)
+    layers = rounded_names(ours)
     assert len(layers) >= 8
     for name in layers:
         weight, quantizer = ours.get_submodule(name).weight, weight_quantizer(ours, name)
@@ -73,12 +73,6 @@ def test_weights_end_on_a_constant_grid_and_outputs_are_nearer(name, width, meth
         for model in (ours, nearest)
     ]
     assert error[0] < error[1]
-
-
-def names_of(model: nn.Module) -> list[str]:
-    """Return the names of the layers that are rounded."""
-    modules = {layer.module for layer in layers_of(model)}
-    return [name for name, module in model.named_modules() if module in modules]
 
 
 def weight_quantizer(model: nn.Module, name: str):
