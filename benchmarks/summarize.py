@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import methods
@@ -19,7 +18,7 @@ from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
 from onnx_latency import COVERAGES, figures
 
 from quanttune.analysis.report import DIGITS
-from quanttune.analysis.table import tabulate
+from quanttune.analysis.table import Cell, cells_of, tabulate
 from quanttune.recipes.experiment import Row
 
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
@@ -125,11 +124,13 @@ def _results_table(demo: Any, calibrators: Collection[str] = ()) -> str:
             if calibrators and (way.weights != "channel" or way.calibrator not in calibrators):
                 continue
             label = way.label if way.calibrator == "none" else f"{way.label}, {group}"
-            cells = [cell.text(digits) for cell in table.cells[way]]
-            best = [c.best for c in table.cells[way]]
-            bold = [f"**{t}**" if b else t for t, b in zip(cells, best, strict=True)]
-            lines.append(_line(label, *bold))
+            lines.append(_line(label, *(_bold(cell, digits) for cell in table.cells[way])))
     return "\n".join(lines)
+
+
+def _bold(cell: Cell, digits: int) -> str:
+    text = cell.text(digits)
+    return f"**{text}**" if cell.best else text
 
 
 def _demo_section(name: str, demo: Any) -> str:
@@ -173,54 +174,37 @@ def methods_section(name: str, measured: Any) -> str:
     """Return the tables of a run of methods.py, one per coverage."""
     digits, rows = DIGITS[measured["metric"]], measured["rows"]
     seeds = len({row["seed"] for row in rows})
-    exact = _cells([{**row, "width": "fp32"} for row in rows if row["coverage"] == "none"], digits)
-    floats = ", ".join(f"{arm} {text.strip('*')}" for (_, arm, _), text in exact.items())
+    values: dict[Any, list[float]] = defaultdict(list)
+    for row in rows:
+        width = methods.width(row["weight_bits"], row["bits"])
+        way = methods.way(row["calibrator"], row["methods"])
+        values[row["coverage"], width, row["arm"], way].append(row["value"])
+    exact = {arm: found for (coverage, _, arm, _), found in values.items() if coverage == "none"}
+    cells = zip(exact, cells_of(list(exact.values())), strict=True)
+    floats = [f"{arm} {cell.text(digits)}" for arm, cell in cells]
     parts = [
         f"## Methods on {name}: {measured['metric']} on the test rows",
         f"Means of {seeds} seeds, ± their standard deviation; MiniLM's base has one. Float: "
-        f"{floats}. Weights per channel; methods with min-max and their default options; "
-        "percentile and kl without a method. Bold: the best of a column.",
+        f"{', '.join(floats)}. Weights per channel; methods with min-max and their default "
+        "options; percentile and kl without a method. Bold: the best of a column.",
     ]
     for coverage in dict.fromkeys(row["coverage"] for row in rows if row["coverage"] != "none"):
-        chosen = [
-            {**row, "width": methods.width(row["weight_bits"], row["bits"])}
-            for row in rows
-            if row["coverage"] == coverage
-        ]
-        parts += [f"Coverage {coverage}:", _methods_table(_cells(chosen, digits))]
+        chosen = {tuple(key): found for (c, *key), found in values.items() if c == coverage}
+        parts += [f"Coverage {coverage}:", _methods_table(chosen, digits)]
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(rows: list[Any], digits: int) -> dict[tuple[str, str, str], str]:
-    """Return what stands in a table, by width, arm and way."""
-    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        way = methods.way(row["calibrator"], row["methods"])
-        values[row["width"], row["arm"], way].append(row["value"])
-    best = {key[:2]: max(mean(v) for k, v in values.items() if k[:2] == key[:2]) for key in values}
-    texts = {}
-    for key, seeds in values.items():
-        deviation = f" ±{stdev(seeds):.{digits}f}" if len(seeds) > 1 else ""
-        text = f"{mean(seeds):.{digits}f}{deviation}"
-        texts[key] = f"**{text}**" if mean(seeds) == best[key[:2]] else text
-    return texts
-
-
-def _methods_table(cells: dict[tuple[str, str, str], str]) -> str:
-    arms = dict.fromkeys(arm for _, arm, _ in cells)
-    widths = {width for width, _, _ in cells}
-    columns = [
-        (width, arm)
-        for width in (methods.width(*bits) for bits in methods.WIDTHS)
-        for arm in arms
-        if width in widths
-    ]
-    lines = [
-        _line("", *(f"{width} {arm}" for width, arm in columns)),
-        _line("---", *["---:"] * len(columns)),
-    ]
-    for way in (methods.way(*choice) for choice in methods.CHOICES):
-        lines.append(_line(way, *(cells.get((*column, way), "-") for column in columns)))
+def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
+    """Return a row per way and a column per width and arm; values: by width, arm and way."""
+    names = [methods.width(*bits) for bits in methods.WIDTHS]
+    arms = dict.fromkeys(arm for _, arm, _ in values)
+    measured = {key[:2] for key in values}
+    columns = [(width, arm) for width in names for arm in arms if (width, arm) in measured]
+    ways = [methods.way(*choice) for choice in methods.CHOICES]
+    cells = [cells_of([values.get((*column, way), []) for way in ways]) for column in columns]
+    lines = [_line("", *map(" ".join, columns)), _line("---", *["---:"] * len(columns))]
+    for way, row in zip(ways, zip(*cells, strict=True), strict=True):
+        lines.append(_line(way, *(_bold(cell, digits) for cell in row)))
     return "\n".join(lines)
 
 

@@ -58,11 +58,12 @@ def tabulate(rows: Iterable[Any]) -> Table:
     for row in rows:
         values[Way(row.bits, row.calibrator, row.weights)][row.arm].append(row.value)
     arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
-    cells = {way: _cells([by_arm[arm] for arm in arms]) for way, by_arm in values.items()}
+    cells = {way: cells_of([by_arm[arm] for arm in arms]) for way, by_arm in values.items()}
     return Table(arms, cells)
 
 
-def _cells(values: list[list[float]]) -> list[Cell]:
+def cells_of(values: list[list[float]]) -> list[Cell]:
+    """Return the cells of what was measured with several seeds; one of them at least has values."""
     means = [mean(seeds) if seeds else nan for seeds in values]  # nan: not measured
     best = max(value for value in means if not isnan(value))
     deviations = [stdev(seeds) if len(seeds) > 1 else None for seeds in values]

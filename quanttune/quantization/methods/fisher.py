@@ -63,16 +63,12 @@ def _add(sums: dict[nn.Module, Tensor], calls: Sequence[Call], answer: Tensor) -
         x, gradient = (torch.cat(tensors, 1) for tensors in zip(*reached, strict=True))
         # X^T (g g^T X): G, of outputs * inputs, is there for one sample at a time
         spread = torch.stack([g @ (g.T @ one) for one, g in zip(x, gradient, strict=True)])
-        sums[module].addmm_(_rows(x).T, _rows(spread))
+        sums[module].addmm_(x.flatten(0, 1).T, spread.flatten(0, 1))
 
 
 def _samples(x: Tensor) -> Tensor:
     """Return float64 (samples, tokens, channels)."""
     return x.double().reshape(len(x), -1, x.shape[-1])
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 @contextmanager

@@ -62,8 +62,9 @@ class GPTQ(Rounding):
             self._round_layer(layer, fisher)
 
     def _round_group(self, group: Group, moments: Moments) -> None:
+        hessian = 2 / moments.tokens * moments.gram[:-1, :-1]
         for layer in group.layers:
-            self._round_layer(layer, 2 / moments.tokens * moments.gram[:-1, :-1])
+            self._round_layer(layer, hessian)
 
     def _round_layer(self, layer: Layer, hessian: Tensor) -> None:
         rows, grid = layer.rows, layer.grid(layer.rows)

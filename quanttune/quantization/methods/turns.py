@@ -1,9 +1,10 @@
 """Go through a model layer by layer, each rounded before the next one is given its inputs."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from threading import Semaphore, Thread
+from threading import Semaphore
 from typing import Any
 
 import torch
@@ -72,22 +73,21 @@ class _Forward:
     """A forward in a thread of its own, which runs only while `go_on` waits for it."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
         self._go, self._there = Semaphore(0), Semaphore(0)
         self._at: nn.Module | None = None  # where it waits; None once it has ended
-        self._error: BaseException | None = None
-        self._ended = self._leaving = False
-        self._thread = Thread(target=self._main, daemon=True)
-        self._thread.start()
+        self._leaving = False
+        self._thread = ThreadPoolExecutor(1)
+        self._end = self._thread.submit(self._main, run)
+        self._end.add_done_callback(lambda _: self._there.release())
 
     def go_on(self) -> nn.Module | None:
         """Run to the next stop and return it, or to the end."""
-        if not self._ended:
+        if not self._end.done():
             self._at = None
             self._go.release()
             self._there.acquire()
-        if self._error:
-            raise self._error
+        if self._end.done():
+            self._end.result()  # raises what was raised in the forward
         return self._at
 
     def stop(self, at: nn.Module) -> None:
@@ -102,15 +102,9 @@ class _Forward:
         """End it, wherever it is."""
         self._leaving = True
         self._go.release()
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _main(self) -> None:
+    def _main(self, run: Callable[[], Any]) -> None:
         self._go.acquire()
-        try:
-            if not self._leaving:
-                self._run()
-        except BaseException as error:  # raised where somebody waits for it
-            self._error = error
-        finally:
-            self._ended = True
-            self._there.release()
+        if not self._leaving:
+            run()
