@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .functional import FunctionalSites
 from .insertion import insert, quantizers, state_of, weight_quantizers
-from .quantizer import ActivationQuantizer, check_scale
+from .operations import Operation
+from .quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from .restoration import (
     add_described,
     described_restorations,
@@ -35,13 +37,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if part := PARTS.get(name):
             modules.setdefault(owner, dict.fromkeys(PARTS.values()))[part] = arguments
         else:
-            kind = getattr(model.get_submodule(site), "kind", None)
+            kind = _kind_of(model.get_submodule(site))
             operations[site] = {"kind": kind, "activations": arguments}
     return {
         **FIXED,
         "scheme": json.loads(json.dumps({name: getattr(scheme, name) for name in SCHEME})),
         "config_groups": _grouped(modules),
         "operation_groups": _grouped(operations),
+        "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
     }
 
@@ -74,11 +77,7 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
     undo.callback(drop_restorations, model)
     add_described(model, data["restorations"])
     state.frozen = not dynamic
-    owners = dict(model.named_modules())
-    for group in data["operation_groups"].values():
-        for site in group["targets"]:
-            if owner := owners.get(site.rpartition(".")[0]):
-                state.add(owner, site, group["kind"])
+    _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)
     for name, quantizer in quantizers(model).items():
         if sites[name]["symmetric"] != symmetric:
@@ -129,9 +128,35 @@ def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
             observer = LEARNED if weight.factor is not None else None
             observer = "minmax" if weight.scale is None else observer
             found[name] = _values(weight.bits, True, strategy, False, observer)
+        elif isinstance(module, WeightQuantizer) and OPERATION.fullmatch(name):
+            found[name] = _values(
+                module.bits, True, "channel" if module.axis == 0 else "tensor", False, "minmax"
+            )
         elif isinstance(module, nn.Identity) and OPERATION.fullmatch(name):
             found[name] = None
     return found
+
+
+def _kind_of(quantizer: nn.Module) -> str | None:
+    return "weight" if isinstance(quantizer, WeightQuantizer) else getattr(quantizer, "kind", None)
+
+
+def _calls(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what each module calls, by the way there; also what stays in float."""
+    return {
+        calls.module: {"operations": {way: o.as_dict() for way, o in calls.operations.items()}}
+        for _, calls in state_of(model).calls()
+        if calls.operations
+    }
+
+
+def _register(state: FunctionalSites, groups: Mapping[str, Any]) -> None:
+    watched = {calls.module: module for module, calls in state.calls()}
+    for group in groups.values():
+        for target in group["targets"]:
+            # what is missing, `_compare` tells
+            for way, operation in group["operations"].items() if target in watched else ():
+                state.register(watched[target], way, Operation(**operation))
 
 
 def _values(*values: Any) -> dict[str, Any]:
@@ -141,8 +166,8 @@ def _values(*values: Any) -> dict[str, Any]:
 
 def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     groups: dict[str, Any] = {}
-    for target, values in table.items():
-        group = groups.setdefault(json.dumps(values), {"targets": [], **values})
+    for target, values in sorted(table.items()):
+        group = groups.setdefault(json.dumps(values, sort_keys=True), {"targets": [], **values})
         group["targets"].append(target)
     return {f"group_{i}": group for i, group in enumerate(groups.values())}
 

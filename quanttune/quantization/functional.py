@@ -1,193 +1,263 @@
-"""Quantize what no module holds: the products of attention and the sums of the residual stream.
+"""Quantize what no module holds: attention, other products of activations, sums of the residual
+stream, and products with parameters that no Linear holds.
 
-While the model, or a part of it, is called, a TorchFunctionMode sees these operations. Their
-quantizers belong to the module that calls, under the name of the operation and how many of its kind
-came before in that call: `add0_quantizer`, `attention0_query_quantizer`.
+While the model, or a part of it, is called, a TorchFunctionMode sees these operations. Each is
+known by its place in the code of the module that calls it (places.py). Its quantizers belong to
+that module, under the name of the operation and how many of its kind were met there before:
+`add0_quantizer`, `attention0_query_quantizer`. What an operation is, calibration decides, by what
+its tensors are made of (provenance.py); from then on its place tells.
 """
 
-import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .contractions import Contraction, contraction
+from .operations import CALLS, Call, Calls, Operation, call_under_way
+from .provenance import ACTIVATION, Made, Provenance, tensors_in
+from .scaled_dot_product import attention
 from .scheme import Scheme
+from .twins import QuantizedLinear
+from .watching import unwatch, watch
 
-_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
-_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__}
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
-_KEEPERS = {
-    F.dropout,
-    torch.dropout,
-    Tensor.to,
-    Tensor.type_as,
-}  # what these return is still a softmax
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 
 
 class FunctionalSites:
-    """The functional sites of a model; their quantizers are made when a site is first reached."""
+    """The functional sites of a model, which may find others until it is `frozen`."""
 
-    def __init__(
-        self, model: nn.Module, scheme: Scheme, device: torch.device, undo: ExitStack
-    ) -> None:
+    def __init__(self, model: nn.Module, scheme: Scheme, device: torch.device) -> None:
         self.scheme, self.device = scheme, device
         self.frozen = False
         self.enabled = True
-        self._names = {module: name for name, module in model.named_modules()}
-        self._leaves = {module for module in self._names if not any(module.children())}
-        handles = []
-        for module in self._names:
-            handles.append(module.register_forward_pre_hook(self._push))
-            handles.append(module.register_forward_hook(self._pop, always_call=True))
-        for handle in handles:
-            undo.callback(handle.remove)
+        self.modules = dict(model.named_modules())
 
-    def quantize(self, kind: str, site: str, x: Tensor) -> Tensor:
-        """Round x, or let it pass if it is not covered."""
-        if kind not in self.scheme.kinds:
-            return x
-        module, _ = _here.forwards[id(self)].calls[-1]
-        name = f"{site}_quantizer"
-        if not hasattr(module, name):
-            where = f"{self._names[module]}.{name}".lstrip(".")
-            if self.frozen:
-                raise RuntimeError(f"{where} was never reached during calibration: give more data")
-            self.add(module, where, kind)
-        return getattr(module, name)(x)
+    def watch(self, undo: ExitStack) -> None:
+        """See what all modules call but those of PyTorch, and our own, that hold no others."""
+        names = list(self.modules)
+        for name, module in self.modules.items():
+            prefix = f"{name}." if name else ""
+            is_childless = not any(n != name and n.startswith(prefix) for n in names)
+            is_known = type(module).forward.__module__.startswith(("torch.nn.", "quanttune."))
+            if is_childless and is_known:
+                continue
+            module.__dict__[CALLS] = Calls(name, is_childless)
+            undo.callback(module.__dict__.pop, CALLS)
+            watch(module, self)
+            undo.callback(unwatch, module)
 
-    def add(self, module: nn.Module, site: str, kind: str | None) -> None:
-        """Give a module the quantizer of an operation that it calls."""
-        quantizer = self.scheme.activation_quantizer(site, kind, self.device)
-        module.add_module(site.rpartition(".")[2], quantizer)
+    def calls(self) -> Iterator[tuple[nn.Module, Calls]]:
+        """Return the modules that are watched, and what they call."""
+        for module in self.modules.values():
+            if calls := module.__dict__.get(CALLS):
+                yield module, calls
 
-    def number(self, operation: str) -> str:
-        """Name an operation of the current module call: add0, add1, ..."""
-        _, counts = _here.forwards[id(self)].calls[-1]
-        counts[operation] += 1
-        return f"{operation}{counts[operation] - 1}"
+    def mode(self, inputs: Any) -> AbstractContextManager[Any]:
+        """Return what sees the operations of an outermost call, which has these arguments."""
+        if not self.enabled:
+            return nullcontext()
+        if self.frozen or torch.compiler.is_compiling():
+            return _Mode(self, None)
+        buffers = [b for m in self.modules.values() for b in m._buffers.values() if b is not None]
+        return _Mode(self, Provenance(buffers, inputs))
 
-    @property
-    def in_leaf(self) -> bool:
-        """Whether the call comes from a module without children, such as an activation function."""
-        return _here.forwards[id(self)].calls[-1][0] in self._leaves
+    def register(self, module: nn.Module, way: str, operation: Operation) -> Operation:
+        """Note what an operation is, and give its module the quantizers that the scheme covers."""
+        calls: Calls = module.__dict__[CALLS]
+        calls.operations[way] = operation
+        for part, kind in operation.kinds.items() if operation.name else ():
+            attribute = operation.quantizer(part)
+            site = f"{calls.module}.{attribute}".lstrip(".")
+            if kind == "weight":
+                module.add_module(attribute, self.scheme.weight_quantizer(site, 0))
+            elif kind in self.scheme.kinds:
+                quantizer = self.scheme.activation_quantizer(site, kind, self.device)
+                module.add_module(attribute, quantizer)
+        return operation
 
-    def _push(self, module: nn.Module, _: Any) -> None:
-        # the outermost call is the model, or a part that activation checkpointing runs again
-        if id(self) not in _here.forwards:
-            _here.forwards[id(self)] = _Forward(_Mode(self) if self.enabled else nullcontext())
-            _here.forwards[id(self)].mode.__enter__()
-        _here.forwards[id(self)].calls.append((module, Counter()))
+    def decide(self, call: Call, stem: str, kinds: dict[str, str], **more: Any) -> Operation:
+        """Let an operation be rounded."""
+        operation = Operation(call.calls.next_name(stem), kinds, **more)
+        return self.register(call.module, call.way, operation)
 
-    def _pop(self, *_: Any) -> None:
-        forward = _here.forwards[id(self)]
-        forward.calls.pop()
-        if not forward.calls:
-            del _here.forwards[id(self)]
-            forward.mode.__exit__(None, None, None)
+    def leave(self, module: nn.Module, operation: Operation) -> None:
+        """Leave a sum in float that turned out to go into a softmax."""
+        if operation.name and hasattr(module, operation.quantizer("")):
+            delattr(module, operation.quantizer(""))
+        operation.name, operation.kinds, operation.is_score = None, {}, True
+
+    def owner_of(self, weight: Tensor, caller: nn.Module) -> str | None:
+        """Return the Linear twin that holds a parameter, as a name below the module that calls."""
+        for name, module in caller.named_modules():
+            if isinstance(module, QuantizedLinear) and module.weight is weight:
+                return name
+        return None
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, sites: FunctionalSites) -> None:
+    """Rounds what the operations of a call multiply or add."""
+
+    def __init__(self, sites: FunctionalSites, made: Provenance | None) -> None:
         super().__init__()
         self.sites = sites
-        self.probabilities = WeakTensorKeyDictionary()
+        self.made = made  # None once the sites are frozen
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not self.sites.in_leaf:
+        if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func in _PRODUCTS and self._are_activations(args[:2]) and not self.sites.in_leaf:
-            return self._product(func, *args, **kwargs)
+        if func in _SUMS and _adds_matrices(args):
+            return self._sum(func, args, kwargs)
+        found = contraction(func, args, kwargs)
+        if found is not None:
+            return self._product(func, args, kwargs, found)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX or (func in _KEEPERS and args[0] in self.probabilities):
-            self.probabilities[result] = True
-        elif func in _SUMS and self._is_residual(args) and not self.sites.in_leaf:
-            return self.sites.quantize("residual", self.sites.number("add"), result)
+        self._follow(func, args, kwargs, result)
         return result
 
-    def _product(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-        site = self.sites.number("product")
-        after_softmax = a in self.probabilities
-        a = self.sites.quantize("probability" if after_softmax else "operand", f"{site}_left", a)
-        product = func(a, self.sites.quantize("operand", f"{site}_right", b), **kwargs)
-        if after_softmax:
-            return product
-        return self.sites.quantize("score", f"{site}_score", product)
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        # what the model itself compiles, such as flex_attention, is not followed inside
+        if self.made is not None and not torch.compiler.is_compiling():
+            self.made.follow(func, args, kwargs, result)
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Spell out scaled_dot_product_attention, to quantize what it multiplies."""
-        site, quantize = self.sites.number("attention"), self.sites.quantize
-        # before it is rounded, where there are fewer values than scores
-        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-        query = quantize("operand", f"{site}_query", query)
-        key = quantize("operand", f"{site}_key", key)
-        value = quantize("operand", f"{site}_value", value)
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-        scores = quantize("score", f"{site}_score", query @ key.transpose(-2, -1))
-        if is_causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~seen, -torch.inf)
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, -torch.inf)
-            else:
-                scores = scores + attn_mask
-        probability = F.dropout(scores.softmax(-1), dropout_p)
-        return quantize("probability", f"{site}_probability", probability) @ value
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = call_under_way(self.sites.modules)
+        operation = call.operation
+        if operation is None and self.made is None:
+            raise call.refusal("computes attention")
+        if operation is None:
+            kinds = dict.fromkeys(("query", "key", "value"), "operand")
+            kinds |= {"score": "score", "probability": "probability"}
+            operation = self.sites.decide(call, "attention", kinds)
+        result = attention(partial(call.round, operation), *args, **kwargs)
+        if self.made is not None:
+            self.made.enter_softmax(args[3] if len(args) > 3 else kwargs.get("attn_mask"))
+            self.made.mark(result, ACTIVATION)
+        return result
 
-    @staticmethod
-    def _are_activations(tensors: Any) -> bool:
-        return len(tensors) == 2 and all(
-            isinstance(x, Tensor) and x.is_floating_point() and not isinstance(x, nn.Parameter)
-            for x in tensors
-        )
+    def _sum(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call = call_under_way(self.sites.modules)
+        operation = call.operation
+        if self.made is not None and not call.is_ours:
+            # before func, which may change its arguments
+            operation = self._judged_sum(call, operation, args[0], args[1])
+        elif operation is None and not call.is_ours and _looks_residual(*args[:2]):
+            raise call.refusal("adds activations")
+        result = func(*args, **kwargs)
+        self._follow(func, args, kwargs, result)
+        if operation is None or operation.name is None:
+            return result
+        rounded = call.round(operation, "", result)
+        if self.made is not None:
+            self.made.mark(rounded, ACTIVATION)
+            self.made.expect(rounded, partial(self.sites.leave, call.module, operation))
+        return rounded
 
-    def _is_residual(self, args: Any) -> bool:
-        """Tell whether two activations of one shape are added, or of one for all samples.
+    def _judged_sum(self, call: Call, known: Operation | None, a: Tensor, b: Tensor) -> Operation:
+        if known is not None and (known.name or known.is_score):
+            return known
+        assert self.made is not None
+        if self.made.is_residual(a, b) and not _is_a_function_of_one_tensor(call):
+            return self.sites.decide(call, "add", {"": "residual"})
+        return known or self.sites.register(call.module, call.way, Operation())
 
-        The latter, such as embeddings of positions, must be the same site in a batch of one.
-        """
-        if not self._are_activations(args[:2]):
-            return False
-        one, other = args[0].shape, args[1].shape
-        of_all = len(one) == len(other) == 3 and one[1:] == other[1:] and 1 in (one[0], other[0])
-        return len(one) > 1 and (one == other or of_all)
+    def _product(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Contraction) -> Any:
+        call = call_under_way(self.sites.modules)
+        operation = call.operation
+        if self.made is not None:
+            operation = self._judged_product(call, operation, found)
+        elif operation is None and not call.is_ours and _are_no_parameters(found.operands):
+            raise call.refusal("multiplies activations")
+        if operation is None or operation.name is None:
+            result = func(*args, **kwargs)
+            self._follow(func, args, kwargs, result)
+            return result
+        result = _rounded_product(call, operation, found)
+        if self.made is not None:
+            self.made.mark(
+                result, ACTIVATION | (Made.SCORE if "score" in operation.kinds else Made(0))
+            )
+        return result
+
+    def _judged_product(
+        self, call: Call, known: Operation | None, found: Contraction
+    ) -> Operation | None:
+        if known is not None and known.name:
+            return known
+        assert self.made is not None
+        weight = self.made.weight_among(*found.operands)
+        if weight is not None and call.is_ours:
+            return None
+        if weight is not None:
+            return self._new_linear(call, weight, found)
+        if self.made.is_product(*found.operands):
+            kinds = {
+                part: "probability" if Made.PROBABILITY in self.made.of(x) else "operand"
+                for part, x in zip(("left", "right"), found.operands, strict=True)
+            }
+            if "probability" not in kinds.values():
+                kinds["score"] = "score"
+            return self.sites.decide(call, "product", kinds)
+        return known or self.sites.register(call.module, call.way, Operation())
+
+    def _new_linear(self, call: Call, which: int, found: Contraction) -> Operation:
+        assert self.made is not None
+        weight = found.operands[which]
+        kinds = {"input": "input", "output": "output"}
+        if found.is_linear and (owner := self.sites.owner_of(weight, call.module)) is not None:
+            return self.sites.decide(call, "linear", {}, weight=which, owner=owner)
+        if Made.ROUNDED not in self.made.of(weight):
+            kinds["weight"] = "weight"
+        return self.sites.decide(call, "linear", kinds, weight=which)
 
 
-@dataclass
-class _Forward:
-    """A call of a model that is under way: the modules in it that are being called."""
+def _rounded_product(call: Call, operation: Operation, found: Contraction) -> Tensor:
+    """Multiply what the quantizers of an operation leave of its operands."""
+    operands = list(found.operands)
+    if operation.owner is not None:
+        owner: Any = call.module.get_submodule(operation.owner)
+        return owner.multiply(operands[0], found.bias)  # type: ignore[no-any-return]
+    if operation.weight is None:
+        operands = [
+            call.round(operation, part, x)
+            for part, x in zip(("left", "right"), operands, strict=True)
+        ]
+        product = call.round(operation, "score", found.again(*operands))
+        return product if found.add is None else found.add(product)
+    which = operation.weight
+    operands[1 - which] = call.round(operation, "input", operands[1 - which])
+    quantizer = getattr(call.module, operation.quantizer("weight"), None)
+    if quantizer is not None:
+        operands[which] = found.round_weight(which, quantizer)
+    product = found.again(*operands)
+    return call.round(operation, "output", product if found.add is None else found.add(product))
 
-    mode: AbstractContextManager[Any]
-    calls: list[tuple[nn.Module, Counter[str]]] = field(default_factory=list)
+
+def _is_a_function_of_one_tensor(call: Call) -> bool:
+    """Tell whether a module without others maps one tensor, as activation functions do."""
+    if call.arguments is None or not call.calls.is_childless:
+        return False
+    return sum(x.is_floating_point() for x in tensors_in(call.arguments)) == 1
 
 
-class _Here(threading.local):
-    """What is under way in this thread, by the id of the sites; others may call the model too."""
+def _adds_matrices(args: Any) -> bool:
+    return len(args) > 1 and all(
+        isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in args[:2]
+    )
 
-    def __init__(self) -> None:
-        self.forwards: dict[int, _Forward] = {}
+
+def _looks_residual(a: Tensor, b: Tensor) -> bool:
+    """Tell what a sum may be that calibration has not met, by its tensors alone."""
+    return a.shape == b.shape and _are_no_parameters((a, b))
 
 
-_here = _Here()
+def _are_no_parameters(tensors: Iterable[Tensor]) -> bool:
+    return not any(isinstance(x, nn.Parameter) for x in tensors)

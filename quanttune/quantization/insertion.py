@@ -27,8 +27,8 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
     if not any(twin for *_, twin in modules):
         raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
     undo.callback(_drop_quantizers, model)
-    # before the twins, whose quantizers are none of its sites
-    functional = FunctionalSites(model, scheme, device, undo)
+    # before the twins, whose quantizers call nothing
+    functional = FunctionalSites(model, scheme, device)
     for name, module, twin in modules:
         if twin:
             undo.callback(setattr, module, "__class__", type(module))
@@ -36,6 +36,7 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
         elif isinstance(module, nn.LayerNorm):
             for handle in _wrap_norm(name, module, scheme, device):
                 undo.callback(handle.remove)
+    functional.watch(undo)
     setattr(model, STATE, functional)
     undo.callback(delattr, model, STATE)
     return functional

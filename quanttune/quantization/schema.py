@@ -1,7 +1,8 @@
 """The fields of a described model, and the check that there are no others.
 
 The names are those of compressed-tensors. `config_groups` are modules that have the same grids;
-`operation_groups`, which compressed-tensors has no name for, are functional sites, `restorations`
+`operation_groups`, which compressed-tensors has no name for, are functional sites, `call_groups`
+the places in modules' code that these stand at (places.py) or that stay in float, `restorations`
 LayerNorms that were equalized for the modules they are listed with; `scheme` is what
 `quantize` was asked for. What is not `symmetric` has its zero point among the tensors, beside its
 scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
@@ -9,12 +10,13 @@ scale. Weights are stored in float ("dense"), so that a loaded model can be trai
 
 import re
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
 from ..fake_quantizer import integer_range
 
 METHOD = "quanttune"
-VERSION = "2"  # 2: queries are scaled before they are rounded; methods
+VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places
 FIXED = {
     "quant_method": METHOD, "version": VERSION, "format": "dense", "quantization_status": "frozen",
 }  # fmt: skip
@@ -34,7 +36,11 @@ _GROUPS = {
     "config_groups": tuple(PARTS.values()), "operation_groups": ("kind", "activations"),
 }  # fmt: skip
 LEARNED = "lsq"  # an observer: the scale is being learned
-OPERATION = re.compile(r"(.+\.)?(attention|product|add)\d+(_[a-z]+)?_quantizer")
+OPERATION = re.compile(r"(.+\.)?(attention|product|linear|add)\d+(_[a-z]+)?_quantizer")
+_OPERATION_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str, NoneType), "kinds": (dict,), "weight": (int, NoneType),
+    "owner": (str, NoneType), "is_score": (bool,),
+}  # fmt: skip
 
 
 def check(data: Any) -> None:
@@ -43,7 +49,7 @@ def check(data: Any) -> None:
     Raises:
         ValueError: a field is unknown, is missing or holds something else; it says which.
     """
-    names = (*FIXED, "scheme", "config_groups", "operation_groups", "restorations")
+    names = (*FIXED, "scheme", *_GROUPS, "call_groups", "restorations")
     if isinstance(data, dict) and data.get("version", VERSION) != VERSION:
         raise ValueError(
             f"version must be {VERSION!r}, got {data['version']!r}: quantize the float model again"
@@ -58,6 +64,9 @@ def check(data: Any) -> None:
         _check_fields(data[name], data[name], name)  # any keys
         for key, group in data[name].items():
             _check_group(group, parts, f"{name}.{key}")
+    _check_fields(data["call_groups"], data["call_groups"], "call_groups")
+    for key, group in data["call_groups"].items():
+        _check_calls(group, f"call_groups.{key}")
     _check_fields(data["restorations"], data["restorations"], "restorations")
     for name, readers in data["restorations"].items():
         _check_names(readers, f"restorations.{name}")
@@ -72,6 +81,19 @@ def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
         else:
             values = _VALUES_OF_WEIGHTS if part == "weights" else _VALUES
             _check_arguments(group[part], f"{where}.{part}", values)
+
+
+def _check_calls(group: Any, where: str) -> None:
+    _check_fields(group, ("targets", "operations"), where)
+    _check_names(group["targets"], f"{where}.targets")
+    operations = group["operations"]
+    _check_fields(operations, operations, f"{where}.operations")  # any places
+    for way, operation in operations.items():
+        _check_fields(operation, _OPERATION_FIELDS, f"{where}.operations.{way}")
+        for name, types in _OPERATION_FIELDS.items():
+            if type(operation[name]) not in types:
+                raise ValueError(f"{where}.operations.{way}.{name} is {operation[name]!r}")
+        _check_names([*operation["kinds"], *operation["kinds"].values()], f"{where}.{way}.kinds")
 
 
 def _check_fields(data: Any, names: Iterable[str], where: str) -> None:

@@ -23,8 +23,12 @@ class QuantizedLinear(Twin, nn.Linear):
     """Linear: quantized input and weight, float bias, quantized output."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Do what `forward` does, with a bias that is not the module's own."""
         weight = self.weight_quantizer(self.weight)
-        return self.output_quantizer(F.linear(self.input_quantizer(x), weight, self.bias))
+        return self.output_quantizer(F.linear(self.input_quantizer(x), weight, bias))
 
 
 class QuantizedConv2d(Twin, nn.Conv2d):
