@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..fused_observer import observe
 from ..quantization.padding import select
-from ..quantization.twins import QuantizedConv2d
+from ..quantization.twins import QuantizedConvolution
 from ..reference import Statistics
 from .probes import watch
 
@@ -108,7 +108,7 @@ class _Batches:
 class _Surveyor:
     def __init__(self, site: str, owner: nn.Module) -> None:
         self.survey = SiteSurvey(site)
-        self._channels_first = isinstance(owner, QuantizedConv2d)
+        self._channels_first = isinstance(owner, QuantizedConvolution)
         # those of attention have heads, and no channels that others share
         self._has_channels = not site.rpartition(".")[2].startswith(("attention", "product"))
         self._samples = 0

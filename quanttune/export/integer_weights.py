@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quantization.insertion import weight_quantizers
-from ..quantization.quantizer import WeightQuantizer
-from ..quantization.twins import QuantizedConv2d, QuantizedEmbedding, Twin
+from ..quantization.quantizer import StackQuantizer, WeightQuantizer
+from ..quantization.twins import QuantizedConvolution, QuantizedEmbedding, Twin
 
 WIDEST = 8  # bits of an integer that runtimes multiply
 
@@ -21,6 +21,9 @@ def integer_weights(model: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for module, quantizer in weight_quantizers(model).values():
             undo.callback(setattr, module, "weight_quantizer", quantizer)
+            if not isinstance(module, Twin):  # a parameter of a module that computes by itself
+                module.weight_quantizer = IntegerParameter(module.weight, quantizer)
+                continue
             undo.callback(setattr, module, "__class__", type(module))
             module.weight_quantizer = IntegerWeight(module, quantizer)
             module.__class__ = _integer_twin(type(module))
@@ -41,7 +44,7 @@ class IntegerWeight(nn.Module):
     def __init__(self, module: Any, quantizer: WeightQuantizer) -> None:
         super().__init__()
         weight, outputs = module.weight.detach(), module.output_axis
-        is_product = not isinstance(module, (QuantizedConv2d, QuantizedEmbedding))
+        is_product = not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
         scale = quantizer.scale_of(weight)
         rounded = quantizer(weight).movedim(outputs, -1)
         self.is_integer = quantizer.bits <= WIDEST
@@ -60,6 +63,32 @@ class IntegerWeight(nn.Module):
             return self.codes
         product = dequantize if self.meets_integers else _scaled
         return product(self.codes, self.scale, self.axis)
+
+
+class IntegerParameter(nn.Module):
+    """The codes and scales of a parameter that a module multiplies with by itself."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.of_stack = quantizer if isinstance(quantizer, StackQuantizer) else None
+        rounded, scale = quantizer(weight.detach()), quantizer.scale_of(weight)
+        if self.of_stack:
+            rounded = self.of_stack.rows(rounded)
+        self.axis, self.is_integer = quantizer.axis, quantizer.bits <= WIDEST
+        if self.is_integer:
+            steps = scale if self.axis is None else scale.view(-1, *[1] * (rounded.dim() - 1))
+            rounded = (rounded / steps).round().to(torch.int8)
+        self.register_buffer("codes", rounded.contiguous())
+        self.register_buffer("scale", scale.detach())
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Return the parameter in float; the one that is given is not looked at."""
+        weight = dequantize(self.codes, self.scale, self.axis) if self.is_integer else self.codes
+        return self.of_stack.stack(weight, self.shape[0]) if self.of_stack else weight
 
 
 class IntegerLinear(Twin, nn.Module):
@@ -91,7 +120,7 @@ class IntegerEmbedding(Twin, nn.Module):
 
 
 def _integer_twin(twin: type) -> Any:
-    if issubclass(twin, QuantizedConv2d):
+    if issubclass(twin, QuantizedConvolution):
         return twin
     return IntegerEmbedding if issubclass(twin, QuantizedEmbedding) else IntegerLinear
 

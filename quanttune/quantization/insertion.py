@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .functional import FunctionalSites
+from .parameters import Parameter, RoundsParameters, parameter_quantizer, rounding_twin_of
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
-from .twins import QuantizedConv2d, QuantizedEmbedding, Twin, twin_of
+from .twins import QuantizedConvolution, QuantizedEmbedding, Twin, become, holds, refresh, twin_of
 
 STATE = "quantization_state"  # the attribute of a quantized model that holds its FunctionalSites
 
@@ -25,7 +26,10 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     modules = [(name, m, _covered_twin(m, scheme)) for name, m in model.named_modules()]
     if not any(twin for *_, twin in modules):
-        raise ValueError(f"{type(model).__name__} has no Linear, Conv1D, Conv2d or Embedding")
+        raise ValueError(
+            f"{type(model).__name__} has no Linear, Conv1D, convolution, Embedding, "
+            "MultiheadAttention or stack of experts"
+        )
     undo.callback(_drop_quantizers, model)
     # before the twins, whose quantizers call nothing
     functional = FunctionalSites(model, scheme, device)
@@ -44,7 +48,8 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
 
 def is_quantized(model: nn.Module) -> bool:
     """Tell whether any module of a model is quantized."""
-    return any(isinstance(module, (Twin, ActivationQuantizer)) for module in model.modules())
+    ours = (Twin, RoundsParameters, ActivationQuantizer)
+    return any(isinstance(module, ours) for module in model.modules())
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -73,27 +78,45 @@ def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[Any, WeightQuantizer]]:
-    """Return the twins whose weights are rounded, and their quantizers, by the quantizer's name."""
-    return {
-        f"{name}.weight_quantizer".lstrip("."): (module, module.weight_quantizer)
-        for name, module in model.named_modules()
-        if isinstance(module, Twin) and isinstance(module.weight_quantizer, WeightQuantizer)
-    }
+    """Return what holds the weights that are rounded, and their quantizers, by the quantizer's name.
+
+    A holder has `weight`, `output_axis` and `weight_quantizer`: a twin, or a `Parameter` of a
+    module that rounds several.
+    """
+    found: dict[str, tuple[Any, WeightQuantizer]] = {}
+    for name, module in model.named_modules():
+        holders: dict[str, Any] = {}
+        if isinstance(module, Twin):
+            refresh(module)
+            holders["weight"] = module
+        elif isinstance(module, RoundsParameters):
+            holders = {parameter: Parameter(module, parameter) for parameter in module.rounded}
+        for parameter, holder in holders.items():
+            if isinstance(holder.weight_quantizer, WeightQuantizer):
+                site = f"{name}.{parameter}_quantizer".lstrip(".")
+                found[site] = holder, holder.weight_quantizer
+    return found
 
 
 def _covered_twin(module: nn.Module, scheme: Scheme) -> Any:
-    twin = twin_of(module)
+    twin = rounding_twin_of(module) or twin_of(module)
     return None if twin is QuantizedEmbedding and "embedding" not in scheme.kinds else twin
 
 
 def _become(name: str, module: Any, twin: Any, scheme: Scheme, device: torch.device) -> None:
-    # in place: whoever holds the module, shares it or ties its weight sees the twin
-    module.__class__ = twin
+    if issubclass(twin, RoundsParameters):
+        for parameter in twin.rounded:
+            site = f"{name}.{parameter}_quantizer".lstrip(".")
+            quantizer = parameter_quantizer(module, parameter, scheme, site)
+            module.add_module(f"{parameter}_quantizer", quantizer)
+        module.__class__ = twin
+        return
+    become(module, twin)
     site = f"{name}.weight_quantizer".lstrip(".")
     module.weight_quantizer = scheme.weight_quantizer(site, twin.output_axis)
     if twin is QuantizedEmbedding:
         return
-    kind = "convolution" if twin is QuantizedConv2d else "input"
+    kind = "convolution" if issubclass(twin, QuantizedConvolution) else "input"
     _add(name, module, "input_quantizer", kind, scheme, device)
     _add(name, module, "output_quantizer", "output", scheme, device)
 

@@ -68,13 +68,15 @@ def answer_of(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and afterwards back into the mode it was in."""
-    was_training = model.training
+    """Put a model into evaluation mode, and afterwards each module into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:  # from the outside in: train() reaches what is inside
+            if module.training != was_training:
+                module.train(was_training)
 
 
 def enable_weights(model: nn.Module, enabled: bool) -> None:

@@ -1,7 +1,7 @@
 """Modules that round one activation, or one weight, of a model."""
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,18 @@ from .learned_scale import learned_fake_quant, positive
 from .padding import without_padding
 
 
-class _Quantizer(nn.Module):
+class KeepsFloat32(nn.Module):
+    """A module whose numbers stay float32 when a model is moved to another type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+
+class _Quantizer(KeepsFloat32):
     """A grid of constant scale; or of one that is learned, as a factor of where it began."""
 
     bits: int
@@ -202,11 +213,23 @@ class WeightQuantizer(_Quantizer):
             return dynamic_fake_quant(weight, self.bits, self.axis)
         return self._round(weight, self.axis)
 
+    def round_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Round rows that were taken from a weight, without rounding all of it."""
+        if not self.enabled:
+            return rows
+        if self.axis is not None:  # rows have scales of their own
+            return dynamic_fake_quant(rows, self.bits, self.axis)
+        return fake_quant(rows, self.scale_of(weight), self.bits)
+
     def scale_of(self, weight: Tensor) -> Tensor:
         """Return the scales of a weight, of shape () or (channels,)."""
         if self.scale is not None:
             return self.step
         return scale_of(absmax(weight.detach(), self.axis).float(), self.bits)
+
+    def scales_in(self, weight: Tensor) -> torch.Size:
+        """Return the shape of the scales of a weight."""
+        return torch.Size(() if self.axis is None else weight.shape[self.axis : self.axis + 1])
 
     def learn(self, weight: Tensor) -> nn.Parameter:
         """Begin to learn the scales, which no longer follow the weight."""
@@ -214,6 +237,36 @@ class WeightQuantizer(_Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"
+
+
+class StackQuantizer(WeightQuantizer):
+    """Round a stack of matrices, as experts have them: a scale per matrix and output channel.
+
+    `axis` is that of the rows they make, one behind the other: (matrices * outputs, inputs).
+    """
+
+    def __init__(self, bits: int, axis: int | None, outputs: int) -> None:
+        super().__init__(bits, axis)
+        self.outputs = outputs  # the dimension of the stack that has them, 1 or 2
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return a stack as the rows that have scales."""
+        return weight.movedim(self.outputs, 1).flatten(0, 1)
+
+    def stack(self, rows: Tensor, matrices: int) -> Tensor:
+        """Return rows as the stack that they are of."""
+        return rows.unflatten(0, (matrices, -1)).movedim(1, self.outputs)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        return self.stack(super().forward(self.rows(weight)), len(weight))
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        return super().scale_of(self.rows(weight))
+
+    def scales_in(self, weight: Tensor) -> torch.Size:
+        return super().scales_in(self.rows(weight))
 
 
 def check_scale(site: str, scale: Tensor) -> None:

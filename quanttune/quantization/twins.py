@@ -1,13 +1,21 @@
 """The quantized twins of the modules that hold weights; a module becomes its twin in place."""
 
+import copyreg
 import sys
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .quantizer import WeightQuantizer
+
+# what computes a weight in a hook, before each forward; it leaves an attribute that is no parameter
+_COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 class Twin:
@@ -31,24 +39,53 @@ class QuantizedLinear(Twin, nn.Linear):
         return self.output_quantizer(F.linear(self.input_quantizer(x), weight, bias))
 
 
-class QuantizedConv2d(Twin, nn.Conv2d):
-    """Conv2d, such as a patch embedding."""
+class QuantizedTransposed(Twin):
+    """GPT-2's Conv1D, a Linear whose weight is (inputs, outputs)."""
+
+    output_axis = 1
+    weight: Tensor
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
-        return self.output_quantizer(self._conv_forward(self.input_quantizer(x), weight, self.bias))
+        return self.output_quantizer(F.linear(self.input_quantizer(x), weight.t(), self.bias))
+
+
+class QuantizedConvolution(Twin):
+    """What the convolutions share."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        convolution = self._conv_forward  # type: ignore[attr-defined]
+        return self.output_quantizer(convolution(self.input_quantizer(x), weight, self.bias))
+
+
+class QuantizedConv1d(QuantizedConvolution, nn.Conv1d):
+    """Conv1d, such as a frame embedding of speech."""
+
+
+class QuantizedConv2d(QuantizedConvolution, nn.Conv2d):
+    """Conv2d, such as a patch embedding."""
+
+
+class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
+    """Conv3d, such as a patch embedding of video."""
 
 
 class QuantizedEmbedding(Twin, nn.Embedding):
     """An embedding table; per channel it has one scale per row."""
 
     def forward(self, indices: Tensor) -> Tensor:
-        # an Identity, where an override leaves the table in float, has no axis
-        if getattr(self.weight_quantizer, "axis", 0) is None:
-            return F.embedding(indices, self.weight_quantizer(self.weight), self.padding_idx)
-        # rows have their own scales, so only those that are looked up need rounding
-        rows = F.embedding(indices, self.weight, self.padding_idx)
-        return self.weight_quantizer(rows.flatten(0, -2)).view_as(rows)
+        options = self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
+        rows = F.embedding(indices, self.weight, *options)
+        # only what is looked up needs rounding, and a gradient that is sparse stays so
+        if isinstance(self.weight_quantizer, WeightQuantizer):
+            rounded = self.weight_quantizer.round_rows(rows.flatten(0, -2), self.weight)
+            return rounded.view_as(rows)
+        return rows
 
 
 def twin_of(module: nn.Module) -> Any:
@@ -64,27 +101,52 @@ def twin_of(module: nn.Module) -> Any:
     return None
 
 
+def become(module: nn.Module, twin: type) -> None:
+    """Make a module its twin, in place: whoever holds it, shares it or ties its weight sees that.
+
+    Whatever else its own class has stays, such as the weight that a parametrization computes.
+    """
+    own = type(module)
+    module.__class__ = twin if own in twin.__mro__ else joined(twin, own)  # type: ignore[assignment]
+
+
 @cache
-def _quantized_conv1d(conv1d: type[nn.Module]) -> type[nn.Module]:
-    """Make the twin of GPT-2's transposed Linear; transformers is an optional dependency."""
+def joined(twin: type, own: type) -> type:
+    """Return a twin that has all of a class of users as well."""
+    members = {"__module__": twin.__module__, "made_by": (joined, (twin, own))}
+    kind = Made if type(own) is type else type(own)
+    return kind(f"Quantized{own.__name__}", (twin, own), members)
 
-    class QuantizedConv1D(Twin, conv1d):  # type: ignore[misc, valid-type]
-        output_axis = 1
 
-        def forward(self, x: Tensor) -> Tensor:
-            weight = self.weight_quantizer(self.weight)
-            y = F.linear(self.input_quantizer(x), weight.t(), self.bias)
-            return self.output_quantizer(y)
+class Made(type):
+    """The class of classes that no file defines: pickled as what they were `made_by`."""
 
-    return QuantizedConv1D
+    made_by: tuple[Any, tuple[Any, ...]]
+
+
+copyreg.pickle(Made, lambda one: one.made_by)  # type: ignore[arg-type]
+
+
+def refresh(module: nn.Module) -> None:
+    """Compute the weight of a module where hooks do so before each forward (pruning, old norms)."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTED) and not module.training:
+            hook(module, ())
+
+
+def holds(module: Any) -> bool:
+    """Tell whether a twin's weight is a parameter of its own, which a method may write to."""
+    return module._parameters.get("weight") is not None and not parametrize.is_parametrized(module)
 
 
 def _twins() -> dict[type[nn.Module], Any]:
     twins: dict[type[nn.Module], Any] = {
         nn.Linear: QuantizedLinear,
+        nn.Conv1d: QuantizedConv1d,
         nn.Conv2d: QuantizedConv2d,
+        nn.Conv3d: QuantizedConv3d,
         nn.Embedding: QuantizedEmbedding,
     }
     if transformers := sys.modules.get("transformers.pytorch_utils"):
-        twins[transformers.Conv1D] = _quantized_conv1d(transformers.Conv1D)
+        twins[transformers.Conv1D] = QuantizedTransposed
     return twins

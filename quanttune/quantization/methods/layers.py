@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...fake_quantizer import fake_quant, integer_range
 from ..insertion import weight_quantizers
 from ..quantizer import WeightQuantizer
-from ..twins import QuantizedConv2d, QuantizedEmbedding
+from ..twins import QuantizedConvolution, QuantizedEmbedding, Twin, holds
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,15 @@ def layers_of(model: nn.Module) -> list[Layer]:
     """Return the Linear and Conv1D modules whose weights are rounded, and are theirs alone.
 
     A weight that is tied to another module's, such as a table of embeddings, means something else
-    there; it is left to nearest rounding, as those of convolutions and embeddings are.
+    there; it is left to nearest rounding, as those of convolutions, embeddings and experts are,
+    and those that a parametrization computes.
     """
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return [
         Layer(module, quantizer)
         for module, quantizer in weight_quantizers(model).values()
-        if not isinstance(module, (QuantizedConv2d, QuantizedEmbedding))
+        if isinstance(module, Twin)
+        and not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
+        and holds(module)
         and owners[id(module.weight)] == 1
     ]

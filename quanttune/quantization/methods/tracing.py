@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..passes import Data, forward_batches
 from ..restoration import NAME
-from ..twins import QuantizedConv2d, QuantizedEmbedding, twin_of
+from ..twins import QuantizedConvolution, QuantizedEmbedding, holds, twin_of
 from .pairs import Pair
 
 _NAMES = "view", "reshape", "flatten", "permute", "transpose", "contiguous", "roll"
@@ -158,8 +158,9 @@ class _Watch(TorchFunctionMode):
 def _can_read(module: nn.Module) -> bool:
     """Tell whether a module multiplies its input with a weight of (outputs, channels)."""
     twin = twin_of(module)
-    held = isinstance(module._parameters.get("weight"), nn.Parameter)  # not computed from others
-    return held and twin not in (None, QuantizedConv2d, QuantizedEmbedding)
+    if twin is None or not holds(module):
+        return False
+    return not issubclass(twin, (QuantizedConvolution, QuantizedEmbedding))
 
 
 def _tells_facts(result: Any) -> bool:
