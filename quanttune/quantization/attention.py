@@ -39,7 +39,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if need_weights:
             attended, weights = _attend(query, key, value, mask, dropout)
         else:
-            attended, weights = _fused(query, key, value, mask, dropout), None
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+            weights = None
         output = self.out_proj(attended.permute(2, 0, 1, 3).flatten(2))  # (tokens, samples, width)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -64,19 +65,17 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of (samples, heads, tokens, channels)."""
-        given = (query, key, value)
-        if not self.in_proj_bias is None:
-            biases = self.in_proj_bias.chunk(3)
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key is value and packed is not None:
+            q, k, v = F.linear(query, packed, bias).chunk(3, -1)
         else:
-            biases = (None,) * 3
-        if query is key is value and self.in_proj_weight is not None:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            if self.in_proj_weight is not None:
-                weights = self.in_proj_weight.chunk(3)
-            projected = tuple(map(F.linear, given, weights, biases))
-        return tuple(self._split(x, batched) for x in projected)
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            w_q, w_k, w_v = weights if packed is None else packed.chunk(3)
+            b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+            q = F.linear(query, w_q, b_q)
+            k = F.linear(key, w_k, b_k)
+            v = F.linear(value, w_v, b_v)
+        return self._split(q, batched), self._split(k, batched), self._split(v, batched)
 
     def _split(self, x: Tensor, batched: bool) -> Tensor:
         if not batched:
@@ -116,10 +115,6 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not mask.is_floating_point():
         raise TypeError(f"masks must be bool or floating point, got {mask.dtype}")
     return mask
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout)
 
 
 def _attend(

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .functional import FunctionalSites
 from .parameters import Parameter, RoundsParameters, parameter_quantizer, rounding_twin_of
+from .placement import free_forwards
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
 from .twins import QuantizedConvolution, QuantizedEmbedding, Twin, become, holds, refresh, twin_of
@@ -30,6 +31,7 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
             f"{type(model).__name__} has no Linear, Conv1D, convolution, Embedding, "
             "MultiheadAttention or stack of experts"
         )
+    free_forwards(model, undo)
     undo.callback(_drop_quantizers, model)
     # before the twins, whose quantizers call nothing
     functional = FunctionalSites(model, scheme, device)

@@ -15,6 +15,7 @@ from .description import announce
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
 from .methods import Method, methods_of, roundings_in
 from .passes import Data, enable_weights, forward_batches
+from .placement import check_devices
 from .restoration import drop_restorations
 from .scheme import Overrides, Scheme, matches
 
@@ -70,8 +71,9 @@ def quantize(
 
     Raises:
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
-            finite, the model has nothing to quantize or is quantized already, an override matches
-            nothing, a method cannot be applied. TypeError: a calibrator of one's own has no
+            finite, the model has nothing to quantize, is quantized already or not on one device, a
+            module has a forward of its own on the instance, an override matches nothing, a method
+            cannot be applied. TypeError: a calibrator of one's own has no
             range(), with symmetric=False.
     """
     equalizations, roundings = methods_of(methods)
@@ -80,6 +82,7 @@ def quantize(
     scheme = Scheme(bits, *options, names)
     given = Data(_check_data(data, scheme), mask, progress)
     refuse_quantized(model)
+    check_devices(model)
     with ExitStack() as undo:  # an error leaves the model as it was
         if names:
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
