@@ -201,7 +201,7 @@ def test_the_fields_are_those_of_compressed_tensors():
             "residual": True, "overrides": {}, "methods": [],
         },
         "config_groups": {"group_0": group},
-        "operation_groups": {}, "call_groups": {}, "restorations": {},
+        "parameter_groups": {}, "operation_groups": {}, "call_groups": {}, "restorations": {},
     }  # fmt: skip
 
 
@@ -314,6 +314,19 @@ def tensor(name, value):
     return change
 
 
+def again(groups):
+    """List the first target in a group of its own, with fewer bits."""
+
+    def change(data, tensors):
+        group = json.loads(json.dumps(data[groups]["group_0"]))
+        for arguments in group.values():
+            if isinstance(arguments, dict):
+                arguments["num_bits"] = 2
+        data[groups]["more"] = {**group, "targets": group["targets"][:1]}
+
+    return change
+
+
 GROUP = ("config_groups", "group_0")
 WEIGHTS = (*GROUP, "weights")
 ACTIVATIONS = (*GROUP, "input_activations")
@@ -330,8 +343,20 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
         (put("quant_method", value="gptq"), "quant_method must be 'quanttune', got 'gptq'"),
         (put("scheme", "groups", value=128), "scheme has unknown field(s) groups"),
         (put("scheme", "bits", value=40), "bits must be from 2 to 16, got 40"),
-        (put("scheme", "bits", value="8"), "scheme holds a value of another type"),
-        (put("scheme", "overrides", value=3), "scheme holds a value of another type"),
+        (put("scheme", "bits", value="8"), "scheme.bits must be a whole number, got '8'"),
+        (put("scheme", "bits", value=8.5), "scheme.bits must be a whole number, got 8.5"),
+        (put("scheme", "weight_bits", value=2.5), "scheme.weight_bits must be a whole number"),
+        (put("scheme", "residual", value="no"), "scheme.residual must be true or false, got 'no'"),
+        (put("scheme", "overrides", value=3), "scheme.overrides must be an object, got int"),
+        (
+            put("scheme", "overrides", value={"head": {"bits": 8.5}}),
+            "scheme.overrides.head.bits must be a whole number, got 8.5",
+        ),
+        (put("scheme", "coverage", value=["full"]), "scheme holds a value of another type"),
+        (again("config_groups"), "config_groups have the target 'patch_embed.proj' more than once"),
+        (again("operation_groups"), "operation_groups have the target '"),
+        (put("parameter_groups", value={"a": {"targets": ["x"], "weights": None}}), "'x' has no"),
+        (lambda data, tensors: "[" * 100_000, "the quantization is no JSON"),
         (
             put("scheme", "methods", value="erq"),
             "scheme.methods must be a list of names, got 'erq'",

@@ -31,11 +31,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     scheme = state_of(model).scheme
     modules: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, dict[str, Any]] = {}
     operations: dict[str, dict[str, Any]] = {}
+    weights = weight_quantizers(model)
     for site, arguments in _arguments(model).items():
         owner, _, name = site.rpartition(".")
         if part := PARTS.get(name):
             modules.setdefault(owner, dict.fromkeys(PARTS.values()))[part] = arguments
+        elif site in weights:
+            parameters[site.removesuffix("_quantizer")] = {"weights": arguments}
         else:
             kind = _kind_of(model.get_submodule(site))
             operations[site] = {"kind": kind, "activations": arguments}
@@ -43,6 +47,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         **FIXED,
         "scheme": json.loads(json.dumps({name: getattr(scheme, name) for name in SCHEME})),
         "config_groups": _grouped(modules),
+        "parameter_groups": _grouped(parameters),
         "operation_groups": _grouped(operations),
         "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
@@ -71,7 +76,7 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
     rules: dict[str, Any] = {"calibrator": DYNAMIC if dynamic else "minmax", "symmetric": symmetric}
     try:
         scheme = Scheme(**data["scheme"], **rules)
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"scheme holds a value of another type: {error}") from error
     state = insert(model, scheme, undo)
     undo.callback(drop_restorations, model)
@@ -92,7 +97,7 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
         weight.bits = sites[name]["num_bits"]
         weight.axis = module.output_axis if sites[name]["strategy"] == "channel" else None
         if sites[name]["observer"] != "minmax":  # it has scales of its own
-            shape = () if weight.axis is None else module.weight.shape[weight.axis]
+            shape = weight.scales_in(module.weight)
             weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
         if sites[name]["observer"] == LEARNED:
             weight.learn(module.weight)
@@ -109,8 +114,11 @@ def settle(model: nn.Module) -> None:
     for name, (_, weight) in weight_quantizers(model).items():
         if weight.scale is not None:
             check_scale(name, weight.scale)
+            check_scale(name, weight.step)
     for name, restoration in restorations(model).items():
         check_scale(f"{name}.restoration", restoration.scale)
+        if not restoration.shift.isfinite().all():
+            raise ValueError(f"{name}.restoration.shift must be finite")
 
 
 def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
@@ -180,6 +188,11 @@ def described_sites(data: Mapping[str, Any]) -> dict[str, Any]:
             for name, part in PARTS.items():
                 if group[part] is not None:
                     sites[f"{target}.{name}".lstrip(".")] = group[part]
+    for group in data["parameter_groups"].values():
+        for target in group["targets"]:
+            if group["weights"] is None:
+                raise ValueError(f"parameter_groups: {target!r} has no weights")
+            sites[f"{target}_quantizer"] = group["weights"]
     for group in data["operation_groups"].values():
         for target in group["targets"]:
             if not OPERATION.fullmatch(target):

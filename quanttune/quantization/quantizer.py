@@ -109,6 +109,7 @@ class ActivationQuantizer(_Quantizer):
             ValueError: the scale is not finite and positive.
         """
         check_scale(site, self.scale)
+        check_scale(site, self.step)
         known = all(getattr(self, name).isfinite() for name in self.covered)
         self.reached = known and not self.dynamic
 

@@ -1,5 +1,6 @@
 """LayerNorms that compute equalized channels, for the Linear modules among what reads them."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .quantizer import KeepsFloat32
+from .twins import QuantizedLinear, QuantizedTransposed
+
 NAME = "restoration"  # of what a LayerNorm holds
 
 
-class Restoration(nn.Module):
+class Restoration(KeepsFloat32):
     """What a LayerNorm was divided by, where it feeds more than Linear modules.
 
     The LayerNorm computes (x - shift) / scale, and that is what its quantizer rounds. The model
@@ -77,10 +81,26 @@ def add_described(model: nn.Module, described: Mapping[str, list[str]]) -> None:
         ValueError: the model has no such LayerNorms and Linear modules.
     """
     modules = dict(model.named_modules())
+    counts = Counter(reader for readers in described.values() for reader in readers)
+    if twice := [reader for reader, count in counts.items() if count > 1]:
+        raise ValueError(f"restorations: {twice[0]!r} is listed more than once")
     for name, readers in described.items():
         norm = modules.get(name)
         if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine):
             raise ValueError(f"restorations: {name!r} is no LayerNorm with weights of this model")
         if unknown := [reader for reader in readers if reader not in modules]:
             raise ValueError(f"restorations: the model has no {unknown[0]}")
+        channels = norm.normalized_shape[-1]
+        for reader in readers:
+            if not _multiplies(modules[reader], channels):
+                raise ValueError(
+                    f"restorations: {reader!r} is no Linear or Conv1D of {channels} inputs"
+                )
         add_restoration(norm, [modules[reader] for reader in readers])
+
+
+def _multiplies(module: nn.Module, channels: int) -> bool:
+    """Tell whether a module is quantized, and multiplies this many channels with a weight."""
+    if not isinstance(module, (QuantizedLinear, QuantizedTransposed)):
+        return False
+    return module.weight.shape[1 - module.output_axis] == channels

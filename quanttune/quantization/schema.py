@@ -1,14 +1,16 @@
 """The fields of a described model, and the check that there are no others.
 
-The names are those of compressed-tensors. `config_groups` are modules that have the same grids;
-`operation_groups`, which compressed-tensors has no name for, are functional sites, `call_groups`
-the places in modules' code that these stand at (places.py) or that stay in float, `restorations`
-LayerNorms that were equalized for the modules they are listed with; `scheme` is what
-`quantize` was asked for. What is not `symmetric` has its zero point among the tensors, beside its
+The names are those of compressed-tensors. `config_groups` are modules that have the same grids. It
+has no name for `parameter_groups`, parameters of modules that multiply with several (experts,
+MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`, the places in
+modules' code that these stand at (places.py) or that stay in float, and for `restorations`,
+LayerNorms that were equalized for the modules they are listed with. `scheme` is what `quantize` was
+asked for. What is not `symmetric` has its zero point among the tensors, beside its
 scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from types import NoneType
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from ..fake_quantizer import integer_range
 
 METHOD = "quanttune"
-VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places
+VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places, parameters
 FIXED = {
     "quant_method": METHOD, "version": VERSION, "format": "dense", "quantization_status": "frozen",
 }  # fmt: skip
@@ -33,7 +35,8 @@ _VALUES: dict[str, list[Any]] = {
 }  # fmt: skip
 _VALUES_OF_WEIGHTS = {**_VALUES, "symmetric": [True]}
 _GROUPS = {
-    "config_groups": tuple(PARTS.values()), "operation_groups": ("kind", "activations"),
+    "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),
+    "operation_groups": ("kind", "activations"),
 }  # fmt: skip
 LEARNED = "lsq"  # an observer: the scale is being learned
 OPERATION = re.compile(r"(.+\.)?(attention|product|linear|add)\d+(_[a-z]+)?_quantizer")
@@ -58,18 +61,39 @@ def check(data: Any) -> None:
     for name, value in FIXED.items():
         if data[name] != value:
             raise ValueError(f"{name} must be {value!r}, got {data[name]!r}")
-    _check_fields(data["scheme"], SCHEME, "scheme")
-    _check_names(data["scheme"]["methods"], "scheme.methods")
+    _check_scheme(data["scheme"])
     for name, parts in _GROUPS.items():
         _check_fields(data[name], data[name], name)  # any keys
         for key, group in data[name].items():
             _check_group(group, parts, f"{name}.{key}")
+        _check_once(data[name], name)
     _check_fields(data["call_groups"], data["call_groups"], "call_groups")
     for key, group in data["call_groups"].items():
         _check_calls(group, f"call_groups.{key}")
     _check_fields(data["restorations"], data["restorations"], "restorations")
     for name, readers in data["restorations"].items():
         _check_names(readers, f"restorations.{name}")
+
+
+def _check_scheme(data: Any) -> None:
+    _check_fields(data, SCHEME, "scheme")
+    _check_names(data["methods"], "scheme.methods")
+    _check_bits(data["bits"], "scheme.bits")
+    if data["weight_bits"] is not None:
+        _check_bits(data["weight_bits"], "scheme.weight_bits")
+    if type(data["residual"]) is not bool:
+        raise ValueError(f"scheme.residual must be true or false, got {data['residual']!r}")
+    _check_fields(data["overrides"], data["overrides"], "scheme.overrides")
+    for pattern, override in data["overrides"].items():
+        if override is not None:
+            _check_fields(override, ("bits",), f"scheme.overrides.{pattern}")
+            _check_bits(override["bits"], f"scheme.overrides.{pattern}.bits")
+
+
+def _check_once(groups: dict[str, Any], where: str) -> None:
+    counts = Counter(target for group in groups.values() for target in group["targets"])
+    if twice := [target for target, count in counts.items() if count > 1]:
+        raise ValueError(f"{where} have the target {twice[0]!r} more than once")
 
 
 def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
@@ -109,13 +133,17 @@ def _check_arguments(data: Any, where: str, values_of: dict[str, list[Any]]) -> 
     if data is None:
         return
     _check_fields(data, ARGUMENTS, where)
-    if type(data["num_bits"]) is not int:
-        raise ValueError(f"{where}.num_bits must be a whole number, got {data['num_bits']!r}")
-    integer_range(data["num_bits"])
+    _check_bits(data["num_bits"], f"{where}.num_bits")
     for name, values in values_of.items():
         if data[name] not in values:
             raise ValueError(f"{where}.{name} must be one of {values}, got {data[name]!r}")
     _check_text(data["observer"], f"{where}.observer")
+
+
+def _check_bits(data: Any, where: str) -> None:
+    if type(data) is not int:
+        raise ValueError(f"{where} must be a whole number, got {data!r}")
+    integer_range(data)
 
 
 def _check_names(data: Any, where: str) -> None:

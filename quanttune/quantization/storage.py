@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..files import replacing
-from .description import describe, restore, settle
+from .description import announce, describe, restore, settle
 
 KEY = "quantization_config"  # of what a file holds beside tensors
+_WORDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -41,36 +42,39 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: the file is not whole or none of `save`; its fields or tensors are not those of
             this model.
     """
-    tensors, data = _read(Path(path))
+    shapes, data = _read_header(Path(path))
     with ExitStack() as undo:
         restore(model, data, undo)
-        _compare(tensors, model.state_dict(), path)
+        _compare(shapes, model.state_dict(), path)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         undo.callback(model.load_state_dict, before)
-        model.load_state_dict(tensors, strict=False)
+        model.load_state_dict(load_file(path), strict=False)
         settle(model)
         undo.pop_all()
+    announce(model)
     return model
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+def _read_header(path: Path) -> tuple[dict[str, str], Any]:
+    """Return the kinds of the tensors in a file, by name, and the description beside them."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
-        tensors = load_file(path)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 no mapping
+            kinds = {n: f"{_type(x.get_dtype())} {x.get_shape()}" for n, x in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if text is None:
         raise ValueError(f"{path} holds no quantized model: it was not written by quanttune.save")
     try:
-        return tensors, json.loads(text)
-    except json.JSONDecodeError as error:
+        return kinds, json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: the quantization is no JSON: {error}") from error
 
 
-def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> None:
+def _compare(stored: dict[str, str], wanted: dict[str, Tensor], path: str | Path) -> None:
     """Refuse tensors that are not those of a model; of tied ones a file holds one."""
     there = {tensor.data_ptr() for name, tensor in wanted.items() if name in stored}
     missing = [n for n, t in wanted.items() if n not in stored and t.data_ptr() not in there]
@@ -79,11 +83,14 @@ def _compare(stored: dict[str, Tensor], wanted: dict[str, Tensor], path: str | P
         raise ValueError(
             f"{path} is of another model: it lacks {missing[:3]}, and has {unknown[:3]} besides"
         )
-    for name, tensor in stored.items():
-        have, need = _kind(tensor), _kind(wanted[name])
+    for name, have in stored.items():
+        tensor = wanted[name]
+        need = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         if have != need:
             raise ValueError(f"{path}: {name} is {have} in the file, {need} in the model")
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _type(dtype: str) -> str:
+    """Return what torch calls a type of safetensors, such as F32."""
+    letters = dtype.rstrip("0123456789")
+    return _WORDS.get(letters, letters) + dtype.removeprefix(letters)
