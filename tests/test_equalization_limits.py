@@ -198,6 +198,7 @@ def test_an_error_of_what_follows_takes_the_equalization_back():
 
 
 LAYER = "bert.embeddings.LayerNorm"
+EMBEDDING = "bert.embeddings.word_embeddings"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,10 @@ LAYER = "bert.embeddings.LayerNorm"
     [
         ({LAYER: "head"}, f"restorations.{LAYER} must be a list of names, got 'head'"),
         ({LAYER: ["head"]}, "restorations: the model has no head"),
+        ({LAYER: [""]}, "restorations: '' is no Linear or Conv1D of 24 inputs"),
+        ({LAYER: [LAYER]}, f"restorations: {LAYER!r} is no Linear or Conv1D of 24 inputs"),
+        ({LAYER: [EMBEDDING]}, f"restorations: {EMBEDDING!r} is no Linear or Conv1D of 24 inputs"),
+        ({LAYER: ["classifier"] * 2}, "restorations: 'classifier' is listed more than once"),
         ({"classifier": []}, "restorations: 'classifier' is no LayerNorm with weights"),
         ({"norm": []}, "restorations: 'norm' is no LayerNorm with weights of this model"),
         ([], "restorations must be an object, got list"),

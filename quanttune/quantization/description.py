@@ -57,10 +57,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def announce(model: Any) -> None:
     """Keep what a model of transformers writes to its config.json up to date."""
     transformers = sys.modules.get("transformers.modeling_utils")  # without it, it is none
-    if transformers and isinstance(model, transformers.PreTrainedModel):
-        from . import pretrained  # noqa: F401 whoever reads the configuration looks it up there
+    if not transformers:
+        return
+    for part in model.modules():  # the first is the whole, or what adapters hold
+        if isinstance(part, transformers.PreTrainedModel):
+            from . import pretrained  # noqa: F401 whoever reads the configuration looks it up there
 
-        model.config.quantization_config = describe(model)
+            part.config.quantization_config = describe(part)
+            return
 
 
 def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:

@@ -43,8 +43,11 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
             for handle in _wrap_norm(name, module, scheme, device):
                 undo.callback(handle.remove)
     functional.watch(undo)
-    setattr(model, STATE, functional)
-    undo.callback(delattr, model, STATE)
+    for _, module, _ in modules:
+        # a part that others hold, as adapters hold the model that they return in the end, is quantized
+        if module is model or any(module.children()):
+            setattr(module, STATE, functional)
+            undo.callback(delattr, module, STATE)
     return functional
 
 
@@ -62,7 +65,12 @@ def refuse_quantized(model: nn.Module) -> None:
 
 def state_of(model: nn.Module) -> FunctionalSites:
     """Return the functional sites of a quantized model, which hold its scheme."""
-    state = getattr(model, STATE, None)
+    state = vars(model).get(STATE)  # not what a wrapper forwards: its names are others
+    if state is None and is_quantized(model):
+        raise ValueError(
+            f"{type(model).__name__} was made around a quantized model: pass that model, after its "
+            "adapters, if they are what is around it, are merged (merge_and_unload)"
+        )
     if state is None:
         raise ValueError(
             f"{type(model).__name__} is not quantized: call quantize(model, ...) first"

@@ -101,6 +101,11 @@ def twin_of(module: nn.Module) -> Any:
     return None
 
 
+def float_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that a module is of whose weights could be rounded, whatever its forward."""
+    return next((one for one in _twins() if isinstance(module, one)), None)
+
+
 def become(module: nn.Module, twin: type) -> None:
     """Make a module its twin, in place: whoever holds it, shares it or ties its weight sees that.
 

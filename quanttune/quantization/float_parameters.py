@@ -1,0 +1,55 @@
+"""The large parameters that no quantizer of a module rounds, and why."""
+
+from torch import nn
+
+from .insertion import state_of, weight_quantizers
+from .parameters import Parameter, RoundsParameters
+from .twins import Twin, float_class_of
+
+SHARE = 0.01  # of all parameters: what is smaller is not listed
+
+
+def float_parameters(model: nn.Module) -> dict[str, str]:
+    """Return the parameters of a quantized model that stay float, with reasons, largest first.
+
+    Those that hold less than 1 % of the model's numbers are left out. What only a functional site
+    rounds, such as a table that is multiplied with, is listed: its module does not know.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    state_of(model)
+    rounded = set()
+    for holder, _ in weight_quantizers(model).values():
+        # a weight that is computed, by a parametrization or a hook, is rounded afterwards
+        owned = [holder.weight] if isinstance(holder, Parameter) else _sources(holder)
+        rounded |= {id(parameter) for parameter in owned}
+    ours = {id(q.factor) for q in model.modules() if getattr(q, "factor", None) is not None}
+    found = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    found = {n: p for n, p in found.items() if id(p) not in ours}
+    total = sum(p.numel() for p in found.values())
+    large = {n: p for n, p in found.items() if p.numel() > SHARE * total and id(p) not in rounded}
+    names = sorted(large, key=lambda name: -large[name].numel())
+    return {name: _reason(name, model) for name in names}
+
+
+def _sources(twin: nn.Module) -> list[nn.Parameter]:
+    """Return what a twin's weight is, or is computed from."""
+    return [p for name, p in twin.named_parameters() if name != "bias" and "quantizer" not in name]
+
+
+def _reason(name: str, model: nn.Module) -> str:
+    owner, _, parameter = name.rpartition(".")
+    module = model.get_submodule(owner)
+    kind = type(module).__name__
+    if parameter == "bias" or isinstance(module, nn.LayerNorm):
+        return "biases, and what a LayerNorm scales by, stay float"
+    if isinstance(module, (Twin, RoundsParameters)):
+        own = f"{parameter}_quantizer"
+        return "an override leaves it in float" if hasattr(module, own) else f"{kind} adds it"
+    if isinstance(module, nn.Embedding):
+        scaled = module.max_norm is not None
+        return "max_norm rescales its rows" if scaled else "the coverage leaves embeddings in float"
+    if known := float_class_of(module):
+        return f"{kind} has a forward of its own, not that of {known.__name__}"
+    return f"{kind} is none of the classes whose weights are rounded"
