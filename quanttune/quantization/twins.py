@@ -112,7 +112,16 @@ def become(module: nn.Module, twin: type) -> None:
     Whatever else its own class has stays, such as the weight that a parametrization computes.
     """
     own = type(module)
-    module.__class__ = twin if own in twin.__mro__ else joined(twin, own)  # type: ignore[assignment]
+    if not parametrize.is_parametrized(module):
+        module.__class__ = _twinned(twin, own)
+        return
+    # torch gives such a module a class of its own, and takes it away when they are removed: so here
+    members = {n: v for n, v in vars(own).items() if n not in ("__dict__", "__weakref__")}
+    module.__class__ = type(own.__name__, (_twinned(twin, own.__bases__[0]),), members)
+
+
+def _twinned(twin: type, own: type) -> Any:
+    return twin if own in twin.__mro__ else joined(twin, own)
 
 
 @cache
