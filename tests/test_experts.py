@@ -1,4 +1,4 @@
-"""Experts in 3-D parameters: rounded per expert and output channel, whoever multiplies with them."""
+"""Experts in 3-D parameters: rounded per expert and output channel, whoever multiplies."""
 
 import copy
 import pickle
@@ -24,16 +24,17 @@ SIZES = {
     "max_position_embeddings": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "Mixtral": FOUR,
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8},
+    "Qwen3Moe": {**EXPERTS, "moe_intermediate_size": 8, "head_dim": 8},
     "GptOss": {**FOUR, "head_dim": 8},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Olmoe": EXPERTS,
     "GraniteMoe": FOUR,
     "JetMoe": {**FOUR, "kv_channels": 8, "num_key_value_heads": 2},
-    "Llama4": {**FOUR, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24, "attention_chunk_size": 8},
-}  # fmt: skip
+    "Llama4": {**FOUR, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24},
+}
 TRANSPOSED = ("GptOss", "Llama4")  # experts of (inputs, outputs)
 
 

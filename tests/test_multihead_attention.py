@@ -50,7 +50,11 @@ CASES = {
     "a mask each": ({}, {"attn_mask": EACH}, None),
     "a bool mask each": ({}, {**WEIGHTLESS, "attn_mask": EACH > 1}, None),
     "padding": ({}, {**WEIGHTLESS, "key_padding_mask": PADDING}, None),
-    "padding and mask": ({"batch_first": True}, {"key_padding_mask": PADDING, "attn_mask": BOOL}, None),
+    "padding and mask": (
+        {"batch_first": True},
+        {"key_padding_mask": PADDING, "attn_mask": BOOL},
+        None,
+    ),
     "float padding": ({}, {"key_padding_mask": PADDING.double() * -3, "attn_mask": FLOAT}, None),
     "causal": ({}, {"attn_mask": CAUSAL, "is_causal": True}, SELF),
     "causal without weights": ({}, {"attn_mask": CAUSAL, "is_causal": True, **WEIGHTLESS}, SELF),
@@ -140,7 +144,7 @@ def test_drops_probabilities_in_training(name):
 def test_rounds_its_projections(name, weights):
     model, inputs = case(name)
     expected = copy.deepcopy(model)
-    for name, parameter in expected.named_parameters():
+    for parameter in expected.parameters():
         if parameter.dim() == 2:
             absmax = parameter.detach().abs()
             absmax = absmax.amax(1) if weights == "channel" else absmax.max()
@@ -165,7 +169,7 @@ def test_its_parameters_are_those_of_the_model_elsewhere():
 
 
 def test_encoders_do_not_pass_it_by():
-    """In evaluation without gradients torch.nn.TransformerEncoder computes fused, from parameters."""
+    """Without gradients torch.nn.TransformerEncoder computes fused, from parameters."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     x = torch.randn(SAMPLES, KEYS, WIDTH)

@@ -16,7 +16,7 @@ from .parameters import Parameter, RoundsParameters, parameter_quantizer, roundi
 from .placement import free_forwards
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
-from .twins import QuantizedConvolution, QuantizedEmbedding, Twin, become, holds, refresh, twin_of
+from .twins import QuantizedConvolution, QuantizedEmbedding, Twin, become, refresh, twin_of
 
 STATE = "quantization_state"  # the attribute of a quantized model that holds its FunctionalSites
 
@@ -44,7 +44,7 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
                 undo.callback(handle.remove)
     functional.watch(undo)
     for _, module, _ in modules:
-        # a part that others hold, as adapters hold the model that they return in the end, is quantized
+        # a part is a quantized model too: adapters return the one they hold when they are merged
         if module is model or any(module.children()):
             setattr(module, STATE, functional)
             undo.callback(delattr, module, STATE)
@@ -88,7 +88,7 @@ def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[Any, WeightQuantizer]]:
-    """Return what holds the weights that are rounded, and their quantizers, by the quantizer's name.
+    """Return what holds the weights that are rounded, and their quantizers, by quantizer.
 
     A holder has `weight`, `output_axis` and `weight_quantizer`: a twin, or a `Parameter` of a
     module that rounds several.

@@ -18,7 +18,7 @@ _TRANSPOSED = {"Llama4TextExperts"}
 
 
 class Parameter:
-    """A parameter that a module rounds, with the attributes of a twin: its weight, its quantizer."""
+    """A parameter that a module rounds, with a twin's attributes: its weight, its quantizer."""
 
     output_axis = 0  # of the rows that have scales
 

@@ -18,8 +18,8 @@ def check_devices(model: nn.Module) -> None:
         places.setdefault(str(parameter.device), name)
     if "meta" in places:
         raise ValueError(
-            f"{places['meta']} is on the device meta, without values: a model that is offloaded, or "
-            "not loaded yet, cannot be quantized. Load it onto one device, without offloading"
+            f"{places['meta']} is on the device meta, without values: a model that is offloaded, "
+            "or not loaded yet, cannot be quantized. Load it onto one device, without offloading"
         )
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())

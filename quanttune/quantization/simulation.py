@@ -39,8 +39,8 @@ def quantize(
     """Quantize a model in place to uniform integers, and return it.
 
     Grids are symmetric unless told otherwise, and there is one scale per activation. Linear,
-    Conv1D, Conv2d and Embedding modules become their quantized twins, under the same names and with
-    the same parameters; attention's products and residual sums are reached while the model runs.
+    Conv1D, Conv1d to Conv3d, Embedding and MultiheadAttention modules and stacks of experts become
+    their quantized twins, under the same names and with the same parameters; attention's products and residual sums are reached while the model runs.
     The ranges of activations come from one pass of `data` in evaluation mode.
 
     Args:
@@ -53,7 +53,8 @@ def quantize(
             activation takes its range from itself, gradients pass straight through).
         coverage: a preset of quanttune.quantization.coverage; `residual=False` leaves the residual
             stream in float.
-        weights: "channel", one scale per output channel, or "tensor". Biases stay float.
+        weights: "channel", one scale per output channel (of each expert), or "tensor". Biases stay
+            float.
         overrides: what is quantized otherwise: fnmatch patterns on the names of quantizers
             (`summary` lists them) or of the modules they belong to, with {"bits": ...}, or None to
             leave it in float, such as {"*.fc2": {"bits": 16}, "head": None}. The last match counts.
