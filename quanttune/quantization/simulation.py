@@ -40,8 +40,9 @@ def quantize(
 
     Grids are symmetric unless told otherwise, and there is one scale per activation. Linear,
     Conv1D, Conv1d to Conv3d, Embedding and MultiheadAttention modules and stacks of experts become
-    their quantized twins, under the same names and with the same parameters; attention's products and residual sums are reached while the model runs.
-    The ranges of activations come from one pass of `data` in evaluation mode.
+    their quantized twins, under the same names and with the same parameters; attention's products
+    and residual sums are reached while the model runs. The ranges of activations come from one pass
+    of `data` in evaluation mode.
 
     Args:
         model: a float model; `copy.deepcopy` it first to keep it.
