@@ -7,6 +7,9 @@ from .parameters import Parameter, RoundsParameters
 from .twins import Twin, float_class_of
 
 SHARE = 0.01  # of all parameters: what is smaller is not listed
+NEVER = "biases, and what a LayerNorm scales by, stay float"
+OVERRIDE = "an override leaves it in float"
+COVERAGE = "the coverage leaves embeddings in float"
 
 
 def float_parameters(model: nn.Module) -> dict[str, str]:
@@ -19,11 +22,7 @@ def float_parameters(model: nn.Module) -> dict[str, str]:
         ValueError: the model is not quantized.
     """
     state_of(model)
-    rounded = set()
-    for holder, _ in weight_quantizers(model).values():
-        # a weight that is computed, by a parametrization or a hook, is rounded afterwards
-        owned = [holder.weight] if isinstance(holder, Parameter) else _sources(holder)
-        rounded |= {id(parameter) for parameter in owned}
+    rounded = _rounded(model)
     ours = {id(q.factor) for q in model.modules() if getattr(q, "factor", None) is not None}
     found = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     found = {n: p for n, p in found.items() if id(p) not in ours}
@@ -31,6 +30,26 @@ def float_parameters(model: nn.Module) -> dict[str, str]:
     large = {n: p for n, p in found.items() if p.numel() > SHARE * total and id(p) not in rounded}
     names = sorted(large, key=lambda name: -large[name].numel())
     return {name: _reason(name, model) for name in names}
+
+
+def rounded_parameters(model: nn.Module) -> int:
+    """Return how many numbers the parameters of a quantized model hold that are rounded."""
+    rounded = _rounded(model)
+    return sum(p.numel() for p in model.parameters() if id(p) in rounded)
+
+
+def is_asked_for(reason: str) -> bool:
+    """Tell whether a reason is what the user chose, or what every model has."""
+    return reason in (OVERRIDE, COVERAGE, NEVER)
+
+
+def _rounded(model: nn.Module) -> set[int]:
+    rounded = set()
+    for holder, _ in weight_quantizers(model).values():
+        # a weight that is computed, by a parametrization or a hook, is rounded afterwards
+        owned = [holder.weight] if isinstance(holder, Parameter) else _sources(holder)
+        rounded |= {id(parameter) for parameter in owned}
+    return rounded
 
 
 def _sources(twin: nn.Module) -> list[nn.Parameter]:
@@ -43,13 +62,13 @@ def _reason(name: str, model: nn.Module) -> str:
     module = model.get_submodule(owner)
     kind = type(module).__name__
     if parameter == "bias" or isinstance(module, nn.LayerNorm):
-        return "biases, and what a LayerNorm scales by, stay float"
+        return NEVER
     if isinstance(module, (Twin, RoundsParameters)):
         own = f"{parameter}_quantizer"
-        return "an override leaves it in float" if hasattr(module, own) else f"{kind} adds it"
+        return OVERRIDE if hasattr(module, own) else f"{kind} adds it"
     if isinstance(module, nn.Embedding):
         scaled = module.max_norm is not None
-        return "max_norm rescales its rows" if scaled else "the coverage leaves embeddings in float"
+        return "max_norm rescales its rows" if scaled else COVERAGE
     if known := float_class_of(module):
         return f"{kind} has a forward of its own, not that of {known.__name__}"
     return f"{kind} is none of the classes whose weights are rounded"

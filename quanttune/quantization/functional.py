@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from .contractions import Contraction, contraction
 from .operations import CALLS, Call, Calls, Operation, call_under_way
+from .parameters import RoundsParameters
+from .product_counts import Product
 from .provenance import ACTIVATION, Made, Provenance, tensors_in
 from .scaled_dot_product import attention
 from .scheme import Scheme
@@ -37,6 +39,7 @@ class FunctionalSites:
         self.frozen = False
         self.enabled = True
         self.modules = dict(model.named_modules())
+        self.products: list[Product] = []  # of the first batch that it was calibrated with
 
     def watch(self, undo: ExitStack) -> None:
         """See what all modules call but those of PyTorch, and our own, that hold no others."""
@@ -62,10 +65,13 @@ class FunctionalSites:
         """Return what sees the operations of an outermost call, which has these arguments."""
         if not self.enabled:
             return nullcontext()
-        if self.frozen or torch.compiler.is_compiling():
+        if self.frozen or torch.compiler.is_dynamo_compiling():
             return _Mode(self, None)
-        buffers = [b for m in self.modules.values() for b in m._buffers.values() if b is not None]
-        return _Mode(self, Provenance(buffers, inputs))
+        modules = self.modules.values()
+        buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+        holders = [m for m in modules if isinstance(m, RoundsParameters)]
+        rounded = [m._parameters[name] for m in holders for name in m.rounded]
+        return _Mode(self, Provenance(inputs, buffers, [p for p in rounded if p is not None]))
 
     def register(self, module: nn.Module, way: str, operation: Operation) -> Operation:
         """Note what an operation is, and give its module the quantizers that the scheme covers."""
@@ -125,12 +131,12 @@ class _Mode(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         # what the model itself compiles, such as flex_attention, is not followed inside
-        if self.made is not None and not torch.compiler.is_compiling():
+        if self.made is not None and not torch.compiler.is_dynamo_compiling():
             self.made.follow(func, args, kwargs, result)
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         call = call_under_way(self.sites.modules)
-        operation = call.operation
+        operation = call.operation(is_settled=self.made is None)
         if operation is None and self.made is None:
             raise call.refusal("computes attention")
         if operation is None:
@@ -145,7 +151,7 @@ class _Mode(TorchFunctionMode):
 
     def _sum(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = call_under_way(self.sites.modules)
-        operation = call.operation
+        operation = call.operation(is_settled=self.made is None)
         if self.made is not None and not call.is_ours:
             # before func, which may change its arguments
             operation = self._judged_sum(call, operation, args[0], args[1])
@@ -171,7 +177,7 @@ class _Mode(TorchFunctionMode):
 
     def _product(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Contraction) -> Any:
         call = call_under_way(self.sites.modules)
-        operation = call.operation
+        operation = call.operation(is_settled=self.made is None)
         if self.made is not None:
             operation = self._judged_product(call, operation, found)
         elif operation is None and not call.is_ours and _are_no_parameters(found.operands):

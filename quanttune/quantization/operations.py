@@ -76,10 +76,9 @@ class Call:
     def calls(self) -> Calls:
         return self.module.__dict__[CALLS]  # type: ignore[no-any-return]
 
-    @property
-    def operation(self) -> Operation | None:
-        """What is known of it."""
-        return self.calls.find(self.way)
+    def operation(self, is_settled: bool) -> Operation | None:
+        """Return what is known of it, or once the sites are settled what it must be."""
+        return self.calls.find(self.way) if is_settled else self.calls.operations.get(self.way)
 
     def round(self, operation: Operation, part: str, x: Tensor) -> Tensor:
         """Round a part of the operation, if it is covered."""
@@ -104,7 +103,7 @@ def _end(way: str) -> str:
 
 def call_under_way(modules: Mapping[str, nn.Module]) -> Call:
     """Return the operation that is under way, in one of the modules."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         module, way, is_ours = _traced().split("\n")
         return Call(modules[module], way, is_ours != "")
     place = places.find()

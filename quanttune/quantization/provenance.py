@@ -49,7 +49,9 @@ class Provenance:
     counts as an activation.
     """
 
-    def __init__(self, buffers: Iterable[Tensor], inputs: Any) -> None:
+    def __init__(
+        self, inputs: Any, buffers: Iterable[Tensor], rounded: Iterable[Tensor] = ()
+    ) -> None:
         self._marks = WeakTensorKeyDictionary()
         # of a tensor: what is to be called once it goes into a softmax
         self._sums = WeakTensorKeyDictionary()
@@ -57,6 +59,8 @@ class Provenance:
             self._marks[x] = Made.OF_INPUTS
         for x in buffers:
             self._marks[x] = CONSTANT
+        for x in rounded:  # parameters that their modules round
+            self._marks[x] = Made.OF_WEIGHTS | Made.ROUNDED
 
     def of(self, x: Tensor) -> Made:
         """Return what a tensor is made of."""
@@ -124,8 +128,7 @@ class Provenance:
         if any(ACTIVATION in mark for mark in others):  # then it is weighted by them, or gated
             made &= ACTIVATION
         sums = tuple(dict.fromkeys(s for x in inputs for s in self._sums.get(x, ())))
-        is_ours = getattr(func, "namespace", "") == "quanttune"
-        return (made | Made.ROUNDED if is_ours and made == Made.OF_WEIGHTS else made), sums
+        return made, sums
 
     def _takes_matrices(self, inputs: list[Tensor]) -> bool:
         """Tell whether experts are chosen from a stack; rows of a table are looked up."""

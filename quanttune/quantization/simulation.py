@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -16,8 +17,10 @@ from .insertion import insert, quantizers, refuse_quantized, state_of, weight_qu
 from .methods import Method, methods_of, roundings_in
 from .passes import Data, enable_weights, forward_batches
 from .placement import check_devices
+from .product_counts import counting_products
 from .restoration import drop_restorations
 from .scheme import Overrides, Scheme, matches
+from .summary import warn_of_floats
 
 
 def quantize(
@@ -98,6 +101,7 @@ def quantize(
             _check_overrides(model, scheme)
             _freeze(model)
             functional.frozen = True
+            warn_of_floats(model)
         for rounding in roundings:
             rounding.apply(model, scheme, given)
         undo.pop_all()
@@ -150,8 +154,12 @@ def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:
 
 def _calibrate(model: nn.Module, data: Data) -> None:
     enable_weights(model, False)
-    if not forward_batches(model, data.track("calibrating"), data.mask):
+    batches = iter(data.track("calibrating"))
+    with counting_products(model) as state_of(model).products:
+        first = forward_batches(model, islice(batches, 1), data.mask)
+    if not first:
         raise ValueError("data is empty: calibration needs at least one batch of inputs")
+    forward_batches(model, batches, data.mask)
     enable_weights(model, True)
 
 

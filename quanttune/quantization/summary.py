@@ -1,13 +1,20 @@
 """What a quantized model rounds, and with which grids."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from ..fake_quantizer import integer_range
+from .float_parameters import float_parameters, is_asked_for, rounded_parameters
 from .insertion import quantizers, state_of, weight_quantizers
+from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer
+from .watching import class_of
+
+LITTLE = 0.01  # of a model: what is less is not listed
+MUCH = 0.1  # of its parameters: what is less may be positions and the like, that are only added
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,31 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Float:
+    """What stays in float: a parameter, or the products at one place of the model."""
+
+    name: str
+    kind: str  # "parameter" or "product"
+    share: float  # of all parameters, or of all multiplications
+    reason: str
+    is_asked_for: bool  # by the coverage or an override
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.share:.1%} of the {self.kind}s: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Summary:
     """The quantizers of a model; prints as a table, and as a line per site."""
 
     model: str
     coverage: str
     sites: tuple[Site, ...]
+    integer_parameters: float = 1.0  # share of the parameters, by number
+    # share of the multiplications in products of the first batch of calibration; None if there was
+    # none, as in a model that was loaded
+    integer_products: float | None = None
+    floats: tuple[Float, ...] = ()  # what is above 1 % of either, largest first
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -48,7 +74,13 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([f"{self.model}, coverage {self.coverage}", *lines])
+        products = "" if self.integer_products is None else f"{self.integer_products:.1%} of "
+        shares = f"{self.integer_parameters:.1%} of the parameters are integers"
+        if products:
+            shares += f", and {products}what is multiplied"
+        floats = [f"  {one}" for one in self.floats]
+        head = f"{self.model}, coverage {self.coverage}"
+        return "\n".join([head, *lines, shares, *(["in float:"] if floats else []), *floats])
 
 
 def summary(model: nn.Module) -> Summary:
@@ -75,7 +107,42 @@ def summary(model: nn.Module) -> Summary:
     order = [name for name, _ in model.named_modules() if name in rows]
     scheme = state.scheme
     coverage = scheme.coverage + ("" if scheme.residual else " without residual")
-    return Summary(type(model).__name__, coverage, tuple(rows[name] for name in order))
+    sites = tuple(rows[name] for name in order)
+    return Summary(class_of(model).__name__, coverage, sites, *_shares(model))
+
+
+def warn_of_floats(model: nn.Module) -> None:
+    """Name what stays in float though nobody asked for it, where it is much of a model."""
+    parameters, products, floats = _shares(model)
+    unasked = [one for one in floats if not one.is_asked_for]
+    much = {"parameter": MUCH, "product": LITTLE}
+    for kind, limit in much.items():
+        if sum(one.share for one in unasked if one.kind == kind) > limit:
+            counted = "" if products is None else f" and {products:.0%} of what is multiplied"
+            warnings.warn(
+                f"{parameters:.0%} of the parameters{counted} are integers. In float stay: "
+                f"{'; '.join(map(str, unasked[:5]))}",
+                stacklevel=3,
+            )
+            return
+
+
+def _shares(model: nn.Module) -> tuple[float, float | None, tuple[Float, ...]]:
+    total, parameters = rounded_parameters(model), float_parameters(model)
+    sizes = dict(model.named_parameters())
+    count = sum(p.numel() for p in sizes.values() if p.is_floating_point()) or 1
+    found = [
+        Float(name, "parameter", sizes[name].numel() / count, reason, is_asked_for(reason))
+        for name, reason in parameters.items()
+    ]
+    products = state_of(model).products
+    found += [
+        Float(p.name, "product", p.share, p.reason, p.reason != UNSEEN)
+        for p in products
+        if p.reason and p.share > LITTLE
+    ]
+    integers = sum(p.share for p in products if not p.reason) if products else None
+    return total / count, integers, tuple(sorted(found, key=lambda one: -one.share))
 
 
 def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, int | None]:

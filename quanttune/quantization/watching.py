@@ -73,7 +73,7 @@ def _watched(base: Any) -> Any:
         # what is made of a module, such as a slice of a Sequential, has none
         if by is None or _is_under_way(by):
             return base.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             with by.mode((args, kwargs)):
                 return base.forward(self, *args, **kwargs)
         with _Entered(by, (args, kwargs)):
@@ -117,7 +117,7 @@ class _Entered:
 
 def _is_under_way(by: Watch) -> bool:
     """Tell whether something that is watched by `by` is being called in this thread."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _is_traced()
     return any(other is by for other in _here.under_way)
 
