@@ -19,6 +19,7 @@ _PASSED = (
     *(f"quanttune.quantization.{name}" for name in ("operations", "scaled_dot_product")),
 )  # fmt: skip
 _OURS = "quanttune."
+_SEEN = "quanttune.quantization.attention"  # ours, and all that it computes is to be seen
 JOIN = " -> "
 
 _begins: dict[CodeType, str] = {}  # functions at which a way begins, and a local variable of each
@@ -52,7 +53,7 @@ def find() -> Place:
             return Place(frame.f_locals, JOIN.join(reversed(steps)), is_ours)
         name = frame.f_globals.get("__name__", "")
         if not name.startswith(_PASSED):
-            is_ours |= not steps and name.startswith(_OURS)
+            is_ours |= not steps and name.startswith(_OURS) and name != _SEEN
             steps.append(_step(frame.f_code, frame.f_lasti))
         frame = frame.f_back
     raise RuntimeError("an operation of a quantized model was called by none of its modules")
@@ -68,7 +69,7 @@ def trace() -> Place:
             return Place({name: _value(frame, name)}, JOIN.join(reversed(steps)), is_ours)
         name = frame.f_globals.get("__name__", "")
         if not name.startswith(_PASSED):
-            is_ours |= not steps and name.startswith(_OURS)
+            is_ours |= not steps and name.startswith(_OURS) and name != _SEEN
             at = frame.current_instruction.positions
             steps.append(_told(frame.f_code, at.lineno, at.col_offset))
     raise RuntimeError("an operation of a quantized model is compiled without its module")
