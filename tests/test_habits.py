@@ -415,6 +415,7 @@ def test_a_part_of_a_quantized_model_is_quantized(tmp_path):
     assert torch.equal(loaded(X), model[0](X))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("first", ["quantize", "adapters"])
 def test_adapters_are_merged(first, tmp_path):
     peft = pytest.importorskip("peft")
