@@ -166,6 +166,7 @@ def test_its_parameters_are_those_of_the_model_elsewhere():
     assert names == {name for name in model.state_dict() if "quantizer" not in name}
     sites = {site.name for site in qt.summary(model).sites}
     assert {"attention.in_proj_weight_quantizer", "attention.out_proj.weight_quantizer"} <= sites
+    assert {f"attention.linear0_{part}_quantizer" for part in ("input", "output")} <= sites
 
 
 def test_encoders_do_not_pass_it_by():

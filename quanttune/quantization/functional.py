@@ -25,7 +25,7 @@ from .product_counts import Product
 from .provenance import ACTIVATION, Made, Provenance, tensors_in
 from .scaled_dot_product import attention
 from .scheme import Scheme
-from .twins import QuantizedLinear
+from .twins import QuantizedLinear, Twin
 from .watching import unwatch, watch
 
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
@@ -48,7 +48,7 @@ class FunctionalSites:
             prefix = f"{name}." if name else ""
             is_childless = not any(n != name and n.startswith(prefix) for n in names)
             is_known = type(module).forward.__module__.startswith(("torch.nn.", "quanttune."))
-            if is_childless and is_known:
+            if isinstance(module, Twin) or (is_childless and is_known):
                 continue
             module.__dict__[CALLS] = Calls(name, is_childless)
             undo.callback(module.__dict__.pop, CALLS)
