@@ -69,6 +69,8 @@ def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
     def named(size: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(size, int) or size.value is None:
             return size if isinstance(size, int) else None
+        if size.value.isdigit():  # of a trace that found only later that it is fixed
+            return int(size.value)
         return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
 
     for value in _values(graph):

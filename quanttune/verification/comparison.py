@@ -74,7 +74,19 @@ def _simulate(
         outputs = _call(model, batch)
     if strange := [site.codes for site in sites if site.codes not in codes]:
         raise ValueError(f"the file makes {strange[0]}, which the model does not of these data")
-    return codes, outputs
+    return codes | {site.codes: _repeated(codes[site.codes], site.shape) for site in sites}, outputs
+
+
+def _repeated(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Repeat a group's keys or values for its query heads, if the file's were before they are
+    rounded.
+
+    A model may repeat them itself or leave it to the attention, as there is a mask or none. Those
+    of transformers do, and their file was traced with one.
+    """
+    if codes.dim() != len(shape) or len(shape) < 3 or shape[-3] % codes.shape[-3]:
+        return codes
+    return codes.repeat_interleave(max(shape[-3] // codes.shape[-3], 1), -3)
 
 
 def _call(model: nn.Module | OnnxModel, batch: Any, more: Mapping[str, Tensor] = {}) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..export.caches import without_caches
 from ..export.requirements import check_model
 from ..inference.onnx_model import read
 from ..quantization.passes import evaluating
@@ -77,5 +78,5 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     check_description(model, file, path)
     from .comparison import compare  # needs onnx
 
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_caches(model), torch.no_grad():
         return Verification(type(model).__name__, **compare(path, file, model, data))
