@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import quanttune as qt
-from quanttune.export import onnx_export
+from quanttune.export import external_data
 from quanttune.export.integer_weights import integer_weights
 from quanttune.quantization.insertion import quantizers, weight_quantizers
 
@@ -193,10 +193,14 @@ def test_texts_of_any_length(tmp_path):
 
 
 def test_large_tensors_lie_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST", 100)
+    monkeypatch.setattr(external_data, "LARGEST", 100)
     model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[INPUTS[Shared]])
     qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    (beside,) = external_data.tensor_files(tmp_path / "model.onnx")
+    assert {*tmp_path.iterdir()} == {tmp_path / "model.onnx", beside}
+    assert beside.name.startswith("model.onnx.")
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert external_data.size_of(tmp_path / "model.onnx") == sum(sizes)
     assert_runs_alike(model, tmp_path / "model.onnx", INPUTS[Shared])
 
 

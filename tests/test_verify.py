@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import quanttune as qt
-from quanttune.export import onnx_export
+from quanttune.export import external_data
 from quanttune.quantization.insertion import quantizers
 from quanttune.verification.agreement import Distances, Layer, compare_codes
 from quanttune.verification.simulated_codes import NOISE, noise
@@ -293,12 +293,12 @@ def test_a_truncated_file_is_refused(share, made, tmp_path):
 
 
 def test_tensors_beside_the_file_are_read_and_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST", 100)
+    monkeypatch.setattr(external_data, "LARGEST", 100)
     inputs, path = torch.randn(4, 8), tmp_path / "model.onnx"
     model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[inputs])
     qt.export_onnx(model, inputs, path)
     assert qt.verify(path, model, [inputs]).passed
-    beside = tmp_path / "model.onnx.data"
+    (beside,) = external_data.tensor_files(path)
     beside.write_bytes(beside.read_bytes()[:-40])
     for _ in ("truncated", "missing"):
         with pytest.raises(ValueError, match=r"model.onnx is no whole ONNX file"):

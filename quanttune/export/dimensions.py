@@ -19,14 +19,16 @@ def check_free(program: torch.export.ExportedProgram, dynamic: Mapping[int, str]
     for axis, name in dynamic.items():
         sizes = {x: shape[axis] for x, shape in shapes.items() if axis < len(shape)}
         fixed = {x: size for x, size in sizes.items() if str(size).isdigit()}  # SymInt may be 3
+        if not sizes:
+            raise ValueError(f"dynamic names dimension {axis} ({name}), which no input has")
         said = ", ".join(f"{size} in {x}" for x, size in fixed.items())
         if len(fixed) == len(sizes):
-            raise ValueError(
-                f"dimension {axis} ({name}) cannot have any size: the model's code fixes it, "
-                f"{said or 'no input has it'}"
-            )
+            raise ValueError(f"dimension {axis} ({name}) is fixed by the model's code: {said}")
         if fixed:
-            warn(f"the model's code fixes dimension {axis} ({name}): it is {said}", stacklevel=4)
+            warn(
+                f"dimension {axis} ({name}) is fixed by the model's code where it is {said}",
+                stacklevel=4,
+            )
 
 
 def names_of(inputs: Iterable[Any], dynamic: Mapping[int, str]) -> dict[str, str]:

@@ -33,7 +33,6 @@ def export_float(
     args, kwargs = check_example(example_inputs, dynamic)
     # the others' results lie in memory otherwise than those of the products that a file has
     with sdpa_kernel(SDPBackend.MATH):
-        program = traced(model, args, kwargs, dynamic)
-    exported = converted(program, opset)
+        exported = converted(traced(model, args, kwargs, dynamic), opset)
     ClearMetadataAndDocStringPass()(exported.model)
     write(exported.model, path)

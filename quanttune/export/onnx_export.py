@@ -1,7 +1,9 @@
 """Write a quantized model to an ONNX file."""
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,8 +39,13 @@ def export_onnx(
     Weights are stored as int8, those of Linear modules as (inputs, outputs). The codes of an
     activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
     than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
-    have the first one's name. The keys and values of a language model's cache are no outputs. The
-    metadata hold the recipe, as `quanttune.save` writes it.
+    have the first one's name. Keys and values of caches are no outputs. The metadata hold the
+    recipe, as `quanttune.save` writes it.
+
+    Where the sizes of two inputs may differ, so do the names: a decoder's second dimension is
+    decoder_input_ids_tokens beside the encoder's tokens. What the model's code fixes, such as the
+    channels of images beside texts, stays fixed, with a warning. Meanwhile calls from other threads
+    are refused; those under way when it begins may fail.
 
     At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
 
@@ -47,7 +54,7 @@ def export_onnx(
         example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
             (passed as keywords), or a tuple or list, whose first element is taken.
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
-            a file whose name ends in .data.
+            a file that is named after it and them (.onnx.<digest>.data), and replaced with it.
         act_dtype: type of the codes of activations. "uint8" (zero point 128) is for ONNX Runtime,
             "int8" (zero point 0) for runtimes such as TensorRT.
         opset: version of the operators, 18 to 21; with int8 to 20.
@@ -56,7 +63,8 @@ def export_onnx(
 
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
-            not fit. OSError: the file cannot be written.
+            not fit, or the model's code fixes a dimension in all inputs. OSError: the file cannot
+            be written.
     """
     path = Path(path)
     check_path(path)
@@ -79,7 +87,10 @@ def traced(
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with torch.no_grad(), evaluating(model), without_caches(model), integer_weights(model):
+    with (
+        torch.no_grad(), evaluating(model), _alone(model), without_caches(model),
+        integer_weights(model),
+    ):  # fmt: skip
         program = torch.export.export(
             model,
             args,
@@ -89,6 +100,24 @@ def traced(
         )
     check_free(program, dynamic)
     return program
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Refuse calls of other threads, which would meet tensors that hold no numbers."""
+    own = threading.get_ident()
+
+    def check(*_: Any) -> None:
+        if threading.get_ident() != own:
+            raise RuntimeError(
+                f"{type(model).__name__} is being exported in another thread: call it afterwards"
+            )
+
+    handle = model.register_forward_pre_hook(check, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _translated(
