@@ -27,8 +27,8 @@ def _configurations(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
-        if hasattr(config, "use_cache") or hasattr(config, "sub_configs"):
-            if id(config) not in found:
-                found[id(config)] = config
-                waiting += vars(config).values()
+        is_one = hasattr(config, "use_cache") or hasattr(config, "sub_configs")
+        if is_one and id(config) not in found:
+            found[id(config)] = config
+            waiting += vars(config).values()
     return list(found.values())

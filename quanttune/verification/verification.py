@@ -35,6 +35,7 @@ class Verification:
     layers: tuple[Layer, ...]  # in the order in which they are computed
     outputs: tuple[Output, ...]
     merged: tuple[str, ...]  # sites whose codes the file takes from another one's
+    unused: tuple[str, ...]  # sites that no output needs, which the file leaves out
     floats: tuple[str, ...]  # sites of more than 8 bits, which the file computes in float
     problems: tuple[str, ...]  # sentences; the first may be the cause of others
 
