@@ -305,7 +305,8 @@ def test_answers_of_models_that_cache_are_compared(name, tmp_path):
             decoder_start_token_id=0,
         )  # fmt: skip
         model = transformers.T5ForConditionalGeneration(config)
-        batch = {"input_ids": torch.randint(60, (2, 5)), "decoder_input_ids": torch.ones(2, 4).long()}
+        source, target = torch.randint(60, (2, 5)), torch.randint(60, (2, 4))
+        batch = {"input_ids": source, "decoder_input_ids": target}
     floating, model = model.eval(), copy.deepcopy(model).eval()
     floating.config.use_cache = model.config.use_cache = True
     qt.quantize(model, 8, weight_bits=7, data=[batch])

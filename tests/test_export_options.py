@@ -183,6 +183,29 @@ def test_calls_keep_their_numbers_where_sites_are_merged(tmp_path):
     assert "two.input_quantizer.codes_1" in sites
 
 
+class Scores(nn.Module):
+    """Returns what it multiplies transposed, too, as CLIP does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x):
+        one, two = self.one(x).sigmoid(), self.two(x).sigmoid()
+        return {"scores": one @ two.t(), "two": two}
+
+
+@torch.no_grad()
+def test_an_output_is_not_rounded_where_its_transpose_is(tmp_path):
+    """ONNX Runtime 1.32 does that, of a Transpose in front of a QuantizeLinear."""
+    model = qt.quantize(Scores().eval(), weight_bits=7, data=[INPUTS[Shared]])
+    qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
+    found = onnx_files.run(tmp_path / "model.onnx", {"x": INPUTS[Shared]})
+    for name, expected in model(INPUTS[Shared]).items():
+        np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-5)
+    assert qt.verify(tmp_path / "model.onnx", model, [INPUTS[Shared]]).passed
+
+
 def test_texts_of_any_length(tmp_path):
     model = quantized(Words)
     path = tmp_path / "model.onnx"

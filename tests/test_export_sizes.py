@@ -139,8 +139,8 @@ def test_files_run_at_every_pair_of_lengths(name, tmp_path):
     qt.export_onnx(model, example, path, dynamic=dynamic)
     export_float(floating, example, tmp_path / "float.onnx", dynamic=dynamic)
     graph = onnx.load(path).graph
-    sizes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input]
-    assert [" ".join(map(str, shape)) for shape in sizes] == names
+    shapes = [value.type.tensor_type.shape.dim for value in graph.input]
+    assert [" ".join(str(d.dim_param or d.dim_value) for d in shape) for shape in shapes] == names
     wanted = {"logits", "encoder_last_hidden_state", "output"}
     assert {value.name for value in graph.output} <= wanted
     file, float_file = OnnxModel(path), OnnxModel(tmp_path / "float.onnx")
