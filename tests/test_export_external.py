@@ -111,30 +111,3 @@ def test_threads_write_one_file_at_a_time(tmp_path):
     text = (tmp_path / "file").read_text()
     assert text in {f"{number}" * 1000 for number in range(4)}
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_call_from_another_thread_is_refused(tmp_path):
-    said = []
-
-    class Slow(nn.Linear):
-        def forward(self, x):
-            if torch.compiler.is_exporting():
-                thread = threading.Thread(target=call)
-                thread.start()
-                thread.join()
-            return super().forward(x)
-
-    def call():
-        try:
-            model(x)
-        except RuntimeError as error:
-            said.append(str(error))
-
-    x = torch.randn(4, 8)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
-    model[1].forward = Slow(8, 8).forward
-    qt.quantize(model, data=[x])
-    expected = model(x)
-    qt.export_onnx(model, x, tmp_path / "model.onnx")
-    assert said == ["Sequential is being exported in another thread: call it afterwards"]
-    assert torch.equal(model(x), expected)

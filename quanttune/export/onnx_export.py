@@ -1,9 +1,7 @@
 """Write a quantized model to an ONNX file."""
 
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,8 +42,10 @@ def export_onnx(
 
     Where the sizes of two inputs may differ, so do the names: a decoder's second dimension is
     decoder_input_ids_tokens beside the encoder's tokens. What the model's code fixes, such as the
-    channels of images beside texts, stays fixed, with a warning. Meanwhile calls from other threads
-    are refused; those under way when it begins may fail.
+    channels of images beside texts, stays fixed, with a warning.
+
+    Meanwhile no other thread may call a module, of this model or another one: torch.export takes
+    all calls of the process for those that it traces, and either may fail.
 
     At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
 
@@ -87,10 +87,7 @@ def traced(
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with (
-        torch.no_grad(), evaluating(model), _alone(model), without_caches(model),
-        integer_weights(model),
-    ):  # fmt: skip
+    with torch.no_grad(), evaluating(model), without_caches(model), integer_weights(model):
         program = torch.export.export(
             model,
             args,
@@ -100,24 +97,6 @@ def traced(
         )
     check_free(program, dynamic)
     return program
-
-
-@contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
-    """Refuse calls of other threads, which would meet tensors that hold no numbers."""
-    own = threading.get_ident()
-
-    def check(*_: Any) -> None:
-        if threading.get_ident() != own:
-            raise RuntimeError(
-                f"{type(model).__name__} is being exported in another thread: call it afterwards"
-            )
-
-    handle = model.register_forward_pre_hook(check, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _translated(
