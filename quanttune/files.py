@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; what is there becomes the file when it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a name to write to; what is there becomes the file when it is on the disk.
+
+    The name is nobody else's: threads of a process, and containers that share a disk and number
+    their processes alike, may write one file at a time. The last one's is there in the end, whole.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield partial
         sync(partial)

@@ -12,8 +12,8 @@ import onnx_files
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case, run
-from models import MODELS
+from cases import LOADERS, bert_case, run, save_tokenizer
+from models import MODELS, gpt2
 
 import quanttune as qt
 from quanttune.export.float_export import export_float
@@ -262,3 +262,60 @@ def test_what_does_not_fit_is_refused(calibrated):
         run("bench", calibrated.folder / "float", "--onnx", file)
     with pytest.raises(ValueError, match="does not say how it was quantized"):
         run("bench", calibrated.folder / "w8a8", "--onnx", calibrated.folder / "float.onnx")
+
+
+def llama(folder):
+    """Save a language model that caches, two queries of which share a key."""
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def test_a_language_model_that_caches_is_timed(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    llama(tmp_path / "float")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
+    # 7 bits, so that no processor's products saturate
+    qt.quantize(model, 8, weight_bits=7, data=[torch.randint(60, (4, 8))])
+    assert model.config.use_cache
+    model.save_pretrained(tmp_path / "w8a8")
+    save_tokenizer(tmp_path / "w8a8")
+    run("export", tmp_path / "w8a8", "--out", tmp_path / "model.onnx")
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    arguments = "--onnx", tmp_path / "model.onnx", "--batch-size", 3, "--threads", 1
+    result = run("bench", tmp_path / "w8a8", *arguments, "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["inputs"]["input_ids"] == [3, TOKENS]
+    result = run("verify", tmp_path / "w8a8", "--onnx", tmp_path / "model.onnx")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_answers_of_models_that_cache_are_compared(name, tmp_path):
+    torch.manual_seed(0)
+    if name == "gpt2":
+        model, batch = gpt2().model, {"input_ids": torch.randint(60, (2, 5))}
+    else:
+        config = transformers.T5Config(
+            vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        model = transformers.T5ForConditionalGeneration(config)
+        source, target = torch.randint(60, (2, 5)), torch.randint(60, (2, 4))
+        batch = {"input_ids": source, "decoder_input_ids": target}
+    floating, model = model.eval(), copy.deepcopy(model).eval()
+    floating.config.use_cache = model.config.use_cache = True
+    qt.quantize(model, 8, weight_bits=7, data=[batch])
+    dynamic = {0: "batch", 1: "tokens"}
+    qt.export_onnx(model, batch, tmp_path / "integer.onnx", dynamic=dynamic)
+    export_float(floating, batch, tmp_path / "float.onnx", dynamic=dynamic)
+    files = [tmp_path / f"{kind}.onnx" for kind in ("float", "integer")]
+    check_answers(*files, floating, model, batch)
+    with torch.no_grad():
+        floating.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"float.onnx is not timed.* logits is"):
+        check_answers(*files, floating, model, batch)

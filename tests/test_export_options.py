@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import quanttune as qt
-from quanttune.export import onnx_export
+from quanttune.export import external_data
 from quanttune.export.integer_weights import integer_weights
 from quanttune.quantization.insertion import quantizers, weight_quantizers
 
@@ -183,6 +183,29 @@ def test_calls_keep_their_numbers_where_sites_are_merged(tmp_path):
     assert "two.input_quantizer.codes_1" in sites
 
 
+class Scores(nn.Module):
+    """Returns what it multiplies transposed, too, as CLIP does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x):
+        one, two = self.one(x).sigmoid(), self.two(x).sigmoid()
+        return {"scores": one @ two.t(), "two": two}
+
+
+@torch.no_grad()
+def test_an_output_is_not_rounded_where_its_transpose_is(tmp_path):
+    """ONNX Runtime 1.32 does that, of a Transpose in front of a QuantizeLinear."""
+    model = qt.quantize(Scores().eval(), weight_bits=7, data=[INPUTS[Shared]])
+    qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
+    found = onnx_files.run(tmp_path / "model.onnx", {"x": INPUTS[Shared]})
+    for name, expected in model(INPUTS[Shared]).items():
+        np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-5)
+    assert qt.verify(tmp_path / "model.onnx", model, [INPUTS[Shared]]).passed
+
+
 def test_texts_of_any_length(tmp_path):
     model = quantized(Words)
     path = tmp_path / "model.onnx"
@@ -193,10 +216,14 @@ def test_texts_of_any_length(tmp_path):
 
 
 def test_large_tensors_lie_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST", 100)
+    monkeypatch.setattr(external_data, "LARGEST", 100)
     model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[INPUTS[Shared]])
     qt.export_onnx(model, INPUTS[Shared], tmp_path / "model.onnx")
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    (beside,) = external_data.tensor_files(tmp_path / "model.onnx")
+    assert {*tmp_path.iterdir()} == {tmp_path / "model.onnx", beside}
+    assert beside.name.startswith("model.onnx.")
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert external_data.size_of(tmp_path / "model.onnx") == sum(sizes)
     assert_runs_alike(model, tmp_path / "model.onnx", INPUTS[Shared])
 
 

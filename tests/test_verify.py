@@ -11,12 +11,14 @@ import onnx
 import onnx_files
 import pytest
 import torch
+import transformers
 from models import Example, Shared, shallow
 from onnx import helper, numpy_helper
 from torch import nn
 
 import quanttune as qt
-from quanttune.export import onnx_export
+from quanttune.export import external_data
+from quanttune.inference.onnx_model import OnnxModel
 from quanttune.quantization.insertion import quantizers
 from quanttune.verification.agreement import Distances, Layer, compare_codes
 from quanttune.verification.simulated_codes import NOISE, noise
@@ -235,6 +237,23 @@ def test_a_site_that_is_not_in_the_file_is_named(changed):
     assert f"the file does not round at {gone}" in qt.verify(path, model, [inputs]).problems
 
 
+def test_a_site_that_no_output_needs_is_no_problem(tmp_path):
+    class Pooled(Shared):
+        def forward(self, x):
+            self.pooler(x)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, inputs = Pooled().eval(), torch.randn(6, 8)
+    model.pooler = nn.Linear(8, 8)
+    qt.quantize(model, weight_bits=7, data=[inputs])
+    qt.export_onnx(model, inputs, tmp_path / "model.onnx")
+    found = qt.verify(tmp_path / "model.onnx", model, [inputs])
+    assert found.problems == ()
+    assert set(found.unused) == {f"pooler.{end}_quantizer.codes" for end in ("input", "output")}
+    assert "2 more round what no output needs" in str(found)
+
+
 def test_an_output_that_no_code_decides_is_compared(changed):
     change = both(setting("head.bias", lambda x: x + 0.3), renaming("head.bias"))
     model, inputs, path = changed(change, "shared", {"coverage": "linear"})
@@ -293,12 +312,12 @@ def test_a_truncated_file_is_refused(share, made, tmp_path):
 
 
 def test_tensors_beside_the_file_are_read_and_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST", 100)
+    monkeypatch.setattr(external_data, "LARGEST", 100)
     inputs, path = torch.randn(4, 8), tmp_path / "model.onnx"
-    model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[inputs])
+    model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), weight_bits=7, data=[inputs])
     qt.export_onnx(model, inputs, path)
     assert qt.verify(path, model, [inputs]).passed
-    beside = tmp_path / "model.onnx.data"
+    (beside,) = external_data.tensor_files(path)
     beside.write_bytes(beside.read_bytes()[:-40])
     for _ in ("truncated", "missing"):
         with pytest.raises(ValueError, match=r"model.onnx is no whole ONNX file"):
@@ -365,9 +384,17 @@ def unreadable(path):
     onnx.save(file, path)
 
 
+def endless(path):
+    stranger(path)
+    file = onnx.load(path)
+    helper.set_model_props(file, {"quantization_config": "[" * 100_000})
+    onnx.save(file, path)
+
+
 @pytest.mark.parametrize(
     ("write", "error", "message"),
     [
+        (endless, ValueError, "x.onnx: the quantization is no JSON: maximum recursion"),
         (lambda path: None, FileNotFoundError, "there is no file .*x.onnx"),
         (lambda path: path.write_text("text"), ValueError, "x.onnx is no whole ONNX file"),
         (stranger, ValueError, "was not written by export_onnx"),
@@ -390,6 +417,55 @@ def test_what_cannot_be_compared_is_refused(made):
     with pytest.raises(ValueError, match="ONNX Runtime refuses the inputs"):
         # the file takes (batch, 8), and the model anything before 8
         qt.verify(path, model, [inputs.view(2, 8, 8)])
+
+
+def test_what_fails_while_it_runs_is_refused(tmp_path):
+    """ONNX Runtime has a kind of error of its own for that."""
+    shape = numpy_helper.from_array(np.array([3, -1]), "shape")
+    x, y = (helper.make_tensor_value_info(name, 1, ["n"]) for name in "xy")
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    y.type.tensor_type.shape.dim.add()
+    file = helper.make_model(
+        helper.make_graph([node], "g", [x], [y], [shape]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    assert OnnxModel(file)(torch.arange(6.0))["y"].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"ONNX Runtime refuses the inputs: .*Reshape"):
+        OnnxModel(file)(torch.arange(7.0))
+
+
+@pytest.mark.parametrize(("heads", "mask"), [(1, True), (2, True), (2, False), (4, True)])
+def test_keys_that_a_group_shares_are_compared(heads, mask, tmp_path):
+    """The file repeats them before it rounds, and the simulation where padding is masked."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=heads, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def batch(rows, tokens, padding=0):
+        found = {"input_ids": torch.randint(60, (rows, tokens))}
+        if mask:
+            found["attention_mask"] = torch.ones_like(found["input_ids"])
+            found["attention_mask"][0, tokens - padding :] = 0
+        return found
+
+    qt.quantize(model, 8, weight_bits=7, coverage="full", data=[batch(4, 9)])
+    path = tmp_path / "model.onnx"
+    qt.export_onnx(model, batch(2, 6), path, dynamic={0: "batch", 1: "tokens"})
+    for sizes in ((2, 6), (1, 1), (1, 5), (3, 12), (3, 7, 2)):
+        found = qt.verify(path, model, [batch(*sizes)])
+        assert found.problems == ()
+        (key,) = (x for x in found.layers if x.site.endswith("attention0_key_quantizer"))
+        assert key.values == sizes[0] * 4 * sizes[1] * 4
+        assert key.differ < 0.05
+    key = quantizers(model)["model.layers.0.self_attn.attention0_key_quantizer"]
+    key.scale.mul_(1.25)
+    problems = qt.verify(path, model, [batch(2, 6)]).problems
+    assert "attention0_key_quantizer: the scale is" in problems[0]
+    assert any("is the first layer that disagrees" in problem for problem in problems)
 
 
 def test_the_model_is_left_as_it_was(made):

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .onnx_export import BATCH, output_names, traced, write
+from .external_data import write
+from .onnx_export import BATCH, converted, traced
 from .requirements import check_example
 
 
@@ -30,9 +31,8 @@ def export_float(
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     args, kwargs = check_example(example_inputs, dynamic)
-    program = traced(model, args, kwargs, dynamic)
-    exported: Any = torch.onnx.export(
-        program, opset_version=opset, output_names=output_names(program), verbose=False
-    )
+    # the others' results lie in memory otherwise than those of the products that a file has
+    with sdpa_kernel(SDPBackend.MATH):
+        exported = converted(traced(model, args, kwargs, dynamic), opset)
     ClearMetadataAndDocStringPass()(exported.model)
     write(exported.model, path)

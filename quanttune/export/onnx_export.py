@@ -1,8 +1,7 @@
 """Write a quantized model to an ONNX file."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,15 +10,17 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..files import replacing
 from ..quantization.description import describe
 from ..quantization.passes import evaluating
 from ..quantization.storage import KEY
+from .caches import without_caches
+from .dimensions import check_free, names_of
+from .external_data import write
 from .integer_weights import integer_weights
 from .requirements import check_example, check_model, check_path, check_types
 
 BATCH = MappingProxyType({0: "batch"})
-LARGEST = 2**31 - 2**20  # bytes of tensors in a file; protobuf allows 2 GiB of everything
+_CHECK = torch.ops.aten._assert_scalar.default  # such as that texts hold a token for each patch
 
 
 def export_onnx(
@@ -36,8 +37,15 @@ def export_onnx(
     Weights are stored as int8, those of Linear modules as (inputs, outputs). The codes of an
     activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
     than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
-    have the first one's name. The keys and values of a language model's cache are no outputs. The
-    metadata hold the recipe, as `quanttune.save` writes it.
+    have the first one's name. Keys and values of caches are no outputs. The metadata hold the
+    recipe, as `quanttune.save` writes it.
+
+    Where the sizes of two inputs may differ, so do the names: a decoder's second dimension is
+    decoder_input_ids_tokens beside the encoder's tokens. What the model's code fixes, such as the
+    channels of images beside texts, stays fixed, with a warning.
+
+    Meanwhile no other thread may call a module, of this model or another one: torch.export takes
+    all calls of the process for those that it traces, and either may fail.
 
     At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
 
@@ -46,7 +54,7 @@ def export_onnx(
         example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
             (passed as keywords), or a tuple or list, whose first element is taken.
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
-            a file whose name ends in .data.
+            a file that is named after it and them (.onnx.<digest>.data), and replaced with it.
         act_dtype: type of the codes of activations. "uint8" (zero point 128) is for ONNX Runtime,
             "int8" (zero point 0) for runtimes such as TensorRT.
         opset: version of the operators, 18 to 21; with int8 to 20.
@@ -55,7 +63,8 @@ def export_onnx(
 
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
-            not fit. OSError: the file cannot be written.
+            not fit, or the model's code fixes a dimension in all inputs. OSError: the file cannot
+            be written.
     """
     path = Path(path)
     check_path(path)
@@ -72,19 +81,22 @@ def traced(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Mapping[int, str]
 ) -> torch.export.ExportedProgram:
     """Trace a model in evaluation mode; if it is quantized, with integer weights."""
-    # not torch.export.Dim(name), which would have to know how many tokens a model takes
-    size = torch.export.Dim.DYNAMIC
+    # not torch.export.Dim(name), which would have to know how many tokens a model takes; nor
+    # DYNAMIC, with which texts beside images could not have tokens, whose channels are fixed
+    size = torch.export.Dim.AUTO
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with torch.no_grad(), evaluating(model), _without_cache(model), integer_weights(model):
-        return torch.export.export(
+    with torch.no_grad(), evaluating(model), without_caches(model), integer_weights(model):
+        program = torch.export.export(
             model,
             args,
             kwargs,
             dynamic_shapes=shapes[0] or shapes[1],
             strict=False,  # else the functional sites would not be seen
         )
+    check_free(program, dynamic)
+    return program
 
 
 def _translated(
@@ -98,31 +110,23 @@ def _translated(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
     table = translations(getattr(onnxscript, f"opset{opset}"), act_dtype)
-    exported: Any = torch.onnx.export(
-        program,
-        custom_translation_table=table,
-        opset_version=opset,
-        output_names=output_names(program),
-        optimize=False,
-        verbose=False,
-    )
+    exported = converted(program, opset, custom_translation_table=table, optimize=False)
     name_codes(exported.model.graph)
     exported.optimize()
-    model = exported.model
-    found = {
-        str(value.shape[axis]): name
-        for value in model.graph.inputs
-        for axis, name in dynamic.items()
-        if axis < len(value.shape)
-    }
-    finish(model, found)
-    return model
+    finish(exported.model, names_of(exported.model.graph.inputs, dynamic))
+    return exported.model
 
 
-def output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """Return the names of what a program returns."""
+def converted(program: torch.export.ExportedProgram, opset: int, **options: Any) -> Any:
+    """Return what torch.onnx makes of a program, without the checks of values that it makes."""
+    for node in program.graph.find_nodes(op="call_function", target=_CHECK):
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
     spec = program.call_spec.out_spec
-    return list(named(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+    names = list(named(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+    return torch.onnx.export(
+        program, opset_version=opset, output_names=names, verbose=False, **options
+    )
 
 
 def named(outputs: Any) -> dict[str, Any]:
@@ -137,27 +141,3 @@ def named(outputs: Any) -> dict[str, Any]:
         leaves = pytree.tree_leaves(value)
         found |= {key if len(leaves) == 1 else f"{key}_{i}": leaf for i, leaf in enumerate(leaves)}
     return found
-
-
-def write(model: Any, path: Path) -> None:
-    """Write a graph of onnx_ir, large tensors beside it."""
-    import onnx_ir as ir
-
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    beside = f"{path.name}.data" if size > LARGEST else None
-    with replacing(path) as partial:
-        ir.save(model, partial, external_data=beside)
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Keep a language model from returning the keys and values of each layer."""
-    config: Any = getattr(model, "config", None)
-    uses_cache = getattr(config, "use_cache", None)
-    if uses_cache:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if uses_cache:
-            config.use_cache = uses_cache

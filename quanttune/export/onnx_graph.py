@@ -69,6 +69,8 @@ def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
     def named(size: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(size, int) or size.value is None:
             return size if isinstance(size, int) else None
+        if size.value.isdigit():  # of a trace that found only later that it is fixed
+            return int(size.value)
         return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
 
     for value in _values(graph):
@@ -95,22 +97,31 @@ def _keep_floats(graph: ir.Graph) -> None:
     """Put a Max that changes nothing behind what is to be computed in float.
 
     ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
-    what is simulated, and of a convolution whose weight it then rounds to 8 bits itself.
+    what is simulated, and of a convolution whose weight it then rounds to 8 bits itself. An output
+    of the graph it returns rounded, where a transposed copy of it is rounded.
     """
     lowest = ir.Value(name=LOWEST, const_value=ir.tensor(np.float32(-np.inf), name=LOWEST))
     for node in graph:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
-            output = node.outputs[0]
-            rounded = [use for use in output.uses() if use[0].op_type == "QuantizeLinear"]
-            if not rounded:
-                continue
-            greatest = ir.node("Max", [output, lowest])
-            greatest.outputs[0].shape, greatest.outputs[0].type = output.shape, output.type
-            for reader, index in rounded:
-                reader.replace_input_with(index, greatest.outputs[0])
-            graph.insert_after(node, greatest)
-            graph.initializers[LOWEST] = lowest
+            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
+        for output in node.outputs:
+            if output.is_graph_output() and output.dtype == ir.DataType.FLOAT:
+                _keep_float(graph, output, "Transpose", lowest)
+
+
+def _keep_float(graph: ir.Graph, value: ir.Value, reader_type: str, lowest: ir.Value) -> None:
+    """Let the readers of one type take a value through a Max."""
+    readers = [use for use in value.uses() if use[0].op_type == reader_type]
+    producer = value.producer()
+    if not readers or producer is None:
+        return
+    greatest = ir.node("Max", [value, lowest])
+    greatest.outputs[0].shape, greatest.outputs[0].type = value.shape, value.type
+    for reader, index in readers:
+        reader.replace_input_with(index, greatest.outputs[0])
+    graph.insert_after(producer, greatest)
+    graph.initializers[LOWEST] = lowest
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:

@@ -57,19 +57,17 @@ class OnnxModel:
             options.optimized_model_filepath = str(optimized)
         is_file = isinstance(model, (str, Path))
         source = str(model) if is_file else model.SerializeToString()
-        refusals = (
-            states.Fail, states.InvalidGraph, states.InvalidArgument, states.InvalidProtobuf,
-            states.NoSuchFile, states.NotImplemented,
-        )  # fmt: skip
+        # they have no class in common
+        kinds = [kind for kind in vars(states).values() if isinstance(kind, type)]
+        self._refusals = tuple(kind for kind in kinds if issubclass(kind, Exception))
         try:
             self._session = onnxruntime.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"]
             )
-        except refusals as error:
+        except self._refusals as error:
             if is_file:
                 read(model)  # says what is wrong with the file
             raise ValueError(f"ONNX Runtime refuses the model: {error}") from error
-        self._refusals = states.InvalidArgument, states.RuntimeException
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..export.onnx_export import LARGEST
+from ..export.external_data import LARGEST
 from ..export.onnx_graph import PRODUCTS
 from .onnx_model import OnnxModel, read
 from .operands import FLOAT, PROBABILITIES, WIDE, Operand, Operands

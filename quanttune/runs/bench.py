@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.environment import environment
+from ..export.external_data import size_of
 from ..export.float_export import export_float
 from ..inference.answers import check_answers
 from ..inference.latency import compare
@@ -62,7 +63,7 @@ def bench(
             progress(f"timing, {count} thread{'s' * (count > 1)}", 2 + i, steps)
             latency[count] = _latency(files, batch, count)
         progress("timing", steps, steps)
-        sizes = {name: _bytes(path) for name, path in files.items()}
+        sizes = {name: size_of(path) for name, path in files.items()}
     facts = environment()
     return {
         "file": str(file),
@@ -107,9 +108,3 @@ def _latency(
         name: {**asdict(timing), "rows_per_second": 1e3 * rows / timing.milliseconds}
         for name, timing in compare(files, batch, threads, SECONDS).items()
     }
-
-
-def _bytes(path: Path) -> int:
-    """Return the size of a file and of the tensors beside it."""
-    beside = path.with_name(f"{path.name}.data")
-    return sum(part.stat().st_size for part in (path, beside) if part.exists())

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..export.external_data import size_of
 from ..export.onnx_export import BATCH, export_onnx
 from . import models
 from .inputs import Source, find
@@ -34,7 +35,7 @@ def export(
         "task": source.task,
         "model": source.origin,
         "inputs": {name: list(x.shape) for name, x in inputs.items()},
-        "bytes": out.stat().st_size,
+        "bytes": size_of(out),
     }
 
 

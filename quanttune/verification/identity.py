@@ -32,7 +32,7 @@ def check_description(model: nn.Module, file: "onnx.ModelProto", path: Path) -> 
         )
     try:
         said = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: the quantization is no JSON: {error}") from error
     check(said)
     own = json.loads(json.dumps(describe(model)))

@@ -21,6 +21,7 @@ class Rounding:
     codes: str  # name of what it returns: <site>.codes, of later calls <site>.codes_1, ...
     dtype: np.dtype[Any]  # of the codes
     grids: tuple[Grid, ...]  # its own, and those of the nodes that make floats of its codes
+    shape: tuple[int, ...]  # as the file declares it; 0 where any size may be
 
     @property
     def site(self) -> str:
@@ -47,13 +48,15 @@ def roundings(
 ) -> Iterator[Rounding]:
     """Yield where a graph rounds, in the order in which it computes."""
     readers = _readers(model)
+    declared = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
     for node in model.graph.node:
         codes = node.output[0]
         if node.op_type == "QuantizeLinear" and CODES in codes:
             nodes = [node, *(n for n in readers[codes] if n.op_type == "DequantizeLinear")]
             grids = tuple(_grid(n, tensors) for n in nodes)
             zero_point = tensors.get("".join(node.input[2:]), np.uint8(0))
-            yield Rounding(codes, zero_point.dtype, grids)
+            shape = tuple(size.dim_value for size in declared.get(codes, ()))
+            yield Rounding(codes, zero_point.dtype, grids, shape)
 
 
 def fed(codes: str) -> str:

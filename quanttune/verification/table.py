@@ -32,6 +32,8 @@ def _layers(found: "Verification") -> str:
     text = f"{len(found.layers)} layers on the same codes before them, {same} without a difference"
     if found.merged:
         text += f"; {len(found.merged)} more round as another one does"
+    if found.unused:
+        text += f"; {len(found.unused)} more round what no output needs, and are not in the file"
     if found.floats:
         text += f"; {len(found.floats)} of more than 8 bits are computed in float, and not compared"
     return text

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..export.caches import without_caches
 from ..export.requirements import check_model
 from ..inference.onnx_model import read
 from ..quantization.passes import evaluating
@@ -34,6 +35,7 @@ class Verification:
     layers: tuple[Layer, ...]  # in the order in which they are computed
     outputs: tuple[Output, ...]
     merged: tuple[str, ...]  # sites whose codes the file takes from another one's
+    unused: tuple[str, ...]  # sites that no output needs, which the file leaves out
     floats: tuple[str, ...]  # sites of more than 8 bits, which the file computes in float
     problems: tuple[str, ...]  # sentences; the first may be the cause of others
 
@@ -77,5 +79,5 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     check_description(model, file, path)
     from .comparison import compare  # needs onnx
 
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_caches(model), torch.no_grad():
         return Verification(type(model).__name__, **compare(path, file, model, data))
