@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
 from ..losses import OutlierLoss
+from ..origins import Source
 from .padding import Padding
 from .upstream import traced_share
 
@@ -31,6 +32,7 @@ class Observation:
     statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
     version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
     awaits_gradient: bool = False
+    source: Source | None = None  # of the mask that is for it; see Layout
 
 
 @dataclass(eq=False)
