@@ -121,11 +121,19 @@ class Masks:
         return Handed(prefix, mask, found)
 
     def _prefixes(self, keys: Iterable[str]) -> set[str]:
-        return {prefix for key in keys if (prefix := self._prefix(key)) is not None}
+        found = set()
+        for key in keys:  # torch.compile reads no closures of a comprehension here
+            prefix = self._prefix(key)
+            if prefix is not None:
+                found.add(prefix)
+        return found
 
     def _prefix(self, key: str) -> str | None:
         """Return what stands before the mask's name in that of an argument; None: it is no mask."""
-        return next((key[: -len(n)] for n in self._names if key.endswith(n)), None)
+        for name in self._names:
+            if key.endswith(name):
+                return key[: -len(name)]
+        return None
 
 
 def counts_of(mask: Tensor) -> Tensor:

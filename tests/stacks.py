@@ -35,11 +35,6 @@ def padded(model: nn.Module, batch: dict[str, Tensor], **lengths: tuple[int, ...
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.5)
     alone = [
-        {key: x[i : i + 1, : lengths[key][i]] if key in lengths else x[i : i + 1]}
-        for i in range(len(SOURCE))
-        for key, x in ()
-    ]
-    alone = [
         {
             key: x[i : i + 1, : lengths[key][i]] if key in lengths else x[i : i + 1]
             for key, x in batch.items()
@@ -90,8 +85,7 @@ _LAYER: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-# as many patches, with the class token, as words
-_IMAGE = {**_LAYER, "image_size": (4, 20), "patch_size": 4}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def clip() -> Padded:
@@ -108,15 +102,15 @@ def clip() -> Padded:
 
 
 def captions() -> Padded:
-    """Return a ViT that a GPT-2 describes: patches have no mask, words do."""
-    encoder = tf.ViTConfig(**_LAYER, image_size=8, patch_size=4)
-    sizes = {"vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    decoder = tf.GPT2Config(
-        **sizes, is_decoder=True, add_cross_attention=True, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    """Return a ViT that a BERT describes: patches have no mask, words do."""
+    encoder = tf.ViTConfig(**_LAYER, image_size=8, patch_size=4, **_NO_DROPOUT)
+    decoder = tf.BertConfig(
+        **_LAYER, **_NO_DROPOUT, vocab_size=WORDS, max_position_embeddings=16, is_decoder=True,
+        add_cross_attention=True, use_cache=False,
     )  # fmt: skip
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     model = tf.VisionEncoderDecoderModel(config)
+    model.encoder.pooler = None  # whose output nobody reads
     batch = {"pixel_values": torch.randn(3, 3, 8, 8), "decoder_input_ids": words()[:, :5]}
     made = padded(model, batch, decoder_input_ids=(3, 5, 2))
     mask = made.batch["decoder_attention_mask"][:, :5]
@@ -135,6 +129,7 @@ def llava() -> Padded:
         vision_feature_layer=-1,
     )  # fmt: skip
     model = tf.LlavaForConditionalGeneration(config)
+    model.model.vision_tower.post_layernorm = nn.Identity()  # whose output nobody reads
     ids = words()[:, :5]
     ids[:, :4] = 1
     batch = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8)}

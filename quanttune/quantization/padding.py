@@ -74,10 +74,10 @@ def inside(x: Tensor, kind: str) -> Tensor | None:
         return _inside_attention(x, origin)
     origin = origin.queries if isinstance(origin, Scores) else origin
     stack = origin.of(x) if origin else None
-    if stack is None or stack.counts is None:
+    if stack is None and isinstance(known, Origins) and x.dim() == 4:
+        return _heads_tokens(x, origin, -2)  # turned by a rotary embedding
+    if stack is None or stack.counts is None or not holds_tokens(x, stack.counts.shape):
         return None
-    if not holds_tokens(x, stack.counts.shape):
-        return _heads_tokens(x, stack, -2) if x.dim() == 4 else None  # turned by a rotary embedding
     counts = stack.counts.to(x.device)
     return counts[(...,) + (None,) * (x.dim() - 2)] if x.dim() > 2 else counts.flatten()[:, None]
 
