@@ -10,7 +10,7 @@ Where modules ride (riding.py), LayerNorm and activations need no taps. Which ac
 between two sites, the forwards before the first backward tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .. import ops
 from ..losses import OutlierLoss
 from ..masks import Mask
 from . import riding
-from .hooks import Hook, make_compiler_see_hooks, recomputing
+from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .layout import Layouts
 from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
@@ -40,8 +40,10 @@ class Observers:
         loss: OutlierLoss,
         fuse: bool = False,
         mask: Mask | None = None,
+        unobserved: Sequence[str] = (),
     ) -> None:
         self.model, self.heads = model, heads
+        self.unobserved = unobserved  # modules that no hook sees; they are named
         self.loss: Any = loss  # a Ratio, where modules ride
         self.fuse = fuse
         make_compiler_see_hooks()
@@ -128,6 +130,8 @@ class Observers:
             self.unplanned = self._inside and not self._plan.is_made
             self._inside &= not self.unplanned
         elif not recomputing():
+            if self._inside:
+                refuse_compiled_parts(module)
             self.upstream.clear()  # one that failed halfway did not
             self._group = ops.StatisticsGroup() if self._inside else None
         self._plan.begin(follow=tracing and self._inside)
@@ -225,7 +229,14 @@ class Observers:
 
     def _sees(self, x: Any, site: str, whole: bool = False) -> bool:
         """Tell whether x is to be observed in the forward that is under way, and has no padding."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return False
+        if x.is_nested:
+            raise TypeError(
+                f"{site} is a nested tensor, whose samples cannot be told: give padded batches, "
+                "with a mask, while a tuner is attached"
+            )
+        if x.numel() == 0:
             return False
         if torch.compiler.is_compiling():
             return self._inside
@@ -321,7 +332,7 @@ class Observers:
         for leaf in tree_leaves(output):
             if not isinstance(leaf, Tensor):
                 continue
-            known = observation_behind(leaf) or self._known.get(leaf)
+            known = self._known.get(leaf) or observation_behind(leaf)
             if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
                 known.multiplicity = 0
                 self.heads.add(known.module)
