@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracle import Oracle, assert_near, constant, gradients, quiet
-from stacks import SOURCE, STACKS, TARGET, Padded, mask_of
+from stacks import STACKS, Padded
 from torch import Tensor, nn
 
 from quanttune import quantize

@@ -183,8 +183,8 @@ class Tuner:
     def _name_uncalled(self) -> None:
         if experts := self._observers.unobserved:
             warnings.warn(
-                f"{len(experts)} module(s) multiply by matrices that they hold in one parameter, as "
-                f"experts do: {', '.join(experts[:5])}. What goes into these products and comes "
+                f"{len(experts)} module(s) multiply by matrices that they hold in one parameter, "
+                f"as experts do: {', '.join(experts[:5])}. What goes into these products and comes "
                 "out does not count; exclude=[...] says that this is known",
                 stacklevel=3,
             )
