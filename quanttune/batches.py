@@ -58,7 +58,8 @@ def arguments_of(
 def _of_mapping(
     batch: Mapping[Any, Any], wanted: _Wanted
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if wanted.names and not wanted.by_name and not batch.keys() & {*wanted.names}:
+    known = {*wanted.names}
+    if known and not wanted.by_name and wanted.names[0] not in batch and batch.keys() - known:
         return (dict(batch),), {}  # timm's NaFlexVit takes a dictionary
     return (), dict(batch)
 
