@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class Hook:
@@ -33,3 +34,15 @@ def make_compiler_see_hooks() -> None:
 
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.reset()  # what was compiled before
+
+
+def refuse_compiled_parts(model: nn.Module) -> None:
+    """Raise a ValueError if a part of the model, and not the whole, is compiled."""
+    for name, module in model.named_modules():
+        if module is not model and (
+            isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl
+        ):
+            raise ValueError(
+                f"{name} of {type(model).__name__} is compiled by itself: what it observes cannot "
+                "be told from the others. Compile the whole model that is attached, or none of it"
+            )

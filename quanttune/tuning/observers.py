@@ -10,7 +10,7 @@ Where modules ride (riding.py), LayerNorm and activations need no taps. Which ac
 between two sites, the forwards before the first backward tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .. import ops
 from ..losses import OutlierLoss
 from ..masks import Mask
 from . import riding
-from .hooks import Hook, make_compiler_see_hooks, recomputing
+from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .layout import Layouts
 from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
@@ -40,8 +40,10 @@ class Observers:
         loss: OutlierLoss,
         fuse: bool = False,
         mask: Mask | None = None,
+        unobserved: Sequence[str] = (),
     ) -> None:
         self.model, self.heads = model, heads
+        self.unobserved = unobserved  # modules that no hook sees; they are named
         self.loss: Any = loss  # a Ratio, where modules ride
         self.fuse = fuse
         make_compiler_see_hooks()
@@ -62,6 +64,9 @@ class Observers:
         self._handles: list[Any] = [
             model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
         ]
+        for name, module in self._layouts.receivers.items():
+            hook = Hook(self._receive, name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in sites.items():
             self._handles += self._hooks_on(name, module)
         if fuse:
@@ -103,6 +108,7 @@ class Observers:
         for handle in self._handles:
             handle.remove()
         self._handles, self._last, self._pending = [], None, []
+        self._layouts.end()
         self._plan.begin(follow=False)
 
     def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
@@ -124,6 +130,8 @@ class Observers:
             self.unplanned = self._inside and not self._plan.is_made
             self._inside &= not self.unplanned
         elif not recomputing():
+            if self._inside:
+                refuse_compiled_parts(module)
             self.upstream.clear()  # one that failed halfway did not
             self._group = ops.StatisticsGroup() if self._inside else None
         self._plan.begin(follow=tracing and self._inside)
@@ -149,6 +157,12 @@ class Observers:
         self._pending, self._group = [], None
         self._layouts.end()
         self._plan.begin(follow=False)
+
+    def _receive(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._inside:
+            self._layouts.receive(name, args, kwargs)
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -178,7 +192,7 @@ class Observers:
             return plain(x)
         parameters = module.weight, module.bias, module.eps
         y = riding.RidingNorm.apply(x, *parameters, before, after, self)
-        return self._know(y, after)
+        return self._know(y, after, x)
 
     def _activation(
         self, name: str, kind: str, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor
@@ -189,11 +203,11 @@ class Observers:
         known = self._find(x)
         if name not in self._activations.riding:
             return self._activations.learn(name, known.site if known else "", plain(x))
-        after = self._new(x, "", module)
+        after = self._new(x, "", module, name)
         if after is None:
             return plain(x)
         before = known if known and known.statistics is None else None
-        return self._know(riding.RidingActivation.apply(x, kind, before, after, self), after)
+        return self._know(riding.RidingActivation.apply(x, kind, before, after, self), after, x)
 
     # ------------------------------------------------------------------------------ tensors
 
@@ -209,13 +223,20 @@ class Observers:
         padding = observation.padding
         if padding is None:
             y = x if deferred else Tap.apply(x, observation, self)
-            return self._know(y, observation)
+            return self._know(y, observation, x)
         y = padding.unpack(Tap.apply(padding.pack(x), observation, self))
-        return self._know(y, observation)
+        return self._know(y, observation, x)
 
     def _sees(self, x: Any, site: str, whole: bool = False) -> bool:
         """Tell whether x is to be observed in the forward that is under way, and has no padding."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return False
+        if x.is_nested:
+            raise TypeError(
+                f"{site} is a nested tensor, whose samples cannot be told: give padded batches, "
+                "with a mask, while a tuner is attached"
+            )
+        if x.numel() == 0:
             return False
         if torch.compiler.is_compiling():
             return self._inside
@@ -225,7 +246,7 @@ class Observers:
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
             )
         sees = self._inside or (recomputing() and self.enabled and self.model.training)
-        return sees and not (whole and self._layouts.is_padded(x))
+        return sees and not (whole and self._layouts.is_padded(x, site))
 
     def _find(self, x: Tensor) -> Observation | None:
         known = self._known.get(x)
@@ -251,23 +272,24 @@ class Observers:
         self._visit(site, None)
         return known if known.statistics is None else None
 
-    def _new(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
+    def _new(self, x: Tensor, site: str, module: nn.Module, name: str = "") -> Observation | None:
         """Return an observation of x, or of a result that has its shape; "" is no site yet."""
-        layout = self._layouts.keep(x, is_first=self._last is None)
+        layout = self._layouts.keep(x, site or name, is_first=self._last is None)
         if layout is None:
             return None
-        samples, padding = layout
+        samples, padding, source = layout
         graph = torch.is_grad_enabled()
         self.reentrant |= not graph
         known = samples, recomputing(), graph, int(site != ""), padding
         ranges = padding.ranges_in(x) if padding else None
-        observation = Observation(site, module, *known, ranges)
+        observation = Observation(site, module, *known, ranges, source=source)
         if site:
             self._count(observation)
         return observation
 
-    def _know(self, y: Tensor, observation: Observation) -> Tensor:
-        """Remember what y is to the sites that meet it from here on."""
+    def _know(self, y: Tensor, observation: Observation, x: Tensor) -> Tensor:
+        """Remember what y, which was made of x, is to the sites that meet it from here on."""
+        self._layouts.hand_on(x, y)
         observation.version = y._version
         observation.awaits_gradient = y.requires_grad and observation.graph
         self._known[y] = observation
@@ -279,10 +301,10 @@ class Observers:
         self._visit(observation.site, observation)
 
     def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
-        multiplicity = self._plan.follow(site)
+        multiplicity, source = self._plan.follow(site)
         if multiplicity == 0:
             return x
-        samples, padding = self._layouts.current(x)
+        samples, padding, _ = self._layouts.planned(x, source)
         ranges = padding.ranges_in(x) if padding else None
         options = samples, multiplicity, self.loss, self.fuse, ranges
         y = padding.pack(x) if padding else x
@@ -310,7 +332,7 @@ class Observers:
         for leaf in tree_leaves(output):
             if not isinstance(leaf, Tensor):
                 continue
-            known = observation_behind(leaf) or self._known.get(leaf)
+            known = self._known.get(leaf) or observation_behind(leaf)
             if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
                 known.multiplicity = 0
                 self.heads.add(known.module)

@@ -4,6 +4,7 @@ While it traces, nothing tells tensors apart. A forward before that has left a p
 come in which order, and how many instances of eq. 2 each new tensor stands for.
 """
 
+from ..origins import Source
 from .taps import Observation
 
 _OTHER_ORDER = (
@@ -18,7 +19,7 @@ class Plan:
     def __init__(self) -> None:
         self.always_new: set[str] = set()  # sites at which no tensor came by that was known
         self.reached: set[str] = set()  # sites at which any did
-        self._entries: list[tuple[str, int]] | None = None
+        self._entries: list[tuple[str, int, Source | None]] | None = None
         self._visits: list[tuple[str, Observation | None]] = []
         self._position: int | None = None
 
@@ -43,7 +44,9 @@ class Plan:
         """Keep the first forward's visits; its logits, with no instances, are not visited again."""
         if self._entries is None:
             self._entries = [
-                (site, observation.multiplicity if observation else 0)
+                (site, observation.multiplicity, observation.source)
+                if observation
+                else (site, 0, None)
                 for site, observation in self._visits
                 if observation is None or observation.multiplicity
             ]
@@ -51,13 +54,16 @@ class Plan:
             seen_again = {site for site, observation in self._visits if observation is None}
             self.always_new = self.reached - seen_again
 
-    def follow(self, site: str) -> int:
-        """Return how many instances the tensor at the next site, which must be this, stands for."""
+    def follow(self, site: str) -> tuple[int, Source | None]:
+        """Return how many instances the tensor at the next site, which must be this, stands for.
+
+        And the source of the mask that is for it.
+        """
         entries, position = self._entries or [], self._position
         if position is None or position >= len(entries) or entries[position][0] != site:
             raise RuntimeError(f"{site} is observed{_OTHER_ORDER}")
         self._position = position + 1
-        return entries[position][1]
+        return entries[position][1:]
 
     def check_end(self) -> None:
         """Refuse a traced forward that is shorter than the plan."""

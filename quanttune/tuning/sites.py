@@ -39,6 +39,25 @@ def find_sites(
     return sites
 
 
+def find_unobserved(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], kinds: Sequence[str]
+) -> list[str]:
+    """Return the modules that hold several matrices in one parameter, as experts do, by name.
+
+    They multiply in a function of their own, which no hook sees.
+    """
+    known = (nn.modules.conv._ConvNd, nn.Bilinear)
+    return [
+        name
+        for name, module in model.named_modules()
+        if LINEAR in kinds
+        and not isinstance(module, known)
+        and any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+        and any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+
+
 def kind_of(module: nn.Module) -> str | None:
     """Return which of KINDS a module is, if any."""
     if isinstance(module, nn.LayerNorm):

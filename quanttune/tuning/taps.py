@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
 from ..losses import OutlierLoss
+from ..origins import Source
 from .padding import Padding
 from .upstream import traced_share
 
@@ -31,6 +32,7 @@ class Observation:
     statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
     version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
     awaits_gradient: bool = False
+    source: Source | None = None  # of the mask that is for it; see Layout
 
 
 @dataclass(eq=False)
@@ -67,15 +69,35 @@ class Tap(torch.autograd.Function):
         return total, None, None
 
 
-def observation_behind(output: Tensor) -> Observation | None:
-    """Return the observation of a tap's result, also of one that was cast since.
+# what hands a tensor on as it is, in another type or shape
+_PASSING = {
+    "ToCopyBackward0", "CloneBackward0", "AliasBackward0", "ViewBackward0", "UnsafeViewBackward0",
+    "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0",
+    "ViewAsBackward0",
+}  # fmt: skip
 
-    accelerate and FSDP2 cast what a model returns.
+
+def observation_behind(output: Tensor) -> Observation | None:
+    """Return the observation of a tap's result, also of one that was handed on since.
+
+    accelerate and FSDP2 cast what a model returns; DeepSpeed's ZeRO-3 passes it through autograd
+    functions of its own, which count if the values are still the same.
     """
-    node = output.grad_fn
-    while node is not None and node.name() == "ToCopyBackward0":
-        node = node.next_functions[0][0]
-    return getattr(node, "observation", None)
+    node, custom = output.grad_fn, False
+    while node is not None and not hasattr(node, "observation"):
+        is_custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+        before = [function for function, _ in node.next_functions if function is not None]
+        if len(before) != 1 or not (is_custom or node.name() in _PASSING):
+            return None
+        node, custom = before[0], custom or is_custom
+    observation: Observation | None = getattr(node, "observation", None)
+    if observation is None or not custom:
+        return observation
+    (x,) = node.saved_tensors  # type: ignore[union-attr]
+    same = x.numel() == output.numel() and torch.equal(
+        x.to(output.dtype).flatten(), output.flatten()
+    )
+    return observation if same else None
 
 
 class PlannedTap(torch.autograd.Function):

@@ -12,10 +12,10 @@ from ..losses import OutlierLoss, find_loss
 from ..masks import Mask
 from ..reference import MAXIMUM
 from . import schedule
-from .hooks import Hook
+from .hooks import Hook, refuse_compiled_parts
 from .loss import combine, instances, outlier_loss
 from .observers import Observers
-from .sites import PAPER, find_heads, find_sites
+from .sites import PAPER, find_heads, find_sites, find_unobserved
 from .taps import Observation
 from .upstream import Upstream
 
@@ -162,7 +162,15 @@ class Tuner:
         norms = []
         for weights in ((task_weight, 0 * outlier_weight), (0.0, outlier_weight)):
             total = combine(task, outlier, *weights, upstream, count)
-            gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(
+                    total, parameters, retain_graph=True, allow_unused=True
+                )
+            except RuntimeError:
+                # Lightning's Fabric refuses a backward that is not its own. What is wrong for
+                # another reason comes up again in the user's.
+                upstream.clear()
+                return
             parts = [g.detach().float().norm() for g in gradients if g is not None]
             norms.append(torch.stack(parts).norm().item() if parts else 0.0)
         if norms[1] > LOUD * norms[0]:
@@ -173,6 +181,13 @@ class Tuner:
             )
 
     def _name_uncalled(self) -> None:
+        if experts := self._observers.unobserved:
+            warnings.warn(
+                f"{len(experts)} module(s) multiply by matrices that they hold in one parameter, "
+                f"as experts do: {', '.join(experts[:5])}. What goes into these products and comes "
+                "out does not count; exclude=[...] says that this is known",
+                stacklevel=3,
+            )
         if unreached := self._observers.unreached:
             warnings.warn(
                 f"the first forward did not call {len(unreached)} observed module(s), and may use "
@@ -249,14 +264,18 @@ def attach(
             over memory on a GPU. On a CPU it costs more than it saves.
         mask: which tokens are padding, and stay out of the statistics: the name of an argument of
             the model's forward, (samples, tokens) with 0 for padding, or a function that gets all
-            arguments by name and returns such a tensor. It holds for observed tensors of shape
-            (samples, tokens, ...) or (samples * tokens, channels). None: padding counts.
+            arguments by name and returns such a tensor. It holds for what is computed of
+            the arguments of its shape: with the default, that of a decoder is
+            `decoder_attention_mask`, and submodules that are called with a mask use theirs. Of
+            observed tensors it holds for (samples, tokens, ...) and (samples * tokens, channels).
+            None: padding counts.
         sites: the kinds of modules to observe: "linear" (Conv1D too), "layer_norm", "rms_norm".
         include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
             logits are left out in any case.
 
     Raises:
-        ValueError: an argument is out of range, nothing matches, or the model is attached already.
+        ValueError: an argument is out of range, nothing matches, the model is attached already, or
+            parts of it are compiled each by itself.
 
     Source: QuantTune, arXiv 2403.06497, eqs. 2 and 3; `balance` and `detach_deviation` are ours.
     """
@@ -268,6 +287,7 @@ def attach(
         raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
     if observe_every < 1:
         raise ValueError(f"observe_every must be at least 1, got {observe_every}")
+    refuse_compiled_parts(model)
     observers = Observers(
         model,
         find_sites(model, include, exclude, sites),
@@ -275,6 +295,7 @@ def attach(
         find_loss(loss, exact, detach_deviation, fuse),
         fuse,
         mask,
+        find_unobserved(model, include, exclude, sites),
     )
     return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every)
 
