@@ -1,9 +1,12 @@
 """Quantize a model with the ranges of a dataset. What `quanttune calibrate` does."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..progress import Progress, silent
 from ..quantization.description import describe
@@ -61,6 +64,8 @@ def _calibrate(
     if is_quantized(model):
         raise ValueError(f"{settings.model} is quantized already: give the float model")
     dynamic = quantization.get("calibrator") == DYNAMIC
+    if quantization.get("overrides"):
+        _check_overrides(model, inputs.batches(settings, model), quantization)
     wanted = not dynamic or quantization.get("methods")
     batches = inputs.batches(settings, model) if wanted else None
     quantize(model, data=batches, progress=progress, **quantization)
@@ -73,3 +78,11 @@ def _calibrate(
         publish(model.cpu(), inputs.processor, out)
     facts = {"task": inputs.task, "rows": rows, **inputs.facts, "quantization": scheme}
     return {**facts, "summary": sites.as_dict()}
+
+
+def _check_overrides(
+    model: nn.Module, batches: Iterable[Any], quantization: Mapping[str, Any]
+) -> None:
+    """Refuse patterns that match nothing before the long work: by one batch, on a copy."""
+    trial = {**quantization, "calibrator": "minmax", "methods": (), "symmetric": True}
+    quantize(copy.deepcopy(model), data=[next(iter(batches))], **trial)

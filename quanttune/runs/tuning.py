@@ -104,7 +104,10 @@ def _prepare(settings: Settings, out: Path) -> _Job:
         )
     inputs = prepare(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
-    model = models.load_model(inputs.name, inputs.config, inputs.task)
+    model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
+    if drawn:
+        more = f" and {len(drawn) - 4} more" if len(drawn) > 4 else ""
+        inputs.said.append(f"drawn at random: {', '.join(drawn[:4])}{more}")
     attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
     epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
     inputs.said.append(
