@@ -8,7 +8,7 @@ import sys
 import typer
 
 from . import analyze, bench, calibrate, demo, doctor, evaluate, export, report, tune, verify
-from .terminal import quieten, say, written
+from .terminal import quiet, say, written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,9 +32,9 @@ app.command("doctor")(doctor.run)
 
 def main() -> None:
     """Run the command line; bad arguments and interruptions end in one line, not in a traceback."""
-    quieten()
     try:
-        app()
+        with quiet():
+            app()
     except KeyboardInterrupt:
         left = f"{written[-1]} may not be whole" if written else "nothing was written"
         say(f"interrupted: {left}", "red")

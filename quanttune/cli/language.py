@@ -1,6 +1,7 @@
 """What the library says of arguments, said of options."""
 
 import re
+from functools import cache
 from typing import Any
 
 import typer
@@ -17,13 +18,9 @@ def in_options(text: str) -> str:
     `balance='initial'` becomes --balance initial, `symmetric=False` --no-symmetric, `exclude=[...]`
     --exclude. What is no option of a verb stays.
     """
-    from . import app
-
-    verbs = typer.main.get_group(app).commands.values()
-    options = {x.name: x for verb in verbs for x in verb.params if x.param_type_name == "option"}
 
     def spelled(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
+        options, name, value = _options(), found["name"], found["value"]
         option = options.get(name) or options.get(name.removesuffix("s"))
         return _spell(option, value) if option else found[0]
 
@@ -40,3 +37,12 @@ def _spell(option: Any, value: str) -> str:
         return f"no {flag}"
     values = [part.strip(" '\"") for part in value.strip("[]").split(",")]
     return " ".join(flag if part == "..." else f"{flag} {part}" for part in values)
+
+
+@cache
+def _options() -> dict[str, Any]:
+    """Return the options of all verbs by the names of their arguments."""
+    from . import app
+
+    verbs = typer.main.get_group(app).commands.values()
+    return {x.name: x for verb in verbs for x in verb.params if x.param_type_name == "option"}

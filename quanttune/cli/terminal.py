@@ -31,7 +31,8 @@ def say(line: str, style: str = "") -> None:
     console.print(in_options(line), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def quieten() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Keep other libraries' bars, warnings and logs off the terminal; say our own warnings.
 
     Their logs are left out up to warnings. Bars of downloads stay where somebody sees them.
@@ -39,10 +40,16 @@ def quieten() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    if not sys.warnoptions:  # python -W says otherwise
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = _say_warning
+    with warnings.catch_warnings():
+        if not sys.warnoptions:  # python -W says otherwise
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _say_warning
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _say_warning(
