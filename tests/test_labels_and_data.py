@@ -20,7 +20,7 @@ def names_in(folder):
     [
         (["w", "o", "r", "d", "s"], {"0": "d", "1": "o", "2": "r", "3": "s", "4": "w"}),
         ([1, 2, 3, 4, 5], {"0": "1", "1": "2", "2": "3", "3": "4", "4": "5"}),  # as many as before
-        ([1.0, 0.0], {"0": "0", "1": "1"}),  # a new head
+        ([1.0, 0.0], {f"{i}": f"LABEL_{i}" for i in range(5)}),  # numbers of its classes
         (["bad", "good"], {"0": "bad", "1": "good"}),
         ([7, 10], {"0": "7", "1": "10"}),
         ([0, 1, 2, 3, 4], {f"{i}": f"LABEL_{i}" for i in range(5)}),  # numbers are no names

@@ -30,15 +30,17 @@ def test_a_bar_ends_at_its_total(screen):
     assert "37/37" in screen.getvalue()
 
 
-@pytest.mark.parametrize("done", [0, 2])
-def test_an_error_leaves_no_bar(done, screen):
-    def fail():
-        raise ValueError
-
-    with pytest.raises(ValueError), terminal.showing() as advance:  # noqa: PT011
+def fail_in_a_bar(done):
+    with terminal.showing() as advance:
         if done:
             advance("some", done, 3)
-        fail()
+        raise ValueError("it fails")
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_error_leaves_no_bar(done, screen):
+    with pytest.raises(ValueError, match="it fails"):
+        fail_in_a_bar(done)
     assert screen.getvalue().strip() == ""
 
 
@@ -71,25 +73,28 @@ def test_an_interruption_tells_what_may_not_be_whole(monkeypatch, capsys):
     assert "interrupted: analysis may not be whole" in capsys.readouterr().out
 
 
-def test_the_first_interruption_waits_for_the_end_of_a_step(screen):
+def interrupt(steps, times):
+    """Press Ctrl-C so often after some steps, and end one more step."""
+    with stopping() as stop:
+        for _ in range(steps):
+            stop()
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        print("still here")
+        stop()
+
+
+@pytest.mark.parametrize(("steps", "times", "waits"), [(1, 1, True), (3, 2, False), (0, 1, False)])
+def test_the_first_interruption_waits_for_the_end_of_a_step(steps, times, waits, screen, capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), stopping() as stop:
-            stop()
-            os.kill(os.getpid(), signal.SIGINT)
-            assert "this step is the last" in screen.getvalue()  # nothing was raised
-            stop()
-        with pytest.raises(KeyboardInterrupt), stopping() as stop:
-            stop()
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            pytest.fail("the second acts at once")
-        with pytest.raises(KeyboardInterrupt), stopping():
-            os.kill(os.getpid(), signal.SIGINT)  # before the first step
-            pytest.fail("it acts at once")
+        with pytest.raises(KeyboardInterrupt):
+            interrupt(steps, times)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+    assert ("still here" in capsys.readouterr().out) == waits
+    assert ("this step is the last" in screen.getvalue()) == (steps > 0)
 
 
 def test_other_libraries_print_nothing(command, tmp_path):

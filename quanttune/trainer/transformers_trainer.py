@@ -131,12 +131,14 @@ class QuantTuneMixin(_AnyTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler
         if checkpoint and isinstance(schedule, LambdaLR):
-            # the optimizer has the next step's rate of the old schedule: 0 where that had ended
-            parts = zip(
-                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            )
-            for group, rate, factor in parts:
-                group["lr"] = rate * factor(schedule.last_epoch)
+            # what was loaded is the next step's rate of the old schedule: 0 where that had ended
+            rates = [
+                rate * factor(schedule.last_epoch)
+                for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell, as Trainer.training_step does, whether it will not divide the loss."""
