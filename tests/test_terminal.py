@@ -64,10 +64,10 @@ def test_only_our_warnings_are_said_and_no_logs(screen, monkeypatch, capsys):
 
 def test_an_interruption_tells_what_may_not_be_whole(monkeypatch, capsys):
     def interrupted():
+        terminal.written.append("analysis")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)
-    monkeypatch.setattr(cli, "written", ["analysis"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "interrupted: analysis may not be whole" in capsys.readouterr().out

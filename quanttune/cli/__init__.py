@@ -32,6 +32,7 @@ app.command("doctor")(doctor.run)
 
 def main() -> None:
     """Run the command line; bad arguments and interruptions end in one line, not in a traceback."""
+    written.clear()
     try:
         with quiet():
             app()
