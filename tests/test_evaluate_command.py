@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         ),
         (["--coverage", "all"], "--coverage must be one of linear, full_no_softmax, full, got"),
         (["--weights", "row"], "--weights must be one of channel, tensor, got 'row'"),
-        (["--method", "awe"], r"--method must be one of .*gptq, erq, .*, got 'awe'"),
+        (["--method", "awe"], "--method must be one of .*gptq, erq, got 'awe'"),
         (["--method", "gptq", "--method", "repq"], "comes before what rounds it: repq, gptq"),
     ]:
         with pytest.raises(ValueError, match=message):
