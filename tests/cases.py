@@ -1,6 +1,7 @@
 """Tiny models with a tokenizer or image processor, and data in files, for the command line."""
 
 import csv
+import hashlib
 import json
 
 import numpy as np
@@ -27,6 +28,18 @@ def run(*arguments):
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def tune(*arguments):
+    return run("tune", *arguments)
+
+
+def contents(folder):
+    """Return the hash of every file of the final model."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / "model").iterdir()
+    }
 
 
 def save_tokenizer(folder):

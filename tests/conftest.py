@@ -67,3 +67,34 @@ def with_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def bert(tmp_path, cache):
+    """Return the folder of a BERT without dropout, for 5 labels."""
+    from cases import save_tokenizer
+    from models import MODELS
+
+    MODELS["bert"]().model.save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def command(bert, tmp_path):
+    """Return the arguments of a run that works."""
+    from cases import write_csv
+
+    rows = [(f"w{i} w1", i % 5) for i in range(8)]
+    write_csv(tmp_path / "data.csv", ("text", "label"), rows)
+    return [
+        str(bert), "--data", str(tmp_path / "data.csv"), "--out", str(tmp_path / "run"),
+        "--steps", "2", "--batch-size", "4",
+    ]  # fmt: skip

@@ -167,3 +167,10 @@ def test_models_without_layer_norm_have_a_page(make, blocks, tmp_path):
     assert len(found["models"][0]["blocks"]) == blocks
     _, page = write_report(found, tmp_path, "analysis.json")
     assert ("has no repeated blocks with a norm" in page.read_text()) is (blocks == 0)
+
+
+def test_an_analysis_is_not_overwritten(tmp_path):
+    (tmp_path / "analysis.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an analysis: choose another --out"):
+        run("analyze", "digits", "--out", tmp_path)
+    assert (tmp_path / "analysis.json").read_text() == "{}"

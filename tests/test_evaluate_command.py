@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import quanttune as qt
 from quanttune.runs.evaluation import beside
 from quanttune.runs.inputs import find
+from quanttune.runs.publication import held
 from quanttune.runs.settings import Settings
 
 
@@ -421,8 +422,15 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         (["--override", "head"], "--override takes PATTERN=BITS or PATTERN=float, got 'head'"),
         (["--override", "head=int8"], "got 'head=int8'"),
         (["--override", "head=4"], "override 'head' matches no quantizer"),
-        (["--calibrator", "best"], "calibrator must be one of minmax"),
-        (["--method", "awe"], r"methods must be of .*gptq, erq, .*, got 'awe'"),
+        (["--override", "head=4", "--calibrator", "dynamic"], "'head' matches no quantizer"),
+        (["--calibrator", "best"], r"--calibrator must be one of minmax, .*dynamic, got 'best'"),
+        (
+            ["--calibrator", "kl", "--no-symmetric"],
+            r"--calib.* minmax, .* with --no-symmetric, got",
+        ),
+        (["--coverage", "all"], "--coverage must be one of linear, full_no_softmax, full, got"),
+        (["--weights", "row"], "--weights must be one of channel, tensor, got 'row'"),
+        (["--method", "awe"], "--method must be one of .*gptq, erq, got 'awe'"),
         (["--method", "gptq", "--method", "repq"], "comes before what rounds it: repq, gptq"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -435,8 +443,10 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     again = ["calibrate", out, *data, "--out", tmp_path / "again"]
     with pytest.raises(ValueError, match="is quantized already: give the float model"):
         run(*again)
+    with held(tmp_path / ".again"), pytest.raises(ValueError, match="another process is at work"):
+        run("calibrate", tmp_path / "model", *data, "--out", tmp_path / "again")
     (tmp_path / "other.csv").write_text("text,label\nw1,0\nw2,7\n")
-    with pytest.raises(ValueError, match=r"labels of the data \(0, 1, 2, 3, 4\) are not those"):
+    with pytest.raises(ValueError, match=r"labels of the data \(0, 7\) are not those"):
         run("evaluate", out, "--data", tmp_path / "other.csv")
 
 

@@ -36,7 +36,7 @@ def batch_of(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in data]) for key in data[0]}
 
 
-def trainer(folder, model, data, tuning=TUNING, **arguments) -> QuantTuneTrainer:
+def trainer(folder, model, data, tuning=TUNING, measured=None, **arguments) -> QuantTuneTrainer:
     settings = {
         "max_steps": 1,
         "learning_rate": 0.1,
@@ -53,7 +53,9 @@ def trainer(folder, model, data, tuning=TUNING, **arguments) -> QuantTuneTrainer
         **arguments,
     }
     options = TrainingArguments(str(folder), **settings)
-    return QuantTuneTrainer(model=model, args=options, train_dataset=data, tuning=tuning)
+    return QuantTuneTrainer(
+        model=model, args=options, train_dataset=data, eval_dataset=measured, tuning=tuning
+    )
 
 
 def parameters(model) -> dict[str, Tensor]:

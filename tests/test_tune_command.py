@@ -1,6 +1,5 @@
 """`quanttune tune`: what it trains and writes, and that a killed run ends as if it had not been."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -9,22 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 import transformers
-from cases import LOADERS, opt_case, save_tokenizer, some_words, write_csv
-from models import MODELS, WORDS
+from cases import LOADERS, contents, opt_case, save_tokenizer, some_words, tune, write_csv
+from models import WORDS
 from oracle import assert_near, constant, quiet
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
-from typer.testing import CliRunner
 
-from quanttune import cli
 from quanttune.runs.models import match_labels, resolve
 
 pytestmark = quiet
-runner = CliRunner()
 # ------------------------------------------------------------------ killed and resumed
 
 STEPS = ["--steps", "30", "--batch-size", "4", "--save-steps", "6", "--learning-rate", "1e-3"]
@@ -87,14 +82,6 @@ def lanes(tmp_path_factory):
     }
 
 
-def contents(folder):
-    """Return the hash of every file of the final model."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (folder / "model").iterdir()
-    }
-
-
 @pytest.mark.parametrize("name", [name for name in LANES if "not at all" not in name])
 def test_a_killed_run_ends_with_the_same_bits(name, lanes):
     whole = lanes["not at all, otherwise" if "otherwise" in name else "not at all"]
@@ -150,27 +137,6 @@ def test_it_says_where_it_goes_on(name, text, lanes):
 # ------------------------------------------------------------------ what is trained
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def bert(tmp_path, cache):
-    """Return the folder of a BERT without dropout, for 5 labels."""
-    torch.manual_seed(0)
-    MODELS["bert"]().model.save_pretrained(tmp_path / "bert")
-    save_tokenizer(tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-def tune(*arguments):
-    result = runner.invoke(cli.app, ["tune", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 @pytest.mark.parametrize("case", LOADERS)
 def test_a_step_is_that_of_a_plain_loop(case, tmp_path, cache):
     data, rows, batch = case(tmp_path)
@@ -216,6 +182,10 @@ def config_of(*names, architecture="ViTForImageClassification"):
         (["Cat", "Dog"], ["0", "1", "2"], True, []),
         (["crane", "cat", "crane"], ["crane", "cat", "crane"], False, [0, 1, 2]),
         (["crane", "cat", "crane"], ["cat"], False, []),
+        (["1", "0"], ["0", "1"], True, [1, 0]),  # numbers that are names
+        (["1 star", "2 stars"], ["1", "2"], True, []),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "2"], True, [0, 2]),
+        (["LABEL_0", "LABEL_1"], ["1", "2"], True, [0, 1]),
         # two of ImageNet's classes, by their ids
         ([f"class {i}" for i in range(1000)], ["n01443537", "n01440764"], False, [1, 0]),
     ],
@@ -237,17 +207,6 @@ def test_names_of_timm_become_ids_of_their_weights(tmp_path):
 
 
 # ------------------------------------------------------------------ what is refused
-
-
-@pytest.fixture
-def command(bert, tmp_path):
-    """Return the arguments of a run that works."""
-    rows = [(f"w{i} w1", i % 5) for i in range(8)]
-    write_csv(tmp_path / "data.csv", ("text", "label"), rows)
-    return [
-        str(bert), "--data", str(tmp_path / "data.csv"), "--out", str(tmp_path / "run"),
-        "--steps", "2", "--batch-size", "4",
-    ]  # fmt: skip
 
 
 def test_a_dry_run_checks_and_writes_nothing(command, tmp_path):
@@ -316,7 +275,11 @@ def test_a_checkpoint_that_lost_a_file_is_skipped(command, tmp_path):
         (["--trainer", "save_total_limit=1"], "save_total_limit must be 2 or more, got 1"),
         (["--steps", "0"], "steps must be 1 or more, got 0"),
         (["--alpha", "2"], "alpha must be from 0 to 1"),
-        (["--balance", "some"], "balance must be one of none, initial"),
+        (["--balance", "some"], "--balance must be one of none, initial, got 'some'"),
+        (["--loss", "ratios"], "--loss must be one of ratio, .*, got 'ratios'"),
+        (["--decay", "slow"], "decay must be one of linear"),
+        (["--observe-every", "0"], "observe_every must be at least 1"),
+        (["--fuse", "--loss", "kurtosis"], "fuse=True is for losses of the ratio"),
         (["--include", "nothing"], "no Linear, Conv1D or LayerNorm"),
         (["--task", "regression"], "task must be one of text-classification"),
         (["--label", "grade"], "has no column grade: it has text, label"),
@@ -339,7 +302,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     ("rows", "message"),
     [
         ([("w1", 0.5), ("w2", 1.5)], "labels must be names, or whole numbers from 0, got"),
-        ([("w1", -1), ("w2", -1)], "whole numbers from 0, got \\['-1'\\]"),
+        ([("w1", -1), ("w2", -1)], "whole numbers from 0, got \\['-1'\\].*-1 stands for no label"),
+        ([("w1", "a"), ("w2", ""), ("w3", "")], "'label' is empty in row 2, and in 1 more: give"),
+        ([("w1", 0), ("w2", 1), ("w3", "")], "column 'label' is empty in row 3: give"),
         ([("w1", 0), ("w2", 0)], "has one label only"),
         ([("w1", 0), ("", 1)], "column 'text' has rows without a text"),
         ([], "no data"),

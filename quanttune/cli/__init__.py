@@ -8,7 +8,7 @@ import sys
 import typer
 
 from . import analyze, bench, calibrate, demo, doctor, evaluate, export, report, tune, verify
-from .terminal import console
+from .terminal import quiet, say, written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,11 +32,14 @@ app.command("doctor")(doctor.run)
 
 def main() -> None:
     """Run the command line; bad arguments and interruptions end in one line, not in a traceback."""
+    written.clear()
     try:
-        app()
+        with quiet():
+            app()
     except KeyboardInterrupt:
-        console.print("interrupted: nothing was written", style="red")
+        left = f"{written[-1]} may not be whole" if written else "nothing was written"
+        say(f"interrupted: {left}", "red")
         sys.exit(130)
     except (ValueError, ImportError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        say(f"error: {error}", "red")
         sys.exit(2)

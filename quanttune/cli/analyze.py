@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..quantization.coverage import PRESETS
 from . import options
-from .terminal import Json, progress_bar, say, write_numbers
+from .terminal import Json, progress_bar, say, write_numbers, written
 
 OF_DATA = (
     "task", "subset", "split", "text", "label", "tokens", "rows", "limit", "batch_size",
@@ -62,6 +63,9 @@ def run(
     if model and named:
         raise ValueError(f"two models are given, {model} and --model {named}: give one")
     model = model or named
+    if (out / "analysis.json").exists():
+        raise ValueError(f"{out} holds an analysis: choose another --out")
+    options.one_of("--coverage", coverage, PRESETS)
     request = Request(bits=bits, coverage=coverage, sites=site or ())
     if data is None:
         options.refuse_given(context, OF_DATA, "with --data")
@@ -89,6 +93,7 @@ def run(
             progress.update(bar, description=description, advance=done)
 
         found = analyze(subject, request, others, advance)
+    written.append(out)
     files = write_report(found, out, "analysis.json")
     write_numbers(json, found)
     say(f"{found['seconds']:.0f} s. Written: {', '.join(map(str, files))}")

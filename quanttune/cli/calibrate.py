@@ -1,11 +1,15 @@
 """`quanttune calibrate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..quantization.methods import METHODS  # quanttune itself has imported it
+# quanttune itself has imported them
+from ..quantization.calibrators import AFFINE, CALIBRATORS
+from ..quantization.coverage import PRESETS
+from ..quantization.methods import METHODS
+from ..quantization.scheme import DYNAMIC, Scheme
 from . import options
 from .terminal import Json, say, showing, write_numbers
 
@@ -59,13 +63,20 @@ def run(
         model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
         tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
+    names = (*CALIBRATORS, DYNAMIC) if symmetric else AFFINE
+    options.one_of("--calibrator", calibrator, names, "" if symmetric else " with --no-symmetric")
+    options.one_of("--coverage", coverage, PRESETS)
+    options.one_of("--weights", weights, ("channel", "tensor"))
+    for name in method or ():
+        options.one_of("--method", name, METHODS)
     from ..runs.calibration import calibrate
 
-    quantization = {
+    quantization: dict[str, Any] = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
         "weights": weights, "residual": residual, "symmetric": symmetric,
         "overrides": _overrides(override or []), "methods": method or (),
     }  # fmt: skip
+    Scheme(**quantization)  # checks the widths
     with showing() as progress:
         outcome = calibrate(
             settings, quantization, out, limit=limit, dry_run=dry_run, say=say, progress=progress

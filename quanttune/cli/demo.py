@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .terminal import Json, console, progress_bar, write_numbers
+from .terminal import Json, console, progress_bar, write_numbers, written
 
 
 def run(
@@ -48,6 +48,7 @@ def run(
 
         options = {"model": model} if model else {}
         results = experiment.run(make, seeds, advance, calibrators, **options)
+    written.append(out)
     files = report.write(results, out)
     write_numbers(json, results.as_dict())
     _print_results(results)

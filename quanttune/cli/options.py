@@ -1,14 +1,15 @@
 """The options that several verbs have."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Model = Annotated[str, typer.Argument(help="A folder, a Hugging Face id or a timm name.")]
-_DATA = typer.Option(help="A folder of images or data files, a csv, json or parquet file, a name.")
+_DATA = typer.Option(
+    help="A folder of images or data files, a csv, json, parquet or txt file, a name."
+)
 Data = Annotated[str, _DATA]
 OptionalData = Annotated[str | None, _DATA]
 Task = Annotated[
@@ -22,7 +23,7 @@ Label = Annotated[str | None, typer.Option(help="The column of labels.")]
 Tokens = Annotated[int, typer.Option(help="Length to which texts are cut.")]
 MeasuredSplit = Annotated[
     str | None,
-    typer.Option(help="Of the dataset; of a file its rows.", show_default="validation"),
+    typer.Option(help="Of the dataset.", show_default="validation, or the only one"),
 ]
 MeasuredTokens = Annotated[
     int | None,
@@ -38,6 +39,16 @@ Metrics = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows at a time.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+def one_of(option: str, value: str, names: Iterable[str], when: str = "") -> None:
+    """Refuse a value of an option that is none of its names, before the long work.
+
+    Raises:
+        ValueError: it is not; `when` tells where only these names count.
+    """
+    if value not in (names := list(names)):
+        raise ValueError(f"{option} must be one of {', '.join(names)}{when}, got {value!r}")
 
 
 def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:
@@ -74,10 +85,7 @@ def settings_of(**options: Any) -> Any:
 def measured_settings(
     data: str | None, split: str | None, tokens: int | None, metric: list[str] | None, **others: Any
 ) -> Any:
-    """Return the Settings of what is measured; validation rows are, and of a file all."""
-    if split is None:
-        # datasets calls the rows of a file so
-        split = "train" if data and Path(data).is_file() else "validation"
+    """Return the Settings of what is measured."""
     if tokens is None:
         tokens = 512 if {"last_word", "last_token"} & {*(metric or ())} else 128
     return settings_of(data=data or "", split=split, tokens=tokens, **others)

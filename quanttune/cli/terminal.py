@@ -1,5 +1,9 @@
 """What the verbs share: the console, a progress bar, and --json."""
 
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,27 +15,71 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from ..progress import Progress
+from .language import in_options
 
 console = Console()
+_PACKAGE = Path(__file__).parent.parent
 
 Json = Annotated[Path | None, typer.Option(help="Write the numbers to this file as well.")]
 
 
-def say(line: str) -> None:
-    """Print a line as it is: no colors, and no breaks in a path."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+written: list[Path] = []  # what a verb has begun to write in several steps
 
 
-def progress_bar() -> Bar:
-    """Return a progress bar with the time that is left; it is shown while it is entered."""
-    return Bar(
+def say(line: str, style: str = "") -> None:
+    """Print a line in the language of options: no colors of rich's, and no breaks in a path."""
+    console.print(in_options(line), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep other libraries' bars, warnings and logs off the terminal; say our own warnings.
+
+    Their logs are left out up to warnings. Bars of downloads stay where somebody sees them.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:  # python -W says otherwise
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _say_warning
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _say_warning(
+    message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any
+) -> None:
+    if Path(filename).is_relative_to(_PACKAGE):
+        say(f"warning: {message}", "yellow")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar]:
+    """Show a progress bar with the time that is left.
+
+    At the end it is full. If an error ends it, or nothing has come of it, none is left standing.
+    """
+    bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("left:"),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
     )
+    with bar:
+        yield bar
+        for task in bar.tasks:
+            if task.total and task.completed:
+                bar.update(task.id, completed=task.total)
+                bar.live.transient = False
 
 
 @contextmanager

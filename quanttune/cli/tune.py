@@ -1,12 +1,20 @@
 """`quanttune tune`."""
 
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from ..losses import LOSSES
+from ..tuning import schedule
+from ..tuning.tuner import BALANCES
 from . import options
 from .terminal import Json, progress_bar, say, write_numbers
 
@@ -33,6 +41,15 @@ def run(
     detach_deviation: Annotated[
         bool, typer.Option("--detach-deviation", help="Hold std(A) constant in the gradient.")
     ] = False,
+    loss: Annotated[
+        str, typer.Option(help=f"What an outlier costs: {', '.join(LOSSES)}.")
+    ] = "ratio",
+    observe_every: Annotated[
+        int, typer.Option(help="Observe at every k-th step only, for k times the weight.")
+    ] = 1,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Observe inside the kernels; faster on a GPU.")
+    ] = False,
     include: Patterns = None,
     exclude: Patterns = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
@@ -55,35 +72,80 @@ def run(
         "decay": decay,
         "balance": balance,
         "detach_deviation": detach_deviation,
+        "loss": loss,
+        "observe_every": observe_every,
+        "fuse": fuse,
         "include": include or ["*"],
         "exclude": exclude or [],
     }
+    options.one_of("--balance", balance, BALANCES)
+    options.one_of("--loss", loss, LOSSES)
     settings = options.settings_of(
         model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
         tokens=tokens, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
         save_steps=save_steps, seed=seed, tuning=tuning, trainer=_fields(trainer or []),
     )  # fmt: skip
+    schedule.check(alpha, decay, steps)
     from ..runs.tuning import tune
 
-    bar = progress_bar()
-    task_id = bar.add_task("tuning", total=steps)
-
-    def advance(step: int, loss: float) -> None:
-        bar.start()
-        bar.update(task_id, completed=step, description=f"loss {loss:.4g}")
-
     try:
-        outcome = tune(settings, out, resume=resume, dry_run=dry_run, say=say, progress=advance)
+        with progress_bar() as bar, stopping() as stop:
+            task_id = bar.add_task("loading", total=steps)
+
+            def advance(step: int, loss: float) -> None:
+                bar.update(task_id, completed=step, description=f"loss {loss:.4g}")
+                stop()
+
+            outcome = tune(settings, out, resume=resume, dry_run=dry_run, say=say, progress=advance)
     except KeyboardInterrupt:
-        bar.stop()
-        again = ["quanttune", *sys.argv[1:], *([] if resume else ["--resume"])]
-        say(f"interrupted. To go on from the newest checkpoint: {shlex.join(again)}")
+        _say_how_to_go_on(out, resume)
         raise typer.Exit(130) from None
-    finally:
-        bar.stop()
     if not dry_run:
         say(f"the model is in {outcome['model']}")
     write_numbers(json, outcome)
+
+
+def _say_how_to_go_on(out: Path, resume: bool) -> None:
+    if not (out / "config.json").exists():
+        say("interrupted: nothing was written")
+        return
+    again = ["quanttune", *sys.argv[1:], *([] if resume else ["--resume"])]
+    newest = any(out.glob("checkpoint-*/complete.json"))
+    place = "the newest checkpoint" if newest else "the start"
+    say(f"interrupted. To go on from {place}: {shlex.join(again)}")
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], None]]:
+    """Let the first Ctrl-C end a step before it ends the run; yield what ends it between steps.
+
+    In the middle of one it may hit a place whose exceptions Python only prints, such as a weak
+    reference's callback. The second acts at once, as does one before the first step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.getsignal(signal.SIGINT)
+    asked = stepping = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        say("this step is the last; Ctrl-C again stops at once")
+
+    def stop() -> None:
+        nonlocal stepping
+        if asked:
+            raise KeyboardInterrupt
+        if not stepping:
+            signal.signal(signal.SIGINT, ask)
+        stepping = True
+
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fields(texts: list[str]) -> dict[str, str]:

@@ -3,7 +3,7 @@ same.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,13 +20,19 @@ IGNORED = -100  # the label of a token that is not measured
 
 
 def encode(
-    rows: Dataset, task: str, processor: Any, classes: list[int], tokens: int, last_words: bool
+    rows: Dataset,
+    task: str,
+    processor: Any,
+    classes: Mapping[Any, int],
+    tokens: int,
+    last_words: bool,
 ) -> tuple[Dataset, Callable[[list[Any]], Any]]:
     """Return the rows as inputs of a model, and what makes a batch of some of them.
 
-    classes: the model's class of each label. Texts are cut to `tokens` tokens and padded to the
-    longest of their batch; for generation they are joined and cut into rows of just as many. With
-    last_words they are not: a row is a text up to its last word, whose tokens are the labels.
+    classes: the model's class of each label, as it stands in the rows. Texts are cut to `tokens`
+    tokens and padded to the longest of their batch; for generation they are joined and cut into
+    rows of just as many. With last_words they are not: a row is a text up to its last word, whose
+    tokens are the labels.
     """
     if task == "image-classification":
         image, label = rows.column_names
@@ -55,7 +61,7 @@ def _map(rows: Dataset, function: Callable[..., Batch], options: dict[str, Any])
 
 
 def _words(
-    batch: Batch, tokenizer: Any, tokens: int, classes: list[int], columns: list[str]
+    batch: Batch, tokenizer: Any, tokens: int, classes: Mapping[Any, int], columns: list[str]
 ) -> Batch:
     *texts, label = columns
     _check(batch, texts)
@@ -109,7 +115,9 @@ def _padding(tokenizer: Any) -> Callable[[list[Any]], Any]:
     return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
 
-def _pixels(batch: Batch, image: str, label: str, processor: Any, classes: list[int]) -> Batch:
+def _pixels(
+    batch: Batch, image: str, label: str, processor: Any, classes: Mapping[Any, int]
+) -> Batch:
     images = [picture.convert("RGB") for picture in batch[image]]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     return {"pixel_values": list(pixels), "labels": [classes[value] for value in batch[label]]}

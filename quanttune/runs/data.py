@@ -1,6 +1,10 @@
 """Rows of a dataset, as a model takes them. Reading them is the work of `datasets`."""
 
 import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,22 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),  # a row is a line
 }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a column, in their order.
+
+    Args:
+        names: what they are called; values: what stands for them in the rows.
+        numbered: whether they were whole numbers, which tell no names.
+    """
+
+    names: list[str]
+    values: list[Any]
+    numbered: bool
 
 
 def load_rows(settings: Settings, task: str) -> Dataset:
@@ -35,24 +54,36 @@ def load_rows(settings: Settings, task: str) -> Dataset:
     return rows.select_columns([*_inputs(rows, settings, limit=2, label=label), label])
 
 
-def number_labels(rows: Dataset) -> tuple[Dataset, list[str], bool]:
-    """Return the rows with labels 0, 1, ..., their names, and whether they were numbers before."""
+def labels_of(rows: Dataset) -> Labels:
+    """Return the labels in the last column of rows.
+
+    Raises:
+        ValueError: a row has none, or they are neither names nor whole numbers from 0.
+    """
     column = rows.column_names[-1]
     feature = rows.features[column]
-    if _is_text(rows, column):
-        rows = rows.class_encode_column(column)
-        feature = rows.features[column]
     values = rows.unique(column)
-    if not all(isinstance(value, int) and value >= 0 for value in values):
+    if any(map(_is_empty, values)):
+        found = [
+            i for i, value in enumerate(rows.select_columns(column)[column]) if _is_empty(value)
+        ]
+        more = f", and in {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"column {column!r} is empty in row {found[0] + 1}{more}: give each row a label, or "
+            "leave it out"
+        )
+    if _is_text(rows, column) and not all(map(str.isdecimal, values)):
+        return Labels(sorted(values), sorted(values), False)
+    if not all(_is_whole(value) for value in values):
         raise ValueError(
             f"labels must be names, or whole numbers from 0, got {sorted(map(str, values))[:5]} in "
-            f"column {column!r}: scores, such as those of stsb, are not supported"
+            f"column {column!r}: scores, such as those of stsb, are not supported, and -1 stands "
+            "for no label, as in the test rows of GLUE"
         )
-    numbered = not isinstance(feature, ClassLabel)
-    names = [str(value) for value in range(max(values) + 1)] if numbered else list(feature.names)
-    if len(names) < 2:
-        raise ValueError(f"column {column!r} has one label only, {names[0]!r}: nothing to learn")
-    return rows, names, numbered
+    if isinstance(feature, ClassLabel):
+        return Labels(list(feature.names), list(range(len(feature.names))), False)
+    values.sort(key=int)
+    return Labels([str(int(value)) for value in values], values, True)
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -74,15 +105,61 @@ def fingerprint(rows: Dataset) -> str:
 
 
 def _read(settings: Settings) -> Dataset:
-    path = Path(settings.data)
-    if not path.is_file():
-        return load_dataset(settings.data, settings.subset, split=settings.split)
-    if path.suffix not in _READERS:
+    path = Path(settings.data).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in _READERS:
         raise ValueError(f"a data file must be one of {', '.join(_READERS)}, got {path.name}")
-    if settings.subset:
+    if path.is_file() and settings.subset:
         raise ValueError(f"a data file has no subsets, got {settings.subset!r}")
-    reader, options = _READERS[path.suffix]
-    return load_dataset(reader, data_files=str(path), split=settings.split, **options)
+    if path.is_file():
+        reader, options = _READERS[suffix]
+        rows = _split(partial(load_dataset, reader, data_files=str(path), **options), settings)
+        return rows.filter(_is_no_blank, batched=True) if reader == "text" else rows
+    if path.is_dir():
+        return _split(partial(load_dataset, str(path), settings.subset), settings)
+    if suffix in _READERS or settings.data.startswith((".", "~", os.sep)):
+        raise FileNotFoundError(f"there is no file or folder {settings.data}")
+    try:
+        return _split(partial(load_dataset, settings.data, settings.subset), settings)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"there is no file or folder {settings.data}, and no dataset of that name can be had "
+            "from the Hugging Face Hub"
+        ) from error
+
+
+def _split(load: Callable[..., Any], settings: Settings) -> Dataset:
+    """Return the rows of a split: by default those of validation, or the only ones."""
+    if settings.split is None:
+        found = load()
+        if "validation" in found or len(found) == 1:
+            return found.get("validation") or next(iter(found.values()))
+        raise ValueError(
+            f"{settings.data} has no split validation, but {', '.join(found)}: say which with "
+            "--split"
+        )
+    try:
+        return load(split=settings.split)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(
+            f"{settings.data} has no split {settings.split}, but {', '.join(load())}: say which "
+            "with --split"
+        ) from error
+
+
+def _is_no_blank(batch: dict[str, list[str]]) -> list[bool]:
+    return [bool(text.strip()) for text in batch["text"]]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _is_whole(value: Any) -> bool:
+    number = float(value) if isinstance(value, str | int | float) else -1.0
+    return number >= 0 and number.is_integer()
 
 
 def _label(rows: Dataset) -> str:

@@ -1,7 +1,6 @@
 """The folder of a run: config.json, environment.json, metrics.jsonl, checkpoints and the model."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,11 @@ from typing import Any
 from ..analysis.environment import environment
 from ..files import sync, write_json, write_text
 from . import checkpoints
+from .checkpoints import read_object
+from .publication import LOCK, remove, write
 
 CONFIG, ENVIRONMENT, METRICS, MODEL = "config.json", "environment.json", "metrics.jsonl", "model"
+STATE = "trainer_state.json"
 
 
 class RunFolder:
@@ -26,17 +28,17 @@ class RunFolder:
     def is_begun(self) -> bool:
         return self.config.exists()
 
-    @property
-    def is_finished(self) -> bool:
-        return self.model.exists()
+    def is_finished(self, steps: int) -> bool:
+        """Tell whether the model is there, whole, and of so many steps."""
+        return checkpoints.is_complete(self.model, steps=steps)
 
     def check(self, config: dict[str, Any], resume: bool) -> None:
         """Refuse a folder that holds something else, or a run that `config` does not describe.
 
-        What `config` leaves out is not compared.
+        What `config` leaves out is not compared. There may be more steps than before.
         """
-        before = self._read(self.config) if self.is_begun else {}
-        if "settings" not in before:
+        before = read_object(self.config) if self.is_begun else {}
+        if not isinstance(before.get("settings"), dict):
             if strangers := self._strangers():
                 raise ValueError(
                     f"{self.path} is not empty and holds no run ({', '.join(strangers[:3])}): "
@@ -47,11 +49,14 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds a run: go on with it by --resume, or choose another --out"
             )
-        changed = list(_differences({key: before[key] for key in config}, config))
+        old, new = before["settings"].get("steps"), config["settings"]["steps"]
+        if isinstance(old, int) and old < new:
+            before["settings"]["steps"] = new
+        changed = list(_differences({key: before.get(key) for key in config}, config))
         if changed:
             raise ValueError(
                 f"{self.path} was begun otherwise: {'; '.join(changed)}. Resume with the same "
-                "arguments, or choose another --out"
+                "arguments (--steps may be more), or choose another --out"
             )
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -62,20 +67,24 @@ class RunFolder:
         write_text(self.metrics, "")
         write_json(self.config, config)
 
-    def resume(self) -> tuple[Path | None, list[str]]:
+    def resume(self, config: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Return the newest whole checkpoint, if there is one, and what else there is to say.
 
         Checkpoints that are not whole are removed, and metrics.jsonl is what it was then.
+        config.json is another one if there are more steps now.
         """
         self._sweep()
+        if read_object(self.config) != config:
+            write_json(self.config, config)
         whole, broken = checkpoints.find(self.path)
         said = [f"{path.name} is not complete: skipped and removed" for path in broken]
         for path in broken:
-            shutil.rmtree(path)
-        before = self._read(self.path / ENVIRONMENT)
-        said += [f"the last bits may differ: {d}" for d in _differences(before, environment())]
+            remove(path)
+        before, now = self.path / ENVIRONMENT, environment()
+        then = read_object(before) if before.exists() else {}
+        said += [f"the last bits may differ: {d}" for d in _differences(then, now)]
         checkpoint = whole[-1] if whole else None
-        history = self._read(checkpoint / "trainer_state.json")["log_history"] if checkpoint else []
+        history = read_object(checkpoint / STATE)["log_history"] if checkpoint else []
         write_text(self.metrics, "".join(map(_line, history)))
         return checkpoint, said
 
@@ -83,49 +92,39 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(_line(log))
 
-    def publish(self, model: Any, processor: Any) -> None:
-        """Save the final model."""
-        publish(model, processor, self.model)
+    def publish(self, model: Any, processor: Any, steps: int) -> None:
+        """Save the final model in the place of one of fewer steps, if there is one."""
+        partial = write(model, processor, self.model)
+        checkpoints.mark(partial, steps=steps)
+        if self.model.exists():
+            self.model.rename(self.path / f".{MODEL}.old")
+        partial.rename(self.model)
+        sync(self.path)
+        self._sweep()
+
+    def last(self) -> dict[str, Any]:
+        """Return the newest line of metrics.jsonl, empty if there is none."""
+        if not self.metrics.exists():
+            return {}
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return last
 
     def _strangers(self) -> list[str]:
         """Return what is in the folder and not from the start of a run that was killed."""
         if not self.path.exists():
             return []
-        own = {ENVIRONMENT, METRICS, *(path.name for path in self._partials())}
+        own = {ENVIRONMENT, METRICS, LOCK, *(path.name for path in self._partials())}
         return sorted(path.name for path in self.path.iterdir() if path.name not in own)
 
     def _sweep(self) -> None:
         """Remove what a killed process was writing."""
         for path in self._partials():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
     def _partials(self) -> list[Path]:
-        patterns = f".{CONFIG}.*", f".{ENVIRONMENT}.*", f".{METRICS}.*", f".{MODEL}"
+        patterns = f".{CONFIG}.*", f".{ENVIRONMENT}.*", f".{METRICS}.*", f".{MODEL}*"
         return [path for pattern in patterns for path in self.path.glob(pattern)]
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return data
-
-
-def publish(model: Any, processor: Any, folder: Path) -> None:
-    """Save a model with what makes its inputs, under the folder's name only when it is whole."""
-    partial = folder.with_name(f".{folder.name}")
-    if partial.exists():  # from a process that was killed
-        shutil.rmtree(partial)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    for path in partial.rglob("*"):
-        sync(path)
-    partial.rename(folder)
-    sync(folder.parent)
-
-
-def check_empty(folder: Path) -> None:
-    """Refuse a folder that holds something."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another --out")
 
 
 def _line(log: dict[str, Any]) -> str:

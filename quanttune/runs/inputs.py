@@ -50,6 +50,9 @@ class Source:
 
         quantized: False takes the weights of a quantized model in float, as methods left them, and
             nothing else: it may answer otherwise than the model that was quantized, as fast.
+
+        Raises:
+            ValueError: the model's files lack some of its weights.
         """
         config = copy.deepcopy(self.config)
         if not quantized and self.is_quantized:
@@ -59,9 +62,14 @@ class Source:
         if not quantized:
             logging.set_verbosity_error()  # that the scales are not used is no news
         try:
-            model = models.load_model(self.name, config, self.task)
+            model, drawn = models.load_model(self.name, config, self.task)
         finally:
             logging.set_verbosity(before)
+        if drawn:
+            raise ValueError(
+                f"{self.name} lacks weights of {type(model).__name__}, which would be random: "
+                f"{', '.join(drawn[:3])}, {len(drawn)} in all"
+            )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -119,19 +127,16 @@ def prepare(
         "data": {"rows": len(rows), "fingerprint": data.fingerprint(rows)},
     }
     said: list[str] = []
-    classes: list[int] = []
+    classes: dict[Any, int] = {}
     if task != "text-generation":
-        rows, labels, numbered = data.number_labels(rows)
-        classes = models.match_labels(config, task, labels, numbered)
-        if not classes and not new_head:
-            known = ", ".join(map(str, list(config.id2label.values())[:5]))
+        labels = data.labels_of(rows)
+        if new_head and len(labels.names) < 2:
             raise ValueError(
-                f"the labels of the data ({', '.join(labels[:5])}) are not those of the model "
-                f"({known}), or it was made for another task: tune it on them first"
+                f"column {rows.column_names[-1]!r} has one label only, {labels.names[0]!r}: "
+                "nothing to learn"
             )
-        if not classes:
-            classes = models.replace_labels(config, labels)
-            said.append(f"a new head for {len(labels)} labels: {', '.join(labels[:5])}")
+        found = _classes(config, task, labels, new_head, said)
+        classes = dict(zip(labels.values, found, strict=True))
     if limit and limit < len(rows):
         rows = rows.shuffle(settings.seed).select(range(limit))
     processor, tokens = models.load_processor(name, task), settings.tokens
@@ -140,3 +145,34 @@ def prepare(
         said.append(f"{tokens} tokens at most: the model takes no more")
     encoded, collate = batches.encode(rows, task, processor, classes, tokens, last_words)
     return Inputs(name, config, task, processor, encoded, collate, facts, said)
+
+
+def _classes(
+    config: Any, task: str, labels: data.Labels, new_head: bool, said: list[str]
+) -> list[int]:
+    """Return the model's class of each label, and add to `said` how they were found."""
+    names, some = labels.names, ", ".join(labels.names[:5])
+    classes = models.match_labels(config, task, names, labels.numbered)
+    if not classes and not new_head:
+        raise ValueError(
+            f"the labels of the data ({some}) are not those of the model "
+            f"({', '.join(models.names_of(config)[:5])}), or it was made for another task: tune it "
+            "on them first"
+        )
+    if not classes:
+        said.append(f"a new head for {len(names)} labels: {some}")
+        return models.replace_labels(config, names)
+    known = models.names_of(config)
+    if models.is_nameless(config) and not (labels.numbered and classes == list(map(int, names))):
+        said.append(f"the model does not name its classes, which are taken to be {some}")
+        if new_head:
+            models.name_classes(config, names)
+    elif not models.is_nameless(config) and not models.are_ids_of_imagenet(names):
+        taken = [
+            f"{name} as {known[i]}"
+            for name, i in zip(names, classes, strict=True)
+            if name.casefold() != known[i].casefold()
+        ]
+        if taken:
+            said.append(f"labels are taken by their numbers: {', '.join(taken[:5])}")
+    return classes

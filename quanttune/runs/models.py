@@ -45,8 +45,25 @@ def resolve(model: str) -> str:
 
 
 def load_config(model: str) -> Any:
-    """Return the configuration of a model, without its weights."""
-    config = transformers.AutoConfig.from_pretrained(model)
+    """Return the configuration of a model, without its weights.
+
+    Raises:
+        ValueError: there is no such model; it says what there is.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{model} holds no model: config.json is missing")
+    if (folder / "model" / "config.json").is_file() and (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{model} is the folder of a run: its model is {folder / 'model'}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if folder.exists():
+            raise
+        raise ValueError(
+            f"there is no model {model}: no folder is called so, timm knows no such name, and "
+            "nothing can be had by it from the Hugging Face Hub"
+        ) from error
     # a folder that timm wrote has it twice, which transformers hands to timm twice
     (getattr(config, "model_args", None) or {}).pop("num_classes", None)
     return config
@@ -78,43 +95,78 @@ def task_of(config: Any, task: str | None) -> str:
 def match_labels(config: Any, task: str, names: list[str], numbered: bool) -> list[int]:
     """Return the model's class of each label of the data; none if it needs another head.
 
-    Labels are matched by their names, ImageNet's also by the ids of its classes. Numbers, and any
-    names if the model's say nothing (LABEL_0, ...), are taken as they are.
+    Labels are matched by their names, ImageNet's also by the ids of its classes. Numbers that the
+    model does not have as names are its classes; any names are, in their order, where the model's
+    say nothing (LABEL_0, ...) and are as many.
     """
     if not is_for(config, task):
         return []
-    known = [str(config.id2label[i]).casefold() for i in range(config.num_labels)]
+    known = [name.casefold() for name in names_of(config)]
     wanted = [name.casefold() for name in names]
-    nameless = all(re.fullmatch(r"label_\d+", name) for name in known)
-    if wanted == known or (nameless and len(known) == len(names)):
+    if wanted == known:
         return list(range(len(names)))
-    if numbered and len(names) <= len(known):
+    if found := _by_name(known, wanted):
+        return found
+    if numbered and max(map(int, names)) < len(known):
+        return list(map(int, names))
+    if is_nameless(config) and len(known) == len(names):
         return list(range(len(names)))
-    if len(known) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if len(known) == 1000 and are_ids_of_imagenet(names):
         from timm.data import ImageNetInfo
 
-        known = ImageNetInfo().label_names()
+        return _by_name(ImageNetInfo().label_names(), wanted)
+    return []
+
+
+def names_of(config: Any) -> list[str]:
+    """Return what the classes of a model are called."""
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def is_nameless(config: Any) -> bool:
+    """Tell whether the names of a model's classes are those that transformers makes up."""
+    return all(re.fullmatch(r"LABEL_\d+", name, re.IGNORECASE) for name in names_of(config))
+
+
+def are_ids_of_imagenet(names: list[str]) -> bool:
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
+def _by_name(known: list[str], wanted: list[str]) -> list[int]:
     if len(set(known)) == len(known) and set(wanted) <= set(known):
         return [known.index(name) for name in wanted]
     return []
 
 
-def replace_labels(config: Any, names: list[str]) -> list[int]:
-    """Give the model the labels of the data, and return its classes of them."""
+def name_classes(config: Any, names: list[str]) -> None:
+    """Give the model's classes names, which its configuration keeps."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def replace_labels(config: Any, names: list[str]) -> list[int]:
+    """Give the model the labels of the data, and return its classes of them."""
+    name_classes(config, names)
     if getattr(config, "problem_type", None):
         config.problem_type = "single_label_classification"
     return list(range(len(names)))
 
 
-def load_model(model: str, config: Any, task: str) -> nn.Module:
-    """Return the model for a task in float32, with a new head where its own has another size."""
+def load_model(model: str, config: Any, task: str) -> tuple[nn.Module, list[str]]:
+    """Return the model for a task in float32, and which of its weights are drawn at random.
+
+    Those are what the files do not have, or in another size, such as a new head.
+    """
     loader = getattr(transformers, TASKS[task][0])
-    loaded: nn.Module = loader.from_pretrained(
-        model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    loaded, found = loader.from_pretrained(
+        model,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
-    return loaded
+    mismatched = {name for name, *_ in found["mismatched_keys"]}
+    return loaded, sorted({*found["missing_keys"], *mismatched})
 
 
 def longest(config: Any, tokenizer: Any) -> int:

@@ -14,6 +14,12 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: RunFolder, progress: Callable[[int, float], None]) -> None:
         self.folder, self.progress = folder, progress
+        self.loss = float("nan")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.progress(state.global_step, self.loss)  # which may end the run
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -21,7 +27,7 @@ class Recorder(TrainerCallback):
         log = state.log_history[-1]
         if "train_runtime" not in log:  # the sum at the end, of this process alone
             self.folder.append(log)
-            self.progress(state.global_step, log.get("loss", float("nan")))
+            self.loss = log.get("loss", self.loss)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -29,10 +29,10 @@ class Settings:
 
     Args:
         model: a folder, a Hugging Face id or a name that timm knows.
-        data: a folder, a file (csv, tsv, json, jsonl, parquet) or the name of a dataset.
+        data: a folder, a file (csv, tsv, json, jsonl, parquet, txt) or the name of a dataset.
         task: text-classification, text-generation or image-classification; by default that of the
             model's architecture.
-        subset, split: of the dataset.
+        subset, split: of the dataset; without a split its validation rows, or the only ones.
         text, label: columns; by default those that their types tell.
         tokens: longest row of tokens for classification; length of every row for generation.
         steps, save_steps: of the optimizer.
@@ -44,7 +44,7 @@ class Settings:
     data: str
     task: str | None = None
     subset: str | None = None
-    split: str = "train"
+    split: str | None = "train"
     text: tuple[str, ...] = ()
     label: str | None = None
     tokens: int = 128

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..trainer import QuantTuneTrainer
+from ..trainer.checkpoint import load_weights
 from ..tuning.tuner import attach
 from . import checkpoints, models
 from .folder import RunFolder
 from .inputs import Inputs, prepare
+from .publication import held
 from .recorder import Recorder
 from .settings import Settings, training_arguments
 
@@ -48,7 +51,9 @@ def tune(
     checkpoint-N and, at the end, the float32 model in model/. Augmentation there is none. With
     `resume` a run that was killed goes on from its newest whole checkpoint, and on a CPU ends with
     the weights and the metrics that it would have ended with, bit for bit; a run that was not begun
-    is begun, one that is finished is left alone.
+    is begun, one that is finished is left alone. With more `settings.steps` than before either goes
+    on to so many; the learning rate and alpha are from there on what they would have been had there
+    been so many from the start. One process at a time works in a folder.
 
     Args:
         dry_run: load and check everything, and stop before anything is written to `out`.
@@ -61,28 +66,34 @@ def tune(
         raise ValueError(f"several processes were started: {_ONE}")
     folder = RunFolder(out)
     folder.check({"settings": settings.as_json()}, resume)
-    if folder.is_finished:
-        say(f"{out} is finished: nothing is left to do")
-        return _outcome(folder, settings)
-    job = _prepare(settings, out)
-    config = {"settings": settings.as_json(), **job.inputs.facts}
-    folder.check(config, resume)
-    for line in job.inputs.said:
-        say(line)
-    if dry_run:
-        return config
-    checkpoint = None
-    if folder.is_begun:
-        checkpoint, said = folder.resume()
-        for line in said:
+    with nullcontext() if dry_run else held(out):
+        if folder.is_finished(settings.steps):
+            say(f"{out} is finished: nothing is left to do")
+            return _outcome(folder, settings)
+        job = _prepare(settings, out)
+        config = {"settings": settings.as_json(), **job.inputs.facts}
+        folder.check(config, resume)
+        for line in job.inputs.said:
             say(line)
-        say(f"going on from {checkpoint.name if checkpoint else 'the start'}")
-    else:
+        if dry_run:
+            return config
         arguments = json.loads(job.arguments.to_json_string())
-        folder.begin({**config, "training_arguments": arguments})
-    model = _train(settings, job, folder, checkpoint, progress)
-    folder.publish(model, job.inputs.processor)
-    return _outcome(folder, settings, checkpoint)
+        checkpoint = _begin(folder, {**config, "training_arguments": arguments}, say)
+        model = _train(settings, job, folder, checkpoint, progress)
+        folder.publish(model, job.inputs.processor, settings.steps)
+        return _outcome(folder, settings, checkpoint)
+
+
+def _begin(folder: RunFolder, config: dict[str, Any], say: Callable[[str], None]) -> Path | None:
+    """Write down what is tuned, and return the checkpoint from which it goes on."""
+    if not folder.is_begun:
+        folder.begin(config)
+        return None
+    checkpoint, said = folder.resume(config)
+    for line in said:
+        say(line)
+    say(f"going on from {checkpoint.name if checkpoint else 'the start'}")
+    return checkpoint
 
 
 def _prepare(settings: Settings, out: Path) -> _Job:
@@ -93,7 +104,10 @@ def _prepare(settings: Settings, out: Path) -> _Job:
         )
     inputs = prepare(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
-    model = models.load_model(inputs.name, inputs.config, inputs.task)
+    model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
+    if drawn:
+        more = f" and {len(drawn) - 4} more" if len(drawn) > 4 else ""
+        inputs.said.append(f"drawn at random: {', '.join(drawn[:4])}{more}")
     attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
     epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
     inputs.said.append(
@@ -112,8 +126,9 @@ def _train(
 ) -> nn.Module:
     if checkpoint and checkpoints.step_of(checkpoint) == settings.steps:
         # the Trainer would take one step more in the middle of an epoch
-        trained: nn.Module = type(job.model).from_pretrained(checkpoint, dtype="float32")  # type: ignore[attr-defined]
-        return trained
+        load_weights(job.model, checkpoint)
+        job.model.config = models.load_config(str(checkpoint))  # the Trainer changes it, too
+        return job.model
     trainer = QuantTuneTrainer(
         model=job.model,
         args=job.arguments,
@@ -130,11 +145,10 @@ def _train(
 def _outcome(
     folder: RunFolder, settings: Settings, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
     return {
         "run": str(folder.path),
         "model": str(folder.model),
         "steps": settings.steps,
         "resumed_from": checkpoints.step_of(checkpoint) if checkpoint else None,
-        "last": json.loads(lines[-1]) if lines else {},
+        "last": folder.last(),
     }

@@ -1,10 +1,12 @@
 """Outlier-driven tuning with the Trainer of transformers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -14,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from ..reference import result_dtype
 from ..tuning.tuner import Tuner, attach
 from . import common
+from .checkpoint import has_weights, load_weights
 
 # Their loss is the mean over a micro-batch, though they take **kwargs, from which Trainer concludes
 # that it is normalized over all micro-batches of a step (transformers#47688).
@@ -35,7 +38,12 @@ class QuantTuneMixin(_AnyTrainer):
 
     The model is attached while it trains. The weight alpha follows the global step, and what
     balance="initial" found is kept in trainer_state.json, so a resumed training goes on where it
-    was. A model that is compiled gets the first batch twice.
+    was. With more steps than before, the learning rate and alpha go on as if there had been so many
+    from the start. A model that is compiled gets the first batch twice.
+
+    A checkpoint that is resumed, or the best one at the end, is loaded whatever names transformers
+    saved it under, and refused where they are not all those of the model. (Those of FSDP, DeepSpeed
+    and PEFT are loaded as Trainer does it.)
 
     What `log` reports gets `loss_task` and `loss_out`, the two terms of eq. 3 at the last
     micro-batch, the `alpha` of the next step and, if it is reported to a service such as
@@ -100,6 +108,37 @@ class QuantTuneMixin(_AnyTrainer):
         if "loss" in logs and self.tuner:
             logs |= common.logs(self.tuner, ranges=bool(self.args.report_to))
         super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if not self._load(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load(self, checkpoint: str) -> bool:
+        """Load the weights of a checkpoint, if they are those of a whole model in one process."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(Path(checkpoint)):
+            return False
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights(unwrapped, Path(checkpoint))
+        return True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint and isinstance(schedule, LambdaLR):
+            # what was loaded is the next step's rate of the old schedule: 0 where that had ended
+            rates = [
+                rate * factor(schedule.last_epoch)
+                for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell, as Trainer.training_step does, whether it will not divide the loss."""
