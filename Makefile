@@ -1,5 +1,5 @@
-# `make demo` and `make test` do all set-up themselves. VENV=path reuses an environment, TORCH=2.9.1 makes
-# one with that version of torch.
+# `make demo` and `make test` do all set-up themselves. VENV=path reuses an environment.
+# WITH='torch==2.9.1' and the like choose versions, when one is made.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -62,5 +62,5 @@ clean:
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$*]' $(TORCH:%=torch==%)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$*]' $(WITH)
 	touch $@

@@ -43,22 +43,18 @@ def _sources() -> list[str]:
     if not recorded:
         return []
     origin = json.loads(recorded)
-    url = urlsplit(origin["url"])
-    if url.path.endswith(".whl"):
+    url = origin["url"]
+    if url.endswith(".whl"):
         return []
-    return _local(url.path, origin) if url.scheme == "file" else [_remote(origin)]
+    if version := origin.get("vcs_info"):
+        return [f"quanttune @ {version['vcs']}+{url}@{version['commit_id']}"]
+    return _local(origin) if url.startswith("file:") else [f"quanttune @ {url}"]
 
 
-def _local(path: str, origin: dict[str, Any]) -> list[str]:
-    source = Path(url2pathname(path))
+def _local(origin: dict[str, Any]) -> list[str]:
+    """Return a folder or an archive, if it is still there; a folder as it was installed."""
+    source = Path(url2pathname(urlsplit(origin["url"]).path))
     if not source.exists():
         return []
     editable = origin.get("dir_info", {}).get("editable", False)
     return ["--editable"] * editable + [str(source)]
-
-
-def _remote(origin: dict[str, Any]) -> str:
-    url, version = origin["url"], origin.get("vcs_info")
-    if version:
-        url = f"{version['vcs']}+{url}@{version['commit_id']}"
-    return f"quanttune @ {url}"
