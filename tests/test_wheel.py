@@ -129,21 +129,21 @@ ROUND = """
 import sys
 from pathlib import Path
 
-import numpy, onnxruntime, threadpoolctl, torch
+import onnxruntime, threadpoolctl, torch
 import quanttune as qt
 
 assert Path(qt.__file__).is_relative_to(sys.prefix), qt.__file__
 assert qt.backends()["cpu"] == ("C++", "the extension is built"), qt.backends()
 torch.set_num_threads(3)
 x = torch.randn(4, 1 << 18)
-for of in (qt, qt.reference):
-    print(hash(of.fake_quant(x, torch.tensor(0.02)).numpy().tobytes()))
+rounded = qt.fake_quant(x, torch.tensor(0.02))
+print(torch.equal(rounded, (x / 0.02).round().clamp(-128, 127) * torch.tensor(0.02)))
 layers = torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)
 model = torch.nn.Sequential(*layers).eval()
 x = torch.randn(32, 8)
 with torch.no_grad():
     exact = model(x)
-    qt.quantize(model, 8, data=[x], methods=["smoothquant"])
+    qt.quantize(model, 8, weight_bits=7, data=[x], methods=["smoothquant"])  # not all have VNNI
     simulated = model(x)
 qt.export_onnx(model, x, "model.onnx")
 print(qt.verify("model.onnx", model, data=[x]).passed)
@@ -157,10 +157,8 @@ print(len(runtimes), Path(runtimes[0]).is_relative_to(Path(torch.__file__).paren
 
 
 def test_a_round_of_the_installed_package_on_the_threads_of_torch(python, tmp_path):
-    said = command(python, "-W", "error", "-c", ROUND, folder=tmp_path, PYTHONHASHSEED="0")
-    first, second, *others = said.splitlines()[-5:]
-    assert first == second
-    assert others == ["True", "True True", "1 True"]
+    said = command(python, "-W", "error", "-c", ROUND, folder=tmp_path).splitlines()
+    assert said[-4:] == ["True", "True", "True True", "1 True"]
 
 
 def test_the_installed_command_line(python, tmp_path):
