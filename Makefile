@@ -1,10 +1,11 @@
 # `make demo` and `make test` do all set-up themselves. VENV=path reuses an environment.
+# WITH='torch==2.9.1' and the like choose versions, when one is made.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test bench peers lint sanitize clean
+.PHONY: demo test wheel bench peers lint sanitize clean
 
 # glibc gives memory above 128 KiB back at once, and the kernel clears it anew for each activation: a
 # third of a training step here. With these it keeps what it has.
@@ -17,6 +18,13 @@ demo: $(VENV)/.demo
 # test takes more, those that wait sleep: by default they spin, on a core that another test could use.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+# dist/: the sources, and a wheel for every Linux that its name tells
+wheel: $(VENV)/.wheel
+	rm -rf build/dist dist
+	$(BIN)/python -m build --outdir build/dist
+	. $(BIN)/activate && auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
 
 # every op beside its rivals, then the table of ratios. ARGS go to ratios.py, for instance --strict;
 # JSON=benchmarks/results/<machine>/cpu-ratios.json keeps what it measured.
@@ -41,17 +49,18 @@ lint: $(VENV)/.dev
 CHECKS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 KERNEL_TESTS := fake_quantization outlier_statistics range_search cpu_kernels
 sanitize: $(VENV)/.test
+	rm -rf build/sanitize/lib
 	QUANTTUNE_CXXFLAGS='$(CHECKS)' $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \
 	$(BIN)/python -m pytest $(KERNEL_TESTS:%=tests/test_%.py) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers build quanttune.egg-info quanttune/*.so
+	rm -rf .venv .venv-* build dist quanttune.egg-info quanttune/*.so
 
 # one stamp per extra: the package is installed again when its C++ sources or its metadata change
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$*]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$*]' $(WITH)
 	touch $@

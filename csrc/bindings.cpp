@@ -11,6 +11,7 @@
 #include "fake_quantization.h"
 #include "memory.h"
 #include "outlier_statistics.h"
+#include "parallel.h"
 #include "range_search.h"
 
 namespace py = pybind11;
@@ -83,6 +84,13 @@ void magnitude_histogram(Address x, Address counts, int type, std::int64_t size,
                           threads);
 }
 
+// addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, of one runtime
+void set_openmp(Address parallel, Address thread_num, Address num_threads) {
+  qt::openmp = {reinterpret_cast<decltype(qt::OpenMP::parallel)>(parallel),
+                reinterpret_cast<decltype(qt::OpenMP::thread_num)>(thread_num),
+                reinterpret_cast<decltype(qt::OpenMP::num_threads)>(num_threads)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -94,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("outlier_statistics", &outlier_statistics, unlocked);
   m.def("quantization_errors", &quantization_errors, unlocked);
   m.def("magnitude_histogram", &magnitude_histogram, unlocked);
+  m.def("set_openmp", &set_openmp);
   m.def("prefer_large_pages", &qt::prefer_large_pages);
   m.def("outlier_statistics_backward", &outlier_statistics_backward, unlocked);
 }

@@ -1,6 +1,8 @@
 """The C++ kernels behind the signatures of reference.py. ops.py hands over dense CPU tensors."""
 
+import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,25 @@ import quanttune._C as _C
 from . import reference
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+def share_openmp(extension: Any) -> bool:
+    """Hand a build of the extension, which links no OpenMP, the runtime that torch runs on.
+
+    That is the one whose names the whole process sees, as torch's loader and LD_PRELOAD make them,
+    or else what torch's own libraries are linked to. Without one the kernels keep to one thread.
+    """
+    for path in (None, torch._C.__file__):
+        library = ctypes.CDLL(path)
+        if all(hasattr(library, name) for name in _OPENMP):
+            functions = (ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _OPENMP)
+            extension.set_openmp(*(function.value for function in functions))
+            return True
+    return False
+
+
+HAS_OPENMP = share_openmp(_C)
 
 
 def fake_quant(

@@ -28,10 +28,11 @@ def _load_cpu() -> tuple[Any, Backend]:
         from . import cpu
     except ImportError as error:
         reason = f"the C++ extension does not load: {error}"
-        advice = "CPU tensors take the slower PyTorch reference. Reinstall with a C++ compiler."
+        advice = "CPU tensors take the slower PyTorch reference. `quanttune doctor` has the remedy."
         warnings.warn(f"{reason}. {advice}", stacklevel=2)
         return reference, Backend("reference", reason)
-    return cpu, Backend("C++", "the extension is built")
+    limit = "" if cpu.HAS_OPENMP else "; one thread, since this PyTorch has no OpenMP"
+    return cpu, Backend("C++", f"the extension is built{limit}")
 
 
 def _load_gpu() -> tuple[Any, Backend]:

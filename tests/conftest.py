@@ -1,6 +1,7 @@
 """Fixtures for all tests, and two things that must happen before anything is imported."""
 
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,28 @@ import torch
 # Test the installed package, never the checkout that happens to be the working directory.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def python_files(folder, below=Path()):
+    """Return the Python files of a folder, under the names that they have when installed."""
+    return {below / path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.py")}
+
+
+def pytest_configure():
+    """Refuse to test a package that is not of this checkout: neither here, nor a wheel of it."""
+    spec = importlib.util.find_spec("quanttune")
+    if spec is None:
+        raise pytest.UsageError(
+            "quanttune is not installed: make test, or pip install -e '.[test]'"
+        )
+    package, installed = ROOT / "quanttune", Path(spec.origin).resolve().parent
+    kernels = python_files(ROOT / "triton_kernels", Path("triton_kernels"))
+    if installed != package and python_files(installed) != python_files(package) | kernels:
+        raise pytest.UsageError(
+            f"the tests of {ROOT} would run on {installed}, which has other Python files than this "
+            f"checkout. Install this one: pip install -e {ROOT}"
+        )
+
 
 # Without a GPU the Triton kernels still run, one program at a time, on CPU tensors.
 HAS_CUDA = torch.cuda.is_available()

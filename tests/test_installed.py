@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import run
 
 import quanttune
+from quanttune import ops
 
 PACKAGE = Path(quanttune.__file__).resolve().parent
 OPS = {
@@ -21,13 +23,13 @@ OPS = {
 }
 
 
-def test_the_extension_is_built_and_needs_no_torch():
+def test_the_extension_is_built_and_needs_neither_torch_nor_openmp():
     spec = importlib.util.find_spec("quanttune._C")
     assert spec is not None
     extension = Path(spec.origin)
     assert extension.parent == PACKAGE
     assert set(dir(importlib.import_module("quanttune._C"))) >= OPS
-    for library in (b"libtorch", b"libc10"):
+    for library in (b"libtorch", b"libc10", b"libgomp", b"libomp", b"libiomp"):
         assert library not in extension.read_bytes()
 
 
@@ -69,6 +71,7 @@ torch.ones(1 << 20).add(1)
 before = state()
 assert before["subnormals"][0] > 0 and before["subnormals"][1] > 0
 import quanttune
+from quanttune import ops
 after_import = state()
 x = torch.ones(4, 1 << 16, requires_grad=True)
 after_import["torch random"] = before["torch random"]
@@ -121,3 +124,53 @@ print(results == 5 * [work(data)])
 def test_forked_children_work_alone(before_the_fork, tmp_path):
     script = FORKS.format(before_the_fork=before_the_fork)
     assert run(script, tmp_path) == ["ended"] * 5 + ["True"]
+
+
+WITHOUT_A_SHARED_RUNTIME = """
+import ctypes, os
+
+open_library = ctypes.CDLL.__init__
+def open_for_itself(library, name, mode=ctypes.RTLD_LOCAL, **others):
+    open_library(library, name, ctypes.RTLD_LOCAL, **others)
+ctypes.CDLL.__init__ = open_for_itself
+import threadpoolctl, torch
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+import quanttune
+from quanttune import ops
+
+print(quanttune.backends()["cpu"].reason)
+torch.set_num_threads(1)
+x = torch.ones(1 << 20)
+torch.set_num_threads(3)
+counts = [len(os.listdir("/proc/self/task"))]
+for work in (lambda: torch.ops.quanttune.fake_quant(x, torch.tensor(0.1), -8, 7, None), x.exp):
+    work()
+    counts.append(len(os.listdir("/proc/self/task")))
+print(counts[1] - counts[0], counts[2] - counts[1])  # two more threads of ours, which torch takes
+print([info["user_api"] for info in threadpoolctl.threadpool_info()].count("openmp"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_the_threads_of_torch_are_found_where_its_loader_keeps_them_to_itself(tmp_path):
+    pytest.importorskip("threadpoolctl", reason="it lists the OpenMP runtimes of a process")
+    said = run(WITHOUT_A_SHARED_RUNTIME, tmp_path)
+    assert said == ["False", "the extension is built", "2 0", "1"]
+
+
+def test_without_openmp_the_kernels_work_alone_and_say_so(monkeypatch, with_threads):
+    cpu = pytest.importorskip("quanttune.cpu", reason="the extension is not built")
+    with_threads(3)
+    x = torch.randn(3, 1 << 18)
+    expected = torch.ops.quanttune.outlier_statistics(x, 3, True)
+    cpu._C.set_openmp(0, 0, 0)
+    try:
+        assert torch.equal(torch.ops.quanttune.outlier_statistics(x, 3, True), expected)
+    finally:
+        assert cpu.share_openmp(cpu._C)
+    monkeypatch.setattr(cpu, "_OPENMP", ("no_such_function",))
+    assert not cpu.share_openmp(cpu._C)
+    monkeypatch.setattr(cpu, "HAS_OPENMP", False)
+    name, reason = ops._load_cpu()[1]
+    assert name == "C++"
+    assert "one thread, since this PyTorch has no OpenMP" in reason

@@ -157,7 +157,7 @@ BROKEN = {
         ("quanttune._C", "12.8"),
         "reference Triton reference",
         [NO_EXTENSION, "Triton is installed"],
-        [f"{NO_EXTENSION}. CPU tensors {SLOW} Reinstall with a C++ compiler."],
+        [f"{NO_EXTENSION}. CPU tensors {SLOW} `quanttune doctor` has the remedy."],
     ),
     "triton": (
         ("triton", "12.8"),

@@ -5,16 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from . import options, remedies
 from .terminal import Json, console, say, write_numbers
 
 if TYPE_CHECKING:
     from ..inference.products import Explanation
 
-_MENDS = {
-    "cpu": "install g++ and run: pip install --force-reinstall --no-deps quanttune",
-    "cuda": "pip install triton",
-}
+_REMEDIES = {"cpu": remedies.of_extension, "cuda": remedies.of_triton}
 
 
 def run(
@@ -39,8 +36,8 @@ def run(
         console.print(f"{package:12} {version or 'not installed'}", highlight=False)
     for device, backend in backends().items():
         console.print(f"{device:6} [bold]{backend.name}[/bold]: {backend.reason}", highlight=False)
-        if backend.name == "reference" and device in _MENDS:
-            console.print(f"       to mend it: {_MENDS[device]}", highlight=False)
+        if backend.name == "reference" and device in _REMEDIES:
+            say(f"       to mend it: {_REMEDIES[device]()}")  # one line, to be pasted
     if onnx:
         with options.of_extra("deploy"):
             from dataclasses import asdict
