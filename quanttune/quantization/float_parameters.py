@@ -15,8 +15,7 @@ COVERAGE = "the coverage leaves embeddings in float"
 def float_parameters(model: nn.Module) -> dict[str, str]:
     """Return the parameters of a quantized model that stay float, with reasons, largest first.
 
-    Those that hold less than 1 % of the model's numbers are left out. What only a functional site
-    rounds, such as a table that is multiplied with, is listed: its module does not know.
+    Those that hold less than 1 % of the model's numbers are left out.
 
     Raises:
         ValueError: the model is not quantized.
@@ -49,6 +48,9 @@ def _rounded(model: nn.Module) -> set[int]:
         # a weight that is computed, by a parametrization or a hook, is rounded afterwards
         owned = [holder.weight] if isinstance(holder, Parameter) else _sources(holder)
         rounded |= {id(parameter) for parameter in owned}
+    for _, calls in state_of(model).calls():
+        names = {operation.parameter for operation in calls.operations.values()}
+        rounded |= {id(model.get_parameter(name)) for name in names if name}
     return rounded
 
 

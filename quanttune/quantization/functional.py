@@ -38,6 +38,7 @@ class FunctionalSites:
         self.scheme, self.device = scheme, device
         self.frozen = False
         self.enabled = True
+        self.round_weights = True  # those of sites that are found from now on
         self.modules = dict(model.named_modules())
         self.products: list[Product] = []  # of the first batch that it was calibrated with
 
@@ -81,7 +82,9 @@ class FunctionalSites:
             attribute = operation.quantizer(part)
             site = f"{calls.module}.{attribute}".lstrip(".")
             if kind == "weight":
-                module.add_module(attribute, self.scheme.weight_quantizer(site, 0))
+                weights: Any = self.scheme.weight_quantizer(site, 0)
+                weights.enabled = self.round_weights
+                module.add_module(attribute, weights)
             elif kind in self.scheme.kinds:
                 quantizer = self.scheme.activation_quantizer(site, kind, self.device)
                 module.add_module(attribute, quantizer)
@@ -104,6 +107,12 @@ class FunctionalSites:
             if isinstance(module, QuantizedLinear) and module.weight is weight:
                 return name
         return None
+
+    def name_of(self, weight: Tensor) -> str | None:
+        """Return the name of the parameter that a weight is, or is a view of."""
+        storage = weight.untyped_storage().data_ptr()
+        parameters = self.modules[""].named_parameters()
+        return next((n for n, p in parameters if p.untyped_storage().data_ptr() == storage), None)
 
 
 class _Mode(TorchFunctionMode):
@@ -152,10 +161,10 @@ class _Mode(TorchFunctionMode):
     def _sum(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = call_under_way(self.sites.modules)
         operation = call.operation(is_settled=self.made is None)
-        if self.made is not None and not call.is_ours:
+        if self.made is not None and not call.is_apart:
             # before func, which may change its arguments
             operation = self._judged_sum(call, operation, args[0], args[1])
-        elif operation is None and not call.is_ours and _looks_residual(*args[:2]):
+        elif operation is None and not call.is_apart and _looks_residual(*args[:2]):
             raise call.refusal("adds activations")
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
@@ -180,7 +189,7 @@ class _Mode(TorchFunctionMode):
         operation = call.operation(is_settled=self.made is None)
         if self.made is not None:
             operation = self._judged_product(call, operation, found)
-        elif operation is None and not call.is_ours and _are_no_parameters(found.operands):
+        elif operation is None and not call.is_apart and _are_no_parameters(found.operands):
             raise call.refusal("multiplies activations")
         if operation is None or operation.name is None:
             result = func(*args, **kwargs)
@@ -200,7 +209,7 @@ class _Mode(TorchFunctionMode):
             return known
         assert self.made is not None
         weight = self.made.weight_among(*found.operands)
-        if weight is not None and call.is_ours:
+        if weight is not None and call.is_apart:
             return None
         if weight is not None:
             return self._new_linear(call, weight, found)
@@ -220,9 +229,11 @@ class _Mode(TorchFunctionMode):
         kinds = {"input": "input", "output": "output"}
         if found.is_linear and (owner := self.sites.owner_of(weight, call.module)) is not None:
             return self.sites.decide(call, "linear", {}, weight=which, owner=owner)
+        parameter = None
         if Made.ROUNDED not in self.made.of(weight):
             kinds["weight"] = "weight"
-        return self.sites.decide(call, "linear", kinds, weight=which)
+            parameter = self.sites.name_of(weight)
+        return self.sites.decide(call, "linear", kinds, weight=which, parameter=parameter)
 
 
 def _rounded_product(call: Call, operation: Operation, found: Contraction) -> Tensor:

@@ -20,6 +20,7 @@ class Operation:
     kinds: of coverage, by the part of the operation that is rounded; "" where there is one only.
     weight: which operand of a product is a parameter, or made of parameters.
     owner: the module, seen from the one that calls, whose Linear this is.
+    parameter: the name, in the whole model, of a parameter that only this operation rounds.
     is_score: a sum that goes into a softmax.
     """
 
@@ -27,6 +28,7 @@ class Operation:
     kinds: dict[str, str] = field(default_factory=dict)
     weight: int | None = None
     owner: str | None = None
+    parameter: str | None = None
     is_score: bool = False
 
     def quantizer(self, part: str) -> str:
@@ -69,7 +71,7 @@ class Call:
 
     module: nn.Module
     way: str
-    is_ours: bool  # whether this package's own modules call it
+    is_apart: bool  # whether a module calls it that is none of the quantized ones
     arguments: tuple[Any, Any] | None = None  # of the module, where they are known
 
     @property
@@ -104,20 +106,20 @@ def _end(way: str) -> str:
 def call_under_way(modules: Mapping[str, nn.Module]) -> Call:
     """Return the operation that is under way, in one of the modules."""
     if torch.compiler.is_dynamo_compiling():
-        module, way, is_ours = _traced().split("\n")
-        return Call(modules[module], way, is_ours != "")
+        module, way, is_apart = _traced().split("\n")
+        return Call(modules[module], way, is_apart != "")
     place = places.find()
     by = place.variables["self"]
     if isinstance(by, Carried):
-        return Call(by.module, by.join(place.way), place.is_ours)
+        return Call(by.module, by.join(place.way), place.is_apart)
     arguments = place.variables["args"], place.variables["kwargs"]
-    return Call(by, place.way, place.is_ours, arguments)
+    return Call(by, place.way, place.is_apart, arguments)
 
 
 def _traced() -> str:
     place = places.trace()
     name = place.variables["self"].__dict__[CALLS].module
-    return "\n".join([name, place.way, "ours" if place.is_ours else ""])
+    return "\n".join([name, place.way, "apart" if place.is_apart else ""])
 
 
 # torch.compile runs it while it traces, and takes what it returns for a constant

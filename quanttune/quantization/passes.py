@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..masks import Mask
 from ..progress import Progress, silent, track
-from .insertion import quantizers, state_of, weight_quantizers
+from .insertion import quantizers, state_of
 from .padding import counting
+from .quantizer import WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def enable_weights(model: nn.Module, enabled: bool) -> None:
     """Round the weights of a quantized model, or let them pass."""
-    for _, quantizer in weight_quantizers(model).values():
-        quantizer.enabled = enabled
+    state_of(model).round_weights = enabled
+    for quantizer in model.modules():
+        if isinstance(quantizer, WeightQuantizer):
+            quantizer.enabled = enabled
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+from torch import nn
+
 # functions of these stand in a way for some calls of a model only, or are our own
 _PASSED = (
     "torch.utils.checkpoint", "torch.utils._contextlib", "torch.utils._device", "torch.overrides",
@@ -20,6 +22,7 @@ _PASSED = (
 )  # fmt: skip
 # modules of ours that round what they multiply or add themselves
 _OURS = ("quanttune.quantization.twins", "quanttune.quantization.restoration", "quanttune.export")
+_MODULE = nn.Module._call_impl.__code__  # of modules that are not watched: those begin a way
 JOIN = " -> "
 
 _begins: dict[CodeType, str] = {}  # functions at which a way begins, and a local variable of each
@@ -31,7 +34,7 @@ class Place(NamedTuple):
 
     variables: Mapping[str, Any]  # while torch.compile traces, one of them
     way: str
-    is_ours: bool  # whether the operation is called by this package
+    is_apart: bool  # whether a module of ours, or one that was added later, calls the operation
 
 
 def begins(code: CodeType, variable: str) -> None:
@@ -47,13 +50,13 @@ def find() -> Place:
     """
     frame: FrameType | None = sys._getframe(1)
     steps: list[str] = []
-    is_ours = False
+    is_apart = False
     while frame is not None:
         if frame.f_code in _begins:
-            return Place(frame.f_locals, JOIN.join(reversed(steps)), is_ours)
+            return Place(frame.f_locals, JOIN.join(reversed(steps)), is_apart)
         name = frame.f_globals.get("__name__", "")
         if not name.startswith(_PASSED):
-            is_ours |= not steps and name.startswith(_OURS)
+            is_apart |= frame.f_code is _MODULE or (not steps and name.startswith(_OURS))
             steps.append(_step(frame.f_code, frame.f_lasti))
         frame = frame.f_back
     raise RuntimeError("an operation of a quantized model was called by none of its modules")
@@ -62,14 +65,14 @@ def find() -> Place:
 def trace() -> Place:
     """Do what `find` does while torch.compile traces, which has frames of its own."""
     steps: list[str] = []
-    is_ours = False
+    is_apart = False
     for frame in _traced_frames():
         if frame.f_code in _begins:
             name = _begins[frame.f_code]
-            return Place({name: _value(frame, name)}, JOIN.join(reversed(steps)), is_ours)
+            return Place({name: _value(frame, name)}, JOIN.join(reversed(steps)), is_apart)
         name = frame.f_globals.get("__name__", "")
         if not name.startswith(_PASSED):
-            is_ours |= not steps and name.startswith(_OURS)
+            is_apart |= not steps and name.startswith(_OURS)
             at = frame.current_instruction.positions
             steps.append(_told(frame.f_code, at.lineno, at.col_offset))
     raise RuntimeError("an operation of a quantized model is compiled without its module")

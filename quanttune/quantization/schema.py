@@ -42,7 +42,7 @@ LEARNED = "lsq"  # an observer: the scale is being learned
 OPERATION = re.compile(r"(.+\.)?(attention|product|linear|add)\d+(_[a-z]+)?_quantizer")
 _OPERATION_FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str, NoneType), "kinds": (dict,), "weight": (int, NoneType),
-    "owner": (str, NoneType), "is_score": (bool,),
+    "owner": (str, NoneType), "parameter": (str, NoneType), "is_score": (bool,),
 }  # fmt: skip
 
 

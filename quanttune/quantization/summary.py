@@ -14,7 +14,6 @@ from .quantizer import ActivationQuantizer
 from .watching import class_of
 
 LITTLE = 0.01  # of a model: what is less is not listed
-MUCH = 0.1  # of its parameters: what is less may be positions and the like, that are only added
 
 
 @dataclass(frozen=True)
@@ -112,19 +111,15 @@ def summary(model: nn.Module) -> Summary:
 
 
 def warn_of_floats(model: nn.Module) -> None:
-    """Name what stays in float though nobody asked for it, where it is much of a model."""
+    """Name the products that stay in float though nobody asked for it."""
     parameters, products, floats = _shares(model)
-    unasked = [one for one in floats if not one.is_asked_for]
-    much = {"parameter": MUCH, "product": LITTLE}
-    for kind, limit in much.items():
-        if sum(one.share for one in unasked if one.kind == kind) > limit:
-            counted = "" if products is None else f" and {products:.0%} of what is multiplied"
-            warnings.warn(
-                f"{parameters:.0%} of the parameters{counted} are integers. In float stay: "
-                f"{'; '.join(map(str, unasked[:5]))}",
-                stacklevel=3,
-            )
-            return
+    unasked = [one for one in floats if one.kind == "product" and not one.is_asked_for]
+    if unasked:
+        warnings.warn(
+            f"{parameters:.0%} of the parameters and {products:.0%} of what is multiplied are "
+            f"integers. In float stay: {'; '.join(map(str, unasked[:5]))}",
+            stacklevel=3,
+        )
 
 
 def _shares(model: nn.Module) -> tuple[float, float | None, tuple[Float, ...]]:
