@@ -7,6 +7,7 @@ about an hour on one core, and ends with docs/support.md, the page of the result
 """
 
 import argparse
+import importlib
 import json
 import logging
 import multiprocessing
@@ -37,7 +38,8 @@ BYTES = 6 << 30  # of memory that a worker may write to
 class Worker:
     """A process that examines one model after another, and is made anew when it hangs or dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "support_check") -> None:
+        self._module = module
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def examine(self, library: str, name: str) -> Row:
@@ -65,17 +67,18 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end,), daemon=True)
+        self._process = context.Process(target=_serve, args=(end, self._module), daemon=True)
         self._process.start()
         end.close()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, module: str) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     signal.signal(signal.SIGPROF, _too_long)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    from support_check import examine  # timm and transformers, which the parent does without
+    # they import timm and transformers, which the parent does without
+    examine = importlib.import_module(module).examine
 
     logging.disable(logging.ERROR)
     while True:
@@ -97,12 +100,19 @@ def _too_long(*_: object) -> None:
 
 def main() -> None:
     options = _options()
-    result = json.loads(options.json.read_text()) if options.json.exists() else {"rows": {}}
-    run(result, options.only, options.fresh, options.json)
-    options.markdown.write_text(page(result))
+    situations = options.json.with_name("situations.json")
+    file = situations if options.situations else options.json
+    result = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    module = "support_situations" if options.situations else "support_check"
+    run(result, options.only, options.fresh, file, module)
+    if options.json.exists():
+        other = json.loads(situations.read_text()) if situations.exists() else None
+        options.markdown.write_text(page(json.loads(options.json.read_text()), other))
 
 
-def run(result: dict[str, Any], only: str, fresh: bool, file: Path) -> None:
+def run(
+    result: dict[str, Any], only: str, fresh: bool, file: Path, module: str = "support_check"
+) -> None:
     """Examine what matches and has no row yet, and write the file after each model."""
     todo = [
         (library, family, name)
@@ -111,7 +121,7 @@ def run(result: dict[str, Any], only: str, fresh: bool, file: Path) -> None:
         and (fresh or f"{library}/{name}" not in result["rows"])
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    worker = Worker()
+    worker = Worker(module)
     for library, family, name in track(todo, "models"):
         row = {"family": family, **worker.examine(library, name)}
         result["rows"][f"{library}/{name}"] = row
@@ -134,6 +144,9 @@ def save(result: dict[str, Any], file: Path) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="pattern of library/family/model")
+    parser.add_argument(
+        "--situations", action="store_true", help="quantize instead, and change the batch"
+    )
     parser.add_argument("--fresh", action="store_true", help="run again what has a row")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--markdown", type=Path, default=MARKDOWN)

@@ -4,6 +4,8 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from typing import Any
 
+from support_batches import batches
+
 Row = dict[str, Any]
 
 NOT_CALLED = "not called in this forward"
@@ -58,8 +60,8 @@ brackets.
 """
 
 
-def page(result: dict[str, Any]) -> str:
-    """Return the page."""
+def page(result: dict[str, Any], situations: dict[str, Any] | None = None) -> str:
+    """Return the page; `situations` are those of support_situations.py."""
     rows = dict(sorted(result["rows"].items(), key=lambda item: _order(*item)))
     libraries = list(dict.fromkeys(key.partition("/")[0] for key in rows))
     versions = result["environment"]["versions"]
@@ -71,6 +73,8 @@ def page(result: dict[str, Any]) -> str:
     parts.append(_counts(rows, libraries))
     parts += [f"## {library}\n\n{_families(_of(rows, library))}" for library in libraries]
     parts += [_unobserved(rows), _in_place(rows), _lost(rows), _others(rows), _messages(rows)]
+    if situations:
+        parts.append(batches(situations))
     return "\n".join(parts)
 
 

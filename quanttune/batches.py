@@ -47,7 +47,7 @@ def arguments_of(
     first = batch[0]
     if isinstance(first, Mapping) or dataclasses.is_dataclass(first):
         return arguments_of(first, model)
-    if isinstance(first, (tuple, list)) and len(first) <= wanted.needs > len(batch) - 1:
+    if isinstance(first, (tuple, list)) and 1 < len(first) <= wanted.needs > len(batch) - 1:
         return tuple(first), {}  # ((a, b), labels)
     taken = max(1, min(wanted.needs, len(batch)))
     if model is not None and any(_may_be_input(batch, i, wanted) for i in range(taken, len(batch))):

@@ -77,7 +77,7 @@ class Masks:
         """
         given = self.given(args, kwargs)
         prefixes = self._prefixes((*self._parameters[""], *given))
-        if self._mask is None or (self._names and not self.receivers and not prefixes):
+        if self._mask is None or not (self.receivers or prefixes):
             return True
         counts = self.read(args, kwargs)
         if counts is None:

@@ -340,7 +340,7 @@ def test_a_state_dict_carries_the_zero_point():
 def test_the_summary_has_zero_points():
     x = torch.rand(7, 6)
     model = quantize(two_layers(), 8, symmetric=False, coverage="linear", data=[x])
-    text = str(qt.summary(model)).splitlines()
+    text = str(qt.summary(model)).splitlines()[: len(qt.summary(model).sites) + 2]
     assert text[1].split()[-2:] == ["absmax", "zero_point"]
     sites = {site.name: site for site in qt.summary(model).sites}
     assert sites["0.input_quantizer"].zero_point == -128

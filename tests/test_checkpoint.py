@@ -42,6 +42,7 @@ pytestmark = [
     quiet,
     # a CPU has no use for pinned memory
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+    pytest.mark.filterwarnings("ignore:.*multiply by matrices that they hold in one parameter"),
 ]
 SIZES = {
     "hidden_size": 16,

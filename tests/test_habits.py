@@ -202,8 +202,8 @@ def test_what_stays_float_has_a_reason():
     model = nn.Sequential(Scaled(6, 6), Table(), nn.LayerNorm(6), nn.Linear(6, 6), mlp()).eval()
     qt.quantize(model, overrides={"4.0": None}, data=[X])
     reasons = float_parameters(model)
-    assert reasons["0.weight"] == "Scaled has a forward of its own, not that of Linear"
-    assert reasons["1.table"] == "Table is none of the classes whose weights are rounded"
+    # what is multiplied with is rounded, in whatever class
+    assert not {"0.weight", "1.table"} & reasons.keys()
     assert reasons["2.weight"] == "biases, and what a LayerNorm scales by, stay float"
     assert reasons["4.0.weight"] == "an override leaves it in float"
     assert not {"3.weight", "4.2.weight"} & reasons.keys()

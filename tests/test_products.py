@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import quanttune as qt
 from quanttune import cli
-from quanttune.inference import products
+from quanttune.inference import onnx_model, products
 from quanttune.inference.products import explain
 
 PROBABILITIES = "its left operand, attention's probabilities, is not rounded: coverage='full'"
@@ -180,7 +180,7 @@ def test_a_file_without_products_is_refused(tmp_path):
 )
 def test_vnni(text, expected, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(onnx_model, "CPUINFO", tmp_path / "cpuinfo")
     assert products.has_vnni() is expected
 
 

@@ -353,7 +353,10 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
             "scheme.overrides.head.bits must be a whole number, got 8.5",
         ),
         (put("scheme", "coverage", value=["full"]), "scheme holds a value of another type"),
-        (again("config_groups"), "config_groups have the target 'patch_embed.proj' more than once"),
+        (
+            again("config_groups"),
+            "config_groups have the target 'blocks.0.attn.proj' more than once",
+        ),
         (again("operation_groups"), "operation_groups have the target '"),
         (put("parameter_groups", value={"a": {"targets": ["x"], "weights": None}}), "'x' has no"),
         (lambda data, tensors: "[" * 100_000, "the quantization is no JSON"),

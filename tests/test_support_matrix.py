@@ -196,7 +196,7 @@ class FakeWorker:
 
 def test_a_run_goes_on_where_it_was_stopped(script, monkeypatch, tmp_path):
     matrix, worker, file = script("support_matrix"), FakeWorker(), tmp_path / "new" / "a.json"
-    monkeypatch.setattr(matrix, "Worker", lambda: worker)
+    monkeypatch.setattr(matrix, "Worker", lambda module: worker)
     result = {"rows": {"timm/swin_s3_tiny_224": {"family": "swin_transformer", "outcome": "exact"}}}
     matrix.run(result, "timm/swin_t*/*", False, file)
     others = ["timm/swin_tiny_patch4_window7_224"]

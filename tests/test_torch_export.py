@@ -7,6 +7,7 @@ from torch import nn
 
 import quanttune as qt
 from quanttune.fake_quantizer import integer_range
+from quanttune.inference.onnx_model import has_vnni
 from quanttune.quantization.insertion import quantizers
 
 CASES = [("vit", 8, "linear"), ("vit", 6, "full"), ("bert", 8, "full"), ("bert", 6, "linear")]
@@ -135,4 +136,5 @@ def test_linear_modules_compile_to_integer_kernels():
         actual, (code, *_) = run_and_get_code(torch.compile(program), example.inputs)
     linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert code.count("onednn.qlinear_pointwise") == linear
-    assert error(actual, example.logits()) < lost / 20
+    if has_vnni() is not False:  # else oneDNN lets products of 8 bits saturate
+        assert error(actual, example.logits()) < lost / 20

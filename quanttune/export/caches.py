@@ -23,7 +23,8 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 def _configurations(model: nn.Module) -> list[Any]:
     """Return the configurations of a model and its modules, and those that they hold."""
-    waiting = [getattr(module, "config", None) for module in model.modules()]
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # or any function
+    waiting = [getattr(module, "config", None) for module in modules]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()

@@ -30,7 +30,7 @@ def export_float(
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    args, kwargs = check_example(example_inputs, dynamic)
+    args, kwargs = check_example(example_inputs, dynamic, model)
     # the others' results lie in memory otherwise than those of the products that a file has
     with sdpa_kernel(SDPBackend.MATH):
         exported = converted(traced(model, args, kwargs, dynamic), opset)

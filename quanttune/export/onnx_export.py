@@ -70,7 +70,7 @@ def export_onnx(
     check_path(path)
     check_types(act_dtype, opset)
     check_model(model)
-    args, kwargs = check_example(example_inputs, dynamic)
+    args, kwargs = check_example(example_inputs, dynamic, model)
     program = traced(model, args, kwargs, dynamic)
     onnx_model = _translated(program, act_dtype, opset, dynamic)
     onnx_model.metadata_props[KEY] = json.dumps(describe(model))

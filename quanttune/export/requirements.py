@@ -15,10 +15,10 @@ OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.
 
 
 def check_example(
-    example: Any, dynamic: Mapping[int, str]
+    example: Any, dynamic: Mapping[int, str], model: nn.Module
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of the model's forward, if a file can be made of them."""
-    args, kwargs = arguments_of(example)
+    args, kwargs = arguments_of(example, model)
     for x in (*args, *kwargs.values()):
         if not isinstance(x, Tensor):
             raise TypeError(f"example_inputs must be tensors, got {type(x).__name__}")

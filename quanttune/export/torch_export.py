@@ -40,7 +40,7 @@ def export_torch(
     import torch.ao.quantization.fx._decomposed  # registers the ops; takes time
 
     check_model(model)
-    args, kwargs = check_example(example_inputs, dynamic)
+    args, kwargs = check_example(example_inputs, dynamic, model)
     with _decomposed(model):
         program = traced(model, args, kwargs, dynamic)
     torch.fx.replace_pattern(program.graph_module, _stacked_product, _plain_product)

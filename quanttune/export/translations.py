@@ -42,7 +42,17 @@ def translations(onnx: values.Opset, act_dtype: str) -> dict[Translation, Transl
         options = {} if axis is None else {"axis": axis}
         return onnx.DequantizeLinear(codes, scale, **options)
 
+    def dynamic_fake_quant(x: Any, qmin: int, qmax: int, axis: int | None = None) -> Any:
+        """Round a weight that no module holds: of constants, which ONNX Runtime folds."""
+        others = () if axis is None else (onnx.Constant(value=ir.tensor(np.array([1], "int64"))),)
+        absmax = onnx.ReduceMax(onnx.Abs(x), *others, keepdims=1)
+        scale = onnx.Div(absmax, constant(qmax))
+        scale = onnx.Where(onnx.Equal(absmax, constant(0)), constant(1), scale)
+        codes = onnx.Clip(onnx.Round(onnx.Div(x, scale)), constant(qmin), constant(qmax))
+        return onnx.Mul(codes, scale)
+
     return {
         torch.ops.quanttune.fake_quant.default: fake_quant,
+        torch.ops.quanttune.dynamic_fake_quant.default: dynamic_fake_quant,
         torch.ops.quanttune.dequantize.default: dequantize,
     }

@@ -9,6 +9,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     import onnx
 
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
+# of a session: products of 8 bits that processors without VNNI would let saturate are exact
+EXACT = ("session.x64quantprecision", "1")
+
+
+def has_vnni() -> bool | None:
+    """Tell whether the processor adds products of 8 bits in 32; None if it is none of x86."""
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
+    return "vnni" in flags if "sse2" in flags else None
+
 
 def read(path: str | Path) -> "onnx.ModelProto":
     """Read an ONNX file and the tensors beside it.
@@ -53,6 +63,8 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if has_vnni() is False:
+            options.add_session_config_entry(*EXACT)
         if optimized:
             options.optimized_model_filepath = str(optimized)
         is_file = isinstance(model, (str, Path))

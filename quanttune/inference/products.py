@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from ..export.external_data import LARGEST
 from ..export.onnx_graph import PRODUCTS
-from .onnx_model import OnnxModel, read
+from .onnx_model import OnnxModel, has_vnni, read
 from .operands import FLOAT, PROBABILITIES, WIDE, Operand, Operands
 
 if TYPE_CHECKING:
     import onnx
 
-CPUINFO = Path("/proc/cpuinfo")
 _INTEGER = {
     "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger",
     "DynamicQuantizeMatMul",
@@ -82,12 +81,6 @@ def explain(path: str | Path) -> Explanation:
     counts = Counter(node.op_type for node in optimized.graph.node)
     roundings = {kind: counts[kind] for kind in ("QuantizeLinear", "DequantizeLinear")}
     return Explanation(tuple(found), roundings, has_vnni())
-
-
-def has_vnni() -> bool | None:
-    """Tell whether an x86 processor adds products of 8 bits in 32; None where it is not known."""
-    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
-    return "vnni" in flags if "sse2" in flags else None
 
 
 def _optimized(model: "onnx.ModelProto") -> "onnx.ModelProto":

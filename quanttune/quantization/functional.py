@@ -48,7 +48,7 @@ class FunctionalSites:
         for name, module in self.modules.items():
             prefix = f"{name}." if name else ""
             is_childless = not any(n != name and n.startswith(prefix) for n in names)
-            is_known = type(module).forward.__module__.startswith(("torch.nn.", "quanttune."))
+            is_known = type(module).forward.__module__.startswith("torch.nn.")
             if isinstance(module, Twin) or (is_childless and is_known):
                 continue
             module.__dict__[CALLS] = Calls(name, is_childless)
@@ -146,6 +146,8 @@ class _Mode(TorchFunctionMode):
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         call = call_under_way(self.sites.modules)
         operation = call.operation(is_settled=self.made is None)
+        if call.is_apart:
+            return F.scaled_dot_product_attention(*args, **kwargs)
         if operation is None and self.made is None:
             raise call.refusal("computes attention")
         if operation is None:
@@ -187,9 +189,11 @@ class _Mode(TorchFunctionMode):
     def _product(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Contraction) -> Any:
         call = call_under_way(self.sites.modules)
         operation = call.operation(is_settled=self.made is None)
-        if self.made is not None:
+        if call.is_apart:
+            operation = None
+        elif self.made is not None:
             operation = self._judged_product(call, operation, found)
-        elif operation is None and not call.is_apart and _are_no_parameters(found.operands):
+        elif operation is None and _are_no_parameters(found.operands):
             raise call.refusal("multiplies activations")
         if operation is None or operation.name is None:
             result = func(*args, **kwargs)
@@ -209,8 +213,6 @@ class _Mode(TorchFunctionMode):
             return known
         assert self.made is not None
         weight = self.made.weight_among(*found.operands)
-        if weight is not None and call.is_apart:
-            return None
         if weight is not None:
             return self._new_linear(call, weight, found)
         if self.made.is_product(*found.operands):

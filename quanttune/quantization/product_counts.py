@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .operations import CALLS
 from .quantizer import ActivationQuantizer, WeightQuantizer
@@ -37,6 +37,11 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # where Triton is missing the import says so
+        from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+        self.counters = flop_registry
+        self.count_attention = sdpa_flop_count
         self.counts: dict[tuple[Any, str], int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,13 +49,14 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
         if packet is _FUSED_ON_CPU:
-            count = sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif packet in flop_registry:
-            count = flop_registry[packet](*args, **kwargs, out_val=result)
+            count = self.count_attention(*(x.shape for x in args[:3]))
+        elif packet in self.counters:
+            count = self.counters[packet](*args, **kwargs, out_val=result)
         else:
             return result
         key = _where(sys._getframe(1))
-        self.counts[key] = self.counts.get(key, 0) + count
+        if not isinstance(key[0], ParametrizationList):  # what computes a weight is no product of x
+            self.counts[key] = self.counts.get(key, 0) + count
         return result
 
 
@@ -71,6 +77,8 @@ def _where(frame: FrameType | None) -> tuple[Any, str]:
     while frame is not None:
         variables, name = frame.f_locals, frame.f_globals.get("__name__", "")
         module = variables.get("self")
+        if isinstance(module, ParametrizationList):
+            return module, ""
         if isinstance(module, Twin):
             return module, _reason(module, ("input_quantizer", "weight_quantizer"))
         if name.startswith("quanttune.quantization.") and frame.f_code.co_name in _PRODUCTS:

@@ -38,6 +38,7 @@ _MIXERS = {
     torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__,
     Tensor.__rmatmul__, torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm,
 }  # fmt: skip
+_LOOKUPS = {F.embedding, torch.embedding}
 _SELECTIONS = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select,
                Tensor.select, torch.gather, Tensor.gather}  # fmt: skip
 
@@ -122,6 +123,8 @@ class Provenance:
             return marks[0], ()
         if func in _SOFTMAX:
             return made & ACTIVATION | Made.PROBABILITY, ()
+        if func in _LOOKUPS:  # positions are tokens' too, whoever counts them
+            return ACTIVATION, ()
         if func in _MIXERS:
             return made & ACTIVATION, ()
         others = [mark for mark in marks if not mark & _ROLES]

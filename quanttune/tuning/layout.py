@@ -103,12 +103,20 @@ class Layouts:
             return self._recomputed(key)
         layout = self.current(x, site)
         self._visits[site] += 1
+        self.remember(x, site, layout, is_first)
+        return layout
+
+    def remember(self, x: Tensor, site: str, layout: Layout, is_first: bool) -> None:
+        """Let recomputations find the layout of x, which another site may have kept.
+
+        A checkpoint that begins at this site gives it a copy of x.
+        """
+        key = site, x.shape
         before = self._known.get(key, layout).padding
         if before is not layout.padding and (not is_first or key in self._met):
             self._ambiguous.add(key)
         self._known[key] = layout
         self._met[key] = layout.padding
-        return layout
 
     def is_padded(self, x: Tensor, site: str) -> bool:
         """Tell whether there is padding in x."""

@@ -23,7 +23,7 @@ from ..losses import OutlierLoss
 from ..masks import Mask
 from . import riding
 from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
-from .layout import Layouts
+from .layout import Layout, Layouts
 from .plan import Plan
 from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
 from .upstream import Upstream
@@ -267,6 +267,9 @@ class Observers:
             known.site, known.module, known.multiplicity = site, module, 1
             self._count(known)
             return None
+        if not recomputing():
+            layout = Layout(known.samples, known.padding, known.source)
+            self._layouts.remember(x, site, layout, is_first=self._last is None)
         # a tensor from before a checkpoint's region was counted when it first came by
         known.multiplicity += known.recomputed == recomputing()
         self._visit(site, None)

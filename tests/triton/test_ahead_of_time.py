@@ -60,7 +60,7 @@ BUDGET = {
     FAKE_QUANT_GRADIENT: 46,
     ERRORS: 30,  # and candidate
     LAYER_NORM: 96,
-    LAYER_NORM_GRADIENT: 88,
+    LAYER_NORM_GRADIENT: 89,  # 88 by Triton 3.9, 88.1 by 3.8
     ACTIVATION: 92,
     ACTIVATION_GRADIENT: 98,
 }
