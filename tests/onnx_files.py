@@ -17,7 +17,6 @@ def run(model, feeds, optimized=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
     model = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)

@@ -191,7 +191,8 @@ def test_the_doctor_prints_counts_and_reasons(export, tmp_path, monkeypatch):
     said = CliRunner().invoke(cli.app, arguments).output
     assert f"{path}: 7 of 8 products in integers" in said
     assert "no VNNI: products of 8 bits may saturate here" in said
-    assert f"blocks.0.attn.matmul_1 (MatMul): {PROBABILITIES}" in said
+    in_options = PROBABILITIES.replace("coverage='full'", "--coverage full")
+    assert f"blocks.0.attn.matmul_1 (MatMul): {in_options}" in said
     assert said.count("blocks.") == 1
     found = json.loads((tmp_path / "a.json").read_text())["onnx"]
     assert f"{found['roundings']['QuantizeLinear']} QuantizeLinear, " in said

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..quantization.insertion import quantizers
 from ..quantization.padding import counting, inside, without_padding
-from ..quantization.passes import answer_of, forward_batches
-from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from ..quantization.passes import answer_of, enable_weights, forward_batches
+from ..quantization.quantizer import ActivationQuantizer
 
 See = Callable[[str, Tensor, Tensor | None], None]  # a site, its tensor, what is no padding
 
@@ -42,13 +42,12 @@ def rounding_only(
         if site not in sites:
             quantizer.forward = partial(_pass, see, site, quantizer.kind)  # type: ignore[method-assign]
             passing.append(quantizer)
-    for module in quantized.modules():
-        if isinstance(module, WeightQuantizer) and not weights:
-            module.forward = partial(_pass, None, "", "")  # type: ignore[method-assign]
-            passing.append(module)
+    if not weights:
+        enable_weights(quantized, False)
     try:
         yield
     finally:
+        enable_weights(quantized, True)
         for module in passing:
             del module.forward
 

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import onnx
 
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
-# of a session: products of 8 bits that processors without VNNI would let saturate are exact
-EXACT = ("session.x64quantprecision", "1")
 
 
 def has_vnni() -> bool | None:
@@ -63,8 +61,6 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        if has_vnni() is False:
-            options.add_session_config_entry(*EXACT)
         if optimized:
             options.optimized_model_filepath = str(optimized)
         is_file = isinstance(model, (str, Path))
