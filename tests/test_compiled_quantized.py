@@ -79,6 +79,7 @@ def test_what_calibration_did_not_meet_is_refused_in_a_compiled_model_too():
         compiled(x, late=True)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's
 def test_a_block_that_is_compiled_alone_is_rounded_too():
     x = torch.randn(2, 5, 16)
     model = qt.quantize(nn.Sequential(Residual(), Residual()), 4, data=[x])
