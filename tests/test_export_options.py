@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnx_files
+import onnxruntime
 import pytest
 import torch
 from models import MODELS, Shared
@@ -324,3 +325,28 @@ def test_masks_and_labels_reach_the_file(tmp_path):
         expected = model(**shorter).logits
     logits = torch.from_numpy(onnx_files.run(path, shorter)["logits"])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_used_without_its_module_is_exported(tmp_path):
+    """As in BEiT and EVA02, whose biases are parameters of another module."""
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.bias = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(8))
+            self.own, self.last = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(x, self.qkv.weight, bias=self.bias) @ self.own)
+
+    x = torch.randn(3, 5, 8)
+    model = qt.quantize(Functional().eval(), 8, weight_bits=7, data=[x])
+    qt.export_onnx(model, x, tmp_path / "m.onnx")
+    options = onnxruntime.SessionOptions()  # what the file says, whatever a processor's kernels do
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", options)
+    (actual,) = session.run(None, {"x": x.numpy()})
+    expected = model(x).detach()
+    scale = quantizers(model)["last.output_quantizer"].scale.item()
+    assert abs(actual - expected.numpy()).max() < 1.5 * scale  # a code at most
+    assert (abs(actual - expected.numpy()) < 1e-5).mean() > 0.9

@@ -97,12 +97,16 @@ class IntegerLinear(Twin, nn.Module):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Do what `forward` does, with a bias that is not the module's own."""
         x, weight = self.input_quantizer(x), self.weight_quantizer()
         # not @, which would be a functional site where torch.export stands in for a shared module
         product = torch.ops.aten.matmul.default
         # ONNX Runtime makes a float Gemm of the product of two matrices and a bias
         y = product(x, weight) if x.dim() > 2 else product(x.unsqueeze(0), weight).squeeze(0)
-        return self.output_quantizer(y if self.bias is None else y + self.bias)
+        return self.output_quantizer(y if bias is None else y + bias)
 
 
 class IntegerEmbedding(Twin, nn.Module):
