@@ -294,4 +294,5 @@ def test_the_page_tells_what_became_of_each_model(script):
 def test_the_committed_page_is_that_of_the_committed_results(script):
     matrix = script("support_matrix")
     result = json.loads(matrix.JSON.read_text())
-    assert matrix.MARKDOWN.read_text() == script("support_page").page(result)
+    situations = json.loads(matrix.JSON.with_name("situations.json").read_text())
+    assert matrix.MARKDOWN.read_text() == script("support_page").page(result, situations)
