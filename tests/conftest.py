@@ -44,46 +44,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
-# On x86 processors without VNNI ONNX Runtime adds products of 8 bits in 16, which saturate: what it
-# answers is then another number than the file says (docs/deployment.md), and these compare numbers.
-SATURATING = (
-    "test_bench_command.py::test_right_answers_pass",
-    "test_bench_command.py::test_a_language_model_that_caches_is_timed",
-    "test_equalized_models.py::test_an_equalized_model_is_exported",
-    "test_experts.py::test_experts_are_exported_as_integers",
-    "test_export_options.py::test_zero_points_are_ours[8-",
-    "test_export_options.py::test_large_tensors_lie_beside_the_file",
-    "test_export_options.py::test_training_mode_is_kept_and_dropout_is_not",
-    "test_export_options.py::test_masks_and_labels_reach_the_file",
-    "test_export_sizes.py::test_files_run_at_every_pair_of_lengths[two]",
-    "test_verify.py::test_a_right_file_passes[('vit', {'bits': 8}, 'uint8')]",
-    "test_verify.py::test_a_right_file_passes[('opt', {'bits': 8, 'symmetric': False}, 'uint8')]",
-    "test_verify.py::test_a_right_file_passes[('shared', {'bits': 8}, 'uint8')]",
-    "test_verify.py::test_a_right_file_passes[('swin', {'bits': 8, 'coverage': 'full'}, 'uint8')]",
-    "test_verify.py::test_shares_are_those_that_numpy_counts[('vit', {'bits': 8}, 'uint8')]",
-    "test_verify.py::test_a_wrong_scale_is_named",
-    "test_verify.py::test_a_wrong_scale_on_the_way_back_is_named",
-    "test_verify.py::test_a_weight_that_has_no_name_is_found_by_the_layer_behind_it",
-    "test_verify.py::test_an_output_that_no_code_decides_is_compared",
-    "test_verify.py::test_a_file_that_is_wrong_for_a_later_batch_fails",
-    "test_verify.py::test_a_file_of_other_weights_fails",
-    "test_verify.py::test_wide_sites_are_computed_in_float_and_not_compared",
-    "test_verify_command.py::test_a_right_file_is_measured_and_passes",
-    "test_verify_command.py::test_what_is_wrong_is_in_the_last_line[bert_case]",
-)
-
-
-def pytest_collection_modifyitems(items):
-    from quanttune.inference.onnx_model import has_vnni
-
-    if has_vnni() is not False:
-        return
-    mark = pytest.mark.skip(reason="products of 8 bits saturate on this processor: no VNNI")
-    for item in items:
-        if item.nodeid.rpartition("tests/")[2].startswith(SATURATING):
-            item.add_marker(mark)
-
-
 def pytest_collection_finish():
     """Keep the garbage collector from going again and again through all that was imported."""
     gc.freeze()

@@ -12,11 +12,16 @@ FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
 
 
-def run(model, feeds, optimized=None):
-    """Run a model, a file or a ModelProto, and return its outputs by name."""
+def run(model, feeds, optimized=None, as_written=False):
+    """Run a model, a file or a ModelProto, and return its outputs by name.
+
+    As it is written it computes in float what lies between the roundings.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized:
         options.optimized_model_filepath = str(optimized)
     model = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)

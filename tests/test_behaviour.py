@@ -1,6 +1,7 @@
 """What tuning is for: outliers shrink, the task is kept, and plain min-max quantization works."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -70,4 +71,4 @@ def test_tuning_removes_an_outlier_that_training_leaves():
     assert left > 0.7 * ratio
     assert tuned_ratio < 0.5 * left
     assert tuned_error < 0.6 * error
-    assert tuned_loss < loss + 0.2  # guessing costs 1.39
+    assert tuned_loss < (loss + math.log(CLASSES)) / 2  # nearer to the control than to guessing

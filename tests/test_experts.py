@@ -190,7 +190,7 @@ def test_experts_are_exported_as_integers(tmp_path):
     sizes = {
         i.name: tuple(i.dims)
         for i in onnx.load(tmp_path / "m.onnx").graph.initializer
-        if i.data_type == onnx.TensorProto.INT8
+        if i.data_type == onnx.TensorProto.UINT8
     }
     assert {(4 * 48, 16), (4 * 16, 24)} <= set(sizes.values())
     import onnxruntime

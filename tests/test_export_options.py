@@ -63,10 +63,10 @@ def quantized(kind, **options):
 
 
 @torch.no_grad()
-def assert_runs_alike(model, path, inputs):
+def assert_runs_alike(model, path, inputs, **options):
     """Compare with the simulation; a code that flips is worth a step."""
     (name,) = (value.name for value in onnx.load(path).graph.input)
-    (actual,) = onnx_files.run(path, {name: inputs}).values()
+    (actual,) = onnx_files.run(path, {name: inputs}, **options).values()
     expected = model(inputs).numpy()
     steps = [quantizer.scale.item() for quantizer in quantizers(model).values()]
     near = np.abs(actual - expected) < 1e-5
@@ -93,7 +93,8 @@ def test_zero_points_are_ours(bits, act_dtype, tmp_path):
         np.testing.assert_array_equal(codes, expected)
         zeros.add(zero)
     assert len(zeros) > 1
-    assert_runs_alike(model, path, INPUTS[Words])
+    # of int8 ONNX Runtime's products saturate on processors without VNNI
+    assert_runs_alike(model, path, INPUTS[Words], as_written=act_dtype == "int8")
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])
@@ -142,7 +143,7 @@ def test_weights_are_stored_as_integers(tmp_path):
     shapes = {"table": (9, 8), "mix": (8, 6), "head": (6, 4)}
     for name, shape in shapes.items():
         codes = stored[f"{name}.weight_quantizer.codes"]
-        assert (codes.dtype, codes.shape) == (np.int8, shape)
+        assert (codes.dtype, codes.shape) == (np.int8 if name == "table" else np.uint8, shape)
     floats = [array for array in stored.values() if array.dtype == np.float32]
     assert max(array.size for array in floats) == 9  # the scales of the table
     counts = onnx_files.operators(tmp_path / "model.onnx")
@@ -350,3 +351,17 @@ def test_a_weight_that_is_used_without_its_module_is_exported(tmp_path):
     scale = quantizers(model)["last.output_quantizer"].scale.item()
     assert abs(actual - expected.numpy()).max() < 1.5 * scale  # a code at most
     assert (abs(actual - expected.numpy()) < 1e-5).mean() > 0.9
+
+
+@torch.no_grad()
+def test_two_roundings_in_a_row_stay_two(tmp_path):
+    """ONNX Runtime 1.32 makes one of them, on a third grid; learned scales differ like that."""
+    x = INPUTS[Shared]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    qt.quantize(model, weight_bits=7, coverage="full", data=[x])
+    model[1].input_quantizer.scale /= 3
+    qt.export_onnx(model, x, tmp_path / "model.onnx")
+    (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+
+

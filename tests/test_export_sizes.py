@@ -121,8 +121,9 @@ MODELS = {
 
 
 def caches(model):
-    """Return whether each module's configuration asks for a cache."""
-    return [getattr(getattr(m, "config", None), "use_cache", None) for m in model.modules()]
+    """Return whether the configurations of modules ask for caches."""
+    configured = [(name, m.config) for name, m in model.named_modules() if hasattr(m, "config")]
+    return {name: getattr(config, "use_cache", None) for name, config in configured}
 
 
 FIXED = {"whisper", "captioner"}  # have a second dimension that is not free

@@ -216,7 +216,7 @@ def test_a_wrong_zero_point_is_named(changed):
 
 def test_a_weight_that_has_no_name_is_found_by_the_layer_behind_it(changed):
     weight = f"{FC1}.weight_quantizer.codes"
-    turn = [setting(weight, lambda code: -code, i) for i in range(0, 2000, 7)]
+    turn = [setting(weight, lambda code: 255 - code, i) for i in range(0, 2000, 7)]
     model, inputs, path = changed(both(*turn, renaming(weight)))
     found = qt.verify(path, model, [inputs])
     assert f"{FC1}.output_quantizer is the first layer that disagrees" in found.problems[0]

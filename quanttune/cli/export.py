@@ -14,7 +14,7 @@ def run(
     out: Annotated[Path, typer.Option(help="The file.")],
     task: options.Task = None,
     act_dtype: Annotated[
-        str, typer.Option(help="Of activations: uint8 for ONNX Runtime, int8 for TensorRT.")
+        str, typer.Option(help="Of the codes: uint8 for ONNX Runtime, int8 for TensorRT.")
     ] = "uint8",
     opset: Annotated[int, typer.Option(help="Version of the operators, 18 to 21.")] = 20,
     json: Json = None,

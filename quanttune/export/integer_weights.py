@@ -13,19 +13,24 @@ from ..quantization.quantizer import StackQuantizer, WeightQuantizer
 from ..quantization.twins import QuantizedConvolution, QuantizedEmbedding, Twin
 
 WIDEST = 8  # bits of an integer that runtimes multiply
+CENTERS = {"uint8": 128, "int8": 0}  # codes of uint8 are those of int8, shifted
 
 
 @contextmanager
-def integer_weights(model: nn.Module) -> Iterator[None]:
-    """Let a quantized model compute from integer weights, in the layout that runtimes multiply."""
+def integer_weights(model: nn.Module, dtype: str = "int8") -> Iterator[None]:
+    """Let a quantized model compute from integer weights, in the layout that runtimes multiply.
+
+    Args:
+        dtype: of the codes of what meets integers: "int8", or "uint8", whose zero point is 128.
+    """
     with ExitStack() as undo:
         for module, quantizer in weight_quantizers(model).values():
             undo.callback(setattr, module, "weight_quantizer", quantizer)
             if not isinstance(module, Twin):  # a parameter of a module that computes by itself
-                module.weight_quantizer = IntegerParameter(module.weight, quantizer)
+                module.weight_quantizer = IntegerParameter(module.weight, quantizer, dtype)
                 continue
             undo.callback(setattr, module, "__class__", type(module))
-            module.weight_quantizer = IntegerWeight(module, quantizer)
+            module.weight_quantizer = IntegerWeight(module, quantizer, dtype)
             module.__class__ = _integer_twin(type(module))
         yield
 
@@ -34,14 +39,14 @@ class IntegerWeight(nn.Module):
     """The codes and scales of a weight: a product's as (inputs, outputs), others as they were.
 
     Weights of more than 8 bits are kept as the floats that they were rounded to. Where a weight of
-    integers meets a float it is cast and scaled: of DequantizeLinear ONNX Runtime would make an
-    operator that rounds the float too.
+    integers meets a float it is int8, cast and scaled: of DequantizeLinear ONNX Runtime would make
+    an operator that rounds the float too.
     """
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, module: Any, quantizer: WeightQuantizer) -> None:
+    def __init__(self, module: Any, quantizer: WeightQuantizer, dtype: str) -> None:
         super().__init__()
         weight, outputs = module.weight.detach(), module.output_axis
         is_product = not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
@@ -50,7 +55,8 @@ class IntegerWeight(nn.Module):
         self.is_integer = quantizer.bits <= WIDEST
         inputs = getattr(module, "input_quantizer", None)
         self.meets_integers = getattr(inputs, "bits", WIDEST + 1) <= WIDEST
-        codes = (rounded / scale).round().to(torch.int8) if self.is_integer else rounded
+        kind = dtype if self.meets_integers else "int8"
+        codes = _codes(rounded / scale, kind) if self.is_integer else rounded
         self.axis = None if quantizer.axis is None else codes.dim() - 1 if is_product else outputs
         if not is_product:
             codes = codes.movedim(-1, outputs)
@@ -71,7 +77,7 @@ class IntegerParameter(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, quantizer: WeightQuantizer) -> None:
+    def __init__(self, weight: Tensor, quantizer: WeightQuantizer, dtype: str) -> None:
         super().__init__()
         self.shape = weight.shape
         self.of_stack = quantizer if isinstance(quantizer, StackQuantizer) else None
@@ -81,7 +87,7 @@ class IntegerParameter(nn.Module):
         self.axis, self.is_integer = quantizer.axis, quantizer.bits <= WIDEST
         if self.is_integer:
             steps = scale if self.axis is None else scale.view(-1, *[1] * (rounded.dim() - 1))
-            rounded = (rounded / steps).round().to(torch.int8)
+            rounded = _codes(rounded / steps, dtype)
         self.register_buffer("codes", rounded.contiguous())
         self.register_buffer("scale", scale.detach())
 
@@ -129,9 +135,16 @@ def _integer_twin(twin: type) -> Any:
     return IntegerEmbedding if issubclass(twin, QuantizedEmbedding) else IntegerLinear
 
 
+def _codes(steps: Tensor, dtype: str) -> Tensor:
+    return (steps.round() + CENTERS[dtype]).to(getattr(torch, dtype))
+
+
 def _scaled(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """Make floats of codes; those of uint8 have the zero point 128."""
     if axis is not None:
         scale = scale.view(-1, *[1] * (codes.dim() - axis - 1))
+    if codes.dtype == torch.uint8:
+        return (codes.float() - CENTERS["uint8"]) * scale
     return codes * scale
 
 

@@ -34,7 +34,7 @@ def export_onnx(
 ) -> None:
     """Write a quantized model to an ONNX file, with QuantizeLinear where it rounds.
 
-    Weights are stored as int8, those of Linear modules as (inputs, outputs). The codes of an
+    Weights are stored as integers, those of Linear modules as (inputs, outputs). The codes of an
     activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
     than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
     have the first one's name. Keys and values of caches are no outputs. The metadata hold the
@@ -47,16 +47,16 @@ def export_onnx(
     Meanwhile no other thread may call a module, of this model or another one: torch.export takes
     all calls of the process for those that it traces, and either may fail.
 
-    At 8 bits on x86 processors without VNNI, products of ONNX Runtime may saturate.
-
     Args:
         model: what `quantize` returned, in float32. It is exported in evaluation mode.
         example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
             (passed as keywords), or a tuple or list, whose first element is taken.
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
             a file that is named after it and them (.onnx.<digest>.data), and replaced with it.
-        act_dtype: type of the codes of activations. "uint8" (zero point 128) is for ONNX Runtime,
-            "int8" (zero point 0) for runtimes such as TensorRT.
+        act_dtype: type of the codes, of activations and of the weights that they meet. "uint8"
+            (zero point 128) is for ONNX Runtime, whose products of two uint8 are exact on every
+            processor: those of uint8 and int8 saturate on x86 without VNNI. "int8" (zero point 0)
+            is for runtimes such as TensorRT.
         opset: version of the operators, 18 to 21; with int8 to 20.
         dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
             any length it is {0: "batch", 1: "tokens"}.
@@ -71,23 +71,32 @@ def export_onnx(
     check_types(act_dtype, opset)
     check_model(model)
     args, kwargs = check_example(example_inputs, dynamic, model)
-    program = traced(model, args, kwargs, dynamic)
+    program = traced(model, args, kwargs, dynamic, act_dtype)
     onnx_model = _translated(program, act_dtype, opset, dynamic)
     onnx_model.metadata_props[KEY] = json.dumps(describe(model))
     write(onnx_model, path)
 
 
 def traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Mapping[int, str]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Mapping[int, str],
+    dtype: str = "int8",
 ) -> torch.export.ExportedProgram:
-    """Trace a model in evaluation mode; if it is quantized, with integer weights."""
+    """Trace a model in evaluation mode; if it is quantized, with weights of that type."""
     # not torch.export.Dim(name), which would have to know how many tokens a model takes; nor
     # DYNAMIC, with which texts beside images could not have tokens, whose channels are fixed
     size = torch.export.Dim.AUTO
     shapes = pytree.tree_map(
         lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
     )
-    with torch.no_grad(), evaluating(model), without_caches(model), integer_weights(model):
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        without_caches(model),
+        integer_weights(model, dtype),
+    ):
         program = torch.export.export(
             model,
             args,

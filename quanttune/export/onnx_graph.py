@@ -98,21 +98,31 @@ def _keep_floats(graph: ir.Graph) -> None:
 
     ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
     what is simulated, and of a convolution whose weight it then rounds to 8 bits itself. An output
-    of the graph it returns rounded, where a transposed copy of it is rounded.
+    of the graph it returns rounded, where a transposed copy of it is rounded. Of two roundings in
+    a row, to grids that differ, it makes one.
     """
     lowest = ir.Value(name=LOWEST, const_value=ir.tensor(np.float32(-np.inf), name=LOWEST))
     for node in graph:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
             _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
+        if node.op_type == "DequantizeLinear" and _is_made(node.inputs[0], "QuantizeLinear"):
+            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest, tuple(node.inputs[1:]))
         for output in node.outputs:
             if output.is_graph_output() and output.dtype == ir.DataType.FLOAT:
                 _keep_float(graph, output, "Transpose", lowest)
 
 
-def _keep_float(graph: ir.Graph, value: ir.Value, reader_type: str, lowest: ir.Value) -> None:
-    """Let the readers of one type take a value through a Max."""
-    readers = [use for use in value.uses() if use[0].op_type == reader_type]
+def _keep_float(
+    graph: ir.Graph,
+    value: ir.Value,
+    reader_type: str,
+    lowest: ir.Value,
+    grid: tuple[ir.Value | None, ...] | None = None,
+) -> None:
+    """Let the readers of one type take a value through a Max, but for those that have the grid."""
+    of_type = [use for use in value.uses() if use[0].op_type == reader_type]
+    readers = [use for use in of_type if tuple(use[0].inputs[1:]) != grid]
     producer = value.producer()
     if not readers or producer is None:
         return
@@ -125,8 +135,12 @@ def _keep_float(graph: ir.Graph, value: ir.Value, reader_type: str, lowest: ir.V
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
+    return _is_made(value, "DequantizeLinear")
+
+
+def _is_made(value: ir.Value | None, op_type: str) -> bool:
     producer = value.producer() if value else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+    return producer is not None and producer.op_type == op_type
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

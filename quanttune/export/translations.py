@@ -8,9 +8,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
-from .integer_weights import WIDEST
-
-CENTERS = {"uint8": 128, "int8": 0}  # codes of uint8 are those of int8, shifted
+from .integer_weights import CENTERS, WIDEST
 
 Translation = Callable[..., Any]
 
@@ -20,7 +18,7 @@ def translations(onnx: values.Opset, act_dtype: str) -> dict[Translation, Transl
 
     Args:
         onnx: the operators, such as `onnxscript.opset20`.
-        act_dtype: type of the codes of activations, "uint8" or "int8".
+        act_dtype: type of the codes, "uint8" or "int8".
     """
 
     def constant(value: float, dtype: str = "float32") -> Any:
@@ -40,7 +38,9 @@ def translations(onnx: values.Opset, act_dtype: str) -> dict[Translation, Transl
 
     def dequantize(codes: Any, scale: Any, axis: int | None = None) -> Any:
         options = {} if axis is None else {"axis": axis}
-        return onnx.DequantizeLinear(codes, scale, **options)
+        # said for int8 too: what leaves it out is taken for float by some of ONNX Runtime's passes
+        zeros = np.full(tuple(scale.shape), CENTERS[act_dtype], act_dtype)
+        return onnx.DequantizeLinear(codes, scale, onnx.Constant(value=ir.tensor(zeros)), **options)
 
     def dynamic_fake_quant(x: Any, qmin: int, qmax: int, axis: int | None = None) -> Any:
         """Round a weight that no module holds: of constants, which ONNX Runtime folds."""

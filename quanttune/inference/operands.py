@@ -55,8 +55,8 @@ class Operands:
         return Operand(WIDE if is_wide else FLOAT, False)
 
     def _dequantized(self, node: "onnx.NodeProto") -> Operand:
-        if node.input[0] in self._stored:
-            return Operand("int8", True)
+        if codes := self._stored.get(node.input[0]):
+            return Operand(INTEGERS[codes.data_type == codes.INT8], True)
         zero_point = self._stored.get(node.input[2]) if len(node.input) > 2 else None
         is_signed = zero_point is not None and zero_point.data_type == zero_point.INT8
         return Operand(INTEGERS[is_signed], False)

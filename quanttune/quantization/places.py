@@ -1,9 +1,9 @@
 """Where in a model's code an operation stands.
 
 A place is the way from the forward of a module down to the call of the operation: of each function
-on it the name, and the line and column it is at, counted from where the function begins. It is the
-same for every size of the input, in every thread, while a checkpoint computes a forward again, and
-while torch.compile traces it.
+on it the name, the line, counted from where the function begins, and the first and last column,
+since in a @ b @ c two operations begin in one. It is the same for every size of the input, in every
+thread, while a checkpoint computes a forward again, and while torch.compile traces it.
 """
 
 import sys
@@ -74,7 +74,8 @@ def trace() -> Place:
         if not name.startswith(_PASSED):
             is_apart |= not steps and name.startswith(_OURS)
             at = frame.current_instruction.positions
-            steps.append(_told(frame.f_code, at.lineno, at.col_offset))
+            where = at.lineno, at.end_lineno, at.col_offset, at.end_col_offset
+            steps.append(_told(frame.f_code, *where))
     raise RuntimeError("an operation of a quantized model is compiled without its module")
 
 
@@ -100,12 +101,16 @@ def _value(frame: Any, name: str) -> Any:
 def _step(code: CodeType, offset: int) -> str:
     key = id(code), offset
     if key not in _steps:
-        line, _, column, _ = list(code.co_positions())[offset // 2]
-        _steps[key] = code, _told(code, line, column)
+        _steps[key] = code, _told(code, *list(code.co_positions())[offset // 2])
     return _steps[key][1]
 
 
-def _told(code: CodeType, line: int | None, column: int | None) -> str:
-    below = (line or code.co_firstlineno) - code.co_firstlineno
-    # Python can be told to forget columns (-X no_debug_ranges): then a line is one place
-    return f"{code.co_qualname}+{below}" + ("" if column is None else f":{column}")
+def _told(
+    code: CodeType, line: int | None, end_line: int | None, column: int | None, end: int | None
+) -> str:
+    first = code.co_firstlineno
+    told = f"{code.co_qualname}+{(line or first) - first}"
+    if column is None:  # Python can be told to forget columns (-X no_debug_ranges)
+        return told
+    lines = "" if end_line in (None, line) else f"{end_line - first}:"
+    return f"{told}:{column}-{lines}{end}"

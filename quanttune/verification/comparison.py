@@ -6,20 +6,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
-from ..export.integer_weights import WIDEST
+from ..export.integer_weights import CENTERS, WIDEST
 from ..export.onnx_export import named
-from ..export.translations import CENTERS
 from ..inference.onnx_model import OnnxModel
 from ..quantization.insertion import quantizers
 from ..quantization.padding import arguments_of
 from .agreement import Distances, Layer, compare_codes
 from .identity import check_shapes, tensors_of
 from .simulated_codes import noise, recording
-from .sites import Rounding, cut, fed, parsed, roundings, stored_tensors
+from .sites import CODES, Rounding, cut, fed, parsed, roundings, stored_tensors
 from .verdicts import wrong_grids, wrong_layers, wrong_output, wrong_tensors
 from .verification import Output
 
@@ -36,10 +36,13 @@ def compare(
     first = next(batches, None)
     if first is None:
         raise ValueError("data is empty: verify needs at least one batch of inputs")
-    stored, wanted = stored_tensors(file), tensors_of(model)
-    check_shapes(wanted, stored, path)
+    stored = stored_tensors(file)
     sites = list(roundings(file, stored))
-    center = CENTERS[str(sites[0].dtype)] if sites else 0
+    kinds = {site.dtype for site in sites}
+    kinds |= {codes.dtype for name, codes in stored.items() if name.endswith(CODES)}
+    dtype = "uint8" if np.dtype(np.uint8) in kinds else "int8"
+    wanted, center = tensors_of(model, dtype), CENTERS[dtype]
+    check_shapes(wanted, stored, path)
     problems = [*wrong_grids(sites, model, center), *wrong_tensors(stored, wanted)]
     cut(file, sites)
     codes, simulated = _simulate(model, first, sites, center)

@@ -56,12 +56,12 @@ def check_shapes(
             )
 
 
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
     """Return what a file of the model may hold under these names; the exporter merges equal ones.
 
     Weights are integers, as export_onnx stores them.
     """
-    with integer_weights(model):
+    with integer_weights(model, dtype):
         return {name: x.detach().cpu() for name, x in model.state_dict(keep_vars=True).items()}
 
 
