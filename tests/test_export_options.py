@@ -356,7 +356,7 @@ def test_a_weight_that_is_used_without_its_module_is_exported(tmp_path):
 @torch.no_grad()
 def test_two_roundings_in_a_row_stay_two(tmp_path):
     """ONNX Runtime 1.32 makes one of them, on a third grid; learned scales differ like that."""
-    x = torch.randn(64, 8)
+    x = torch.randn(8, 8, 8)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     qt.quantize(model, weight_bits=7, coverage="full", data=[x])
     model[1].input_quantizer.scale /= 3
