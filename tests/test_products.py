@@ -190,7 +190,7 @@ def test_the_doctor_prints_counts_and_reasons(export, tmp_path, monkeypatch):
     arguments = ["doctor", "--onnx", str(path), "--json", str(tmp_path / "a.json")]
     said = CliRunner().invoke(cli.app, arguments).output
     assert f"{path}: 7 of 8 products in integers" in said
-    assert "no VNNI: products of 8 bits may saturate here" in said
+    assert "no VNNI: products of int8 saturate here" in said
     in_options = PROBABILITIES.replace("coverage='full'", "--coverage full")
     assert f"blocks.0.attn.matmul_1 (MatMul): {in_options}" in said
     assert said.count("blocks.") == 1

@@ -57,7 +57,7 @@ def _print_products(path: Path, found: "Explanation") -> None:
     alone = ", ".join(f"{count} {kind}" for kind, count in found.roundings.items())
     say(f"operators of their own: {alone}")
     if found.has_vnni is False:
-        say("no VNNI: products of 8 bits may saturate here, and gain little speed")
+        say("no VNNI: products of int8 saturate here, those of uint8 gain less speed")
     for product in found.products:
         if product.remark:
             say(f"{product.name} ({product.operator or 'not found'}): {product.remark}")
