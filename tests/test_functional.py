@@ -329,6 +329,32 @@ class Functional(nn.Module):
         return self.last(x @ self.own)
 
 
+class Chain(nn.Module):
+    """Products and sums that begin at one column, and one that two lines hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        a, b = self.one(x), self.two(x)
+        # fmt: off
+        return (a @ b.mT @ x
+                @ b.mT) + a.matmul(b.mT).matmul(b).matmul(b.mT)
+        # fmt: on
+
+
+def test_operations_that_begin_in_one_column_are_several_sites():
+    x = torch.randn(3, 4, 8)
+    model = qt.quantize(Chain().eval(), 8, data=[x])
+    products = {site.partition("_")[0] for site in sites(model) if site.startswith("product")}
+    assert products == {f"product{i}" for i in range(6)}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    torch.compiler.reset()
+
+
 def test_products_with_parameters_are_those_of_a_linear():
     x, model = torch.randn(3, 5, 8), Functional().eval()
     same = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), copy.deepcopy(model.last))

@@ -534,3 +534,20 @@ def test_distances_are_those_of_all_batches():
     scores = Distances()
     scores.add(torch.ones(3, 1), torch.zeros(3, 1))
     assert scores.distance().argmax is None
+
+
+def test_batches_may_hold_several_inputs(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, a, b):
+            return self.one(a) @ self.two(b).mT
+
+    batch = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.zeros(3)  # with labels
+    model = qt.quantize(Two().eval(), data=[batch])
+    qt.export_onnx(model, batch, tmp_path / "model.onnx")
+    found = qt.verify(tmp_path / "model.onnx", model, [batch, batch[:2]])
+    assert found.passed
+    assert found.outputs[0].file.mean < 1e-6

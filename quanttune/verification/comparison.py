@@ -47,9 +47,8 @@ def compare(
     cut(file, sites)
     codes, simulated = _simulate(model, first, sites, center)
     threads = torch.get_num_threads()
-    found = _call(
-        OnnxModel(file, threads=threads), first, {fed(name): x for name, x in codes.items()}
-    )
+    parts, codes_fed = OnnxModel(file, threads=threads), {fed(n): x for n, x in codes.items()}
+    found = _call(parts, first, model, codes_fed)
     for name, values in codes.items():
         _check_shape(name, found.get(name, values), values)
     layers = [compare_codes(*parsed(s.codes), found[s.codes], codes[s.codes]) for s in sites]
@@ -57,7 +56,7 @@ def compare(
     unused = lost if lost and _decide_nothing(lost, model, first, simulated, file) else []
     problems += [f"the file does not round at {name}" for name in lost if not unused]
     problems += wrong_layers(layers)
-    others = ((batch, _call(model, batch)) for batch in batches)
+    others = ((batch, _call(model, batch, model)) for batch in batches)
     runs = chain([(first, simulated)], others)
     outputs = _outputs(OnnxModel(path, threads=threads), model, runs, found, layers)
     problems += chain.from_iterable(map(wrong_output, outputs))
@@ -78,7 +77,7 @@ def _simulate(
     """Return the codes of all calls of a simulated forward, and its outputs."""
     dtype = torch.int8 if center == 0 else torch.uint8
     with recording(model, dtype, center) as codes:
-        outputs = _call(model, batch)
+        outputs = _call(model, batch, model)
     if strange := [site.codes for site in sites if site.codes not in codes]:
         raise ValueError(f"the file makes {strange[0]}, which the model does not of these data")
     return codes | {site.codes: _repeated(codes[site.codes], site.shape) for site in sites}, outputs
@@ -96,9 +95,12 @@ def _repeated(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
     return codes.repeat_interleave(max(shape[-3] // codes.shape[-3], 1), -3)
 
 
-def _call(model: nn.Module | OnnxModel, batch: Any, more: Mapping[str, Tensor] = {}) -> Any:
-    args, kwargs = arguments_of(batch)
-    return named(model(*args, **kwargs, **more))
+def _call(
+    called: nn.Module | OnnxModel, batch: Any, model: nn.Module, more: Mapping[str, Tensor] = {}
+) -> Any:
+    """Call a model, or a file of it, with what the model takes of a batch."""
+    args, kwargs = arguments_of(batch, model)
+    return named(called(*args, **kwargs, **more))
 
 
 def _check_shape(name: str, file: Tensor, simulation: Tensor) -> None:
@@ -150,7 +152,7 @@ def _decide_nothing(
         for site in {parsed(name)[0] for name in calls}:
             hook = grids[site].register_forward_hook(lambda grid, _, output: output + grid.step)
             undo.callback(hook.remove)
-        others = _call(model, batch)
+        others = _call(model, batch, model)
     names = [value.name for value in file.graph.output if value.name in simulated]
     return all(torch.equal(others[name], simulated[name]) for name in names)
 
@@ -169,8 +171,8 @@ def _outputs(
     largest: dict[str, float] = {}
     for seed, (batch, expected) in enumerate(runs):
         with noise(model, seed, layers):
-            noisy = _call(model, batch)
-        found = _call(file, batch)
+            noisy = _call(model, batch, model)
+        found = _call(file, batch, model)
         if missing := [name for name in found if name not in expected]:
             raise ValueError(f"the file returns {missing}, the model {list(expected)}")
         for name in found:
