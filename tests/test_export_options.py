@@ -363,5 +363,3 @@ def test_two_roundings_in_a_row_stay_two(tmp_path):
     qt.export_onnx(model, x, tmp_path / "model.onnx")
     (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}).values()
     np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
-
-
