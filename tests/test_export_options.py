@@ -363,3 +363,22 @@ def test_two_roundings_in_a_row_stay_two(tmp_path):
     qt.export_onnx(model, x, tmp_path / "model.onnx")
     (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}).values()
     np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("coverage", ["linear", "full"])
+@torch.no_grad()
+def test_files_of_fixed_sizes_multiply_integers_too(coverage, tmp_path):
+    """ONNX Runtime 1.32 makes a Gemm of a product and its bias, where it knows their sizes."""
+    x = torch.randn(2, 4, 8)
+    layers = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+    model = qt.quantize(nn.Sequential(*layers).eval(), 6, coverage=coverage, data=[x])
+    for layer in layers[::2]:
+        assert layer.bias.abs().max() > 0
+    qt.export_onnx(model, x, tmp_path / "model.onnx", dynamic={})
+    assert "0.bias" in onnx_files.tensors(tmp_path / "model.onnx")
+    feeds, optimized = {"input": x}, tmp_path / "optimized.onnx"
+    (found,) = onnx_files.run(tmp_path / "model.onnx", feeds, optimized).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+    counts = onnx_files.operators(optimized)
+    assert counts["MatMulIntegerToFloat"] == 3
+    assert not any(counts[kind] for kind in (*onnx_files.FLOAT_PRODUCTS, "QGemm"))

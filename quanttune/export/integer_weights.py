@@ -30,7 +30,8 @@ def integer_weights(model: nn.Module, dtype: str = "int8") -> Iterator[None]:
                 module.weight_quantizer = IntegerParameter(module.weight, quantizer, dtype)
                 continue
             undo.callback(setattr, module, "__class__", type(module))
-            module.weight_quantizer = IntegerWeight(module, quantizer, dtype)
+            held: Any = IntegerWeight(module, quantizer, dtype)
+            module.weight_quantizer = held
             module.__class__ = _integer_twin(type(module))
         yield
 

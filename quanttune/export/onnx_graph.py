@@ -14,6 +14,7 @@ from .onnx_moves import move_codes
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
 LOWEST = "lowest"  # the name of a float that no value is below
+AXES = "bias_axes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -30,6 +31,7 @@ def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
     for owner in owners:
         owner.metadata_props.clear()
     _free_products(model.graph)
+    _keep_products(model.graph)
     move_codes(model.graph)
     _keep_floats(model.graph)
 
@@ -91,6 +93,24 @@ def _free_products(graph: ir.Graph) -> None:
             ir.convenience.replace_nodes_and_values(
                 graph, node, [node], [least, greatest], node.outputs, greatest.outputs
             )
+
+
+def _keep_products(graph: ir.Graph) -> None:
+    """Give a bias behind a product two dimensions more.
+
+    ONNX Runtime else makes a Gemm of both where it knows their sizes: of floats, or, where its
+    output is rounded, one that rounds the bias too.
+    """
+    axes = ir.Value(name=AXES, const_value=ir.tensor(np.array([0, 1]), name=AXES))
+    for node in graph:
+        if node.op_type != "Add" or not _is_made(node.inputs[0], "MatMul"):
+            continue
+        bias = node.inputs[1]
+        if bias and bias.is_initializer() and bias.shape and bias.shape.rank() == 1:
+            row = ir.node("Unsqueeze", [bias, axes])
+            graph.insert_before(node, row)
+            node.replace_input_with(1, row.outputs[0])
+            graph.initializers[AXES] = axes
 
 
 def _keep_floats(graph: ir.Graph) -> None:

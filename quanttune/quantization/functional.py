@@ -70,7 +70,7 @@ class FunctionalSites:
             return _Mode(self, None)
         modules = self.modules.values()
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
-        holders = [m for m in modules if isinstance(m, RoundsParameters)]
+        holders: list[Any] = [m for m in modules if isinstance(m, RoundsParameters)]
         rounded = [m._parameters[name] for m in holders for name in m.rounded]
         return _Mode(self, Provenance(inputs, buffers, [p for p in rounded if p is not None]))
 

@@ -94,6 +94,7 @@ def weight_quantizers(model: nn.Module) -> dict[str, tuple[Any, WeightQuantizer]
     module that rounds several.
     """
     found: dict[str, tuple[Any, WeightQuantizer]] = {}
+    module: Any
     for name, module in model.named_modules():
         holders: dict[str, Any] = {}
         if isinstance(module, Twin):

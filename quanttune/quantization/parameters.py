@@ -22,12 +22,12 @@ class Parameter:
 
     output_axis = 0  # of the rows that have scales
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: Any, name: str) -> None:
         self.module, self.name = module, name
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module._parameters[self.name]  # type: ignore[return-value]
+        return self.module._parameters[self.name]  # type: ignore[no-any-return]
 
     @property
     def weight_quantizer(self) -> Any:
@@ -93,12 +93,12 @@ def rounding(*names: str) -> type:
 
 def rounding_twin_of(module: nn.Module) -> Any:
     """Return the class of a module that rounds its parameters, or None if it has none to round."""
+    own: Any = type(module)
     if names := tuple(stacks_of(module)):
-        return joined(rounding(*names), type(module))
-    if type(module).forward is not nn.MultiheadAttention.forward:
+        return joined(rounding(*names), own)
+    if own.forward is not nn.MultiheadAttention.forward:
         return None
-    own = type(module)
-    twin = QuantizedMultiheadAttention
+    twin: Any = QuantizedMultiheadAttention
     twin = twin if own is nn.MultiheadAttention else joined(twin, own)
     names = tuple(name for name in PROJECTIONS if module._parameters.get(name) is not None)
     return joined(rounding(*names), twin)

@@ -76,7 +76,7 @@ def _where(frame: FrameType | None) -> tuple[Any, str]:
     """Return where an operation stands, and why it does not multiply integers."""
     while frame is not None:
         variables, name = frame.f_locals, frame.f_globals.get("__name__", "")
-        module = variables.get("self")
+        module: Any = variables.get("self")
         if isinstance(module, ParametrizationList):
             return module, ""
         if isinstance(module, Twin):
@@ -110,6 +110,6 @@ def _of_operation(
 _PRODUCTS = {"attention": _of_attention, "_rounded_product": _of_operation}
 
 
-def _reason(module: nn.Module, quantizers: Iterable[str]) -> str:
+def _reason(module: Any, quantizers: Iterable[str]) -> str:
     missing = [n for n in quantizers if not isinstance(getattr(module, n, None), _QUANTIZERS)]
     return f"{COVERED} without {missing[0]}" if missing else ""

@@ -141,7 +141,7 @@ class Made(type):
 copyreg.pickle(Made, lambda one: one.made_by)  # type: ignore[arg-type]
 
 
-def refresh(module: nn.Module) -> None:
+def refresh(module: Any) -> None:
     """Compute the weight of a module where hooks do so before each forward (pruning, old norms)."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _COMPUTED) and not module.training:

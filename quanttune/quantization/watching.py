@@ -46,7 +46,8 @@ def watch(module: nn.Module, by: Watch) -> None:
     """Let a module be watched."""
     _carry_into_checkpoints()
     module.__dict__[ATTRIBUTE] = by
-    module.__class__ = _watched(class_of(module))
+    own: Any = class_of(module)  # to mypy a class of modules is not hashable
+    module.__class__ = _watched(own)
 
 
 def unwatch(module: nn.Module) -> None:
@@ -94,7 +95,8 @@ def _watched(base: Any) -> Any:
 
 def _make_watched(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     module = make(*args)
-    module.__class__ = _watched(type(module))
+    own: Any = type(module)
+    module.__class__ = _watched(own)
     return module
 
 
@@ -181,5 +183,5 @@ def _carry_into_checkpoints() -> None:
         def __init__(self, recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             super().__init__(_carried(recompute), *args, **kwargs)
 
-    checkpoint.CheckpointFunction = CheckpointFunction
-    checkpoint._CheckpointFrame = CheckpointFrame
+    kept_in: Any = checkpoint
+    kept_in.CheckpointFunction, kept_in._CheckpointFrame = CheckpointFunction, CheckpointFrame

@@ -176,13 +176,14 @@ class Layouts:
         """Return a mask of this forward, made of those of its parts if it has any."""
         if source in self._counts or source[0] is not None:
             return self._counts.get(source)
-        parts = [part if isinstance(part, int) else self._counts_at(part) for part in source[1:]]
+        parts: list[Any] = [
+            part if isinstance(part, int) else self._counts_at(part) for part in source[1:]
+        ]
         like = next((part for part in parts if isinstance(part, Tensor)), None)
         if like is None or any(part is None for part in parts):
             return None
         return torch.cat(
-            [like.new_ones(len(like), p) if isinstance(p, int) else p for p in parts],  # type: ignore[arg-type]
-            1,
+            [like.new_ones(len(like), p) if isinstance(p, int) else p for p in parts], 1
         )
 
     def _recomputed(self, key: tuple[str, torch.Size]) -> Layout | None:
