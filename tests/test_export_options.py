@@ -382,3 +382,17 @@ def test_files_of_fixed_sizes_multiply_integers_too(coverage, tmp_path):
     counts = onnx_files.operators(optimized)
     assert counts["MatMulIntegerToFloat"] == 3
     assert not any(counts[kind] for kind in (*onnx_files.FLOAT_PRODUCTS, "QGemm"))
+
+
+@torch.no_grad()
+def test_biases_of_convolutions_in_float_are_not_rounded(tmp_path):
+    """ONNX Runtime 1.32 rounds them between rounded tensors, to steps of both scales."""
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), nn.Linear(16, 4)).eval()
+    model[0].bias.normal_()
+    qt.quantize(model, 5, coverage="full", data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx")
+    assert "0.bias" in onnx_files.tensors(tmp_path / "model.onnx")
+    (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+    assert qt.verify(tmp_path / "model.onnx", model, [x]).passed

@@ -46,3 +46,19 @@ def operators(compiled):
     return Counter(
         (fact["layerType"].astype(str), fact["runtimePrecision"].astype(str)) for fact in facts
     )
+
+
+@pytest.mark.parametrize("name", ["vit", "deit"])
+@torch.no_grad()
+def test_class_tokens_beside_rounded_patches(name, openvino, tmp_path):
+    """OpenVINO 2026.4 else gives every channel of the patches the bias of channel 0."""
+    example = shallow(name)
+    for parameter in example.model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) / 10)
+    qt.quantize(example.model, 8, coverage="full", data=[example.inputs])
+    qt.export_onnx(example.model, example.inputs, tmp_path / "model.onnx")
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", hints)
+    logits = torch.from_numpy(compiled([example.inputs.numpy()])[0])
+    torch.testing.assert_close(logits, example.logits(), rtol=0, atol=1e-5)

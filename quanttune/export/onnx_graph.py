@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from .onnx_moves import move_codes
+from .onnx_sums import is_made, keep_sums
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
 LOWEST = "lowest"  # the name of a float that no value is below
-AXES = "bias_axes"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -31,8 +31,8 @@ def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
     for owner in owners:
         owner.metadata_props.clear()
     _free_products(model.graph)
-    _keep_products(model.graph)
     move_codes(model.graph)
+    keep_sums(model.graph)
     _keep_floats(model.graph)
 
 
@@ -95,24 +95,6 @@ def _free_products(graph: ir.Graph) -> None:
             )
 
 
-def _keep_products(graph: ir.Graph) -> None:
-    """Give a bias behind a product two dimensions more.
-
-    ONNX Runtime else makes a Gemm of both where it knows their sizes: of floats, or, where its
-    output is rounded, one that rounds the bias too.
-    """
-    axes = ir.Value(name=AXES, const_value=ir.tensor(np.array([0, 1]), name=AXES))
-    for node in graph:
-        if node.op_type != "Add" or not _is_made(node.inputs[0], "MatMul"):
-            continue
-        bias = node.inputs[1]
-        if bias and bias.is_initializer() and bias.shape and bias.shape.rank() == 1:
-            row = ir.node("Unsqueeze", [bias, axes])
-            graph.insert_before(node, row)
-            node.replace_input_with(1, row.outputs[0])
-            graph.initializers[AXES] = axes
-
-
 def _keep_floats(graph: ir.Graph) -> None:
     """Put a Max that changes nothing behind what is to be computed in float.
 
@@ -126,7 +108,7 @@ def _keep_floats(graph: ir.Graph) -> None:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
             _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
-        if node.op_type == "DequantizeLinear" and _is_made(node.inputs[0], "QuantizeLinear"):
+        if node.op_type == "DequantizeLinear" and is_made(node.inputs[0], "QuantizeLinear"):
             _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest, tuple(node.inputs[1:]))
         for output in node.outputs:
             if output.is_graph_output() and output.dtype == ir.DataType.FLOAT:
@@ -155,12 +137,7 @@ def _keep_float(
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
-    return _is_made(value, "DequantizeLinear")
-
-
-def _is_made(value: ir.Value | None, op_type: str) -> bool:
-    producer = value.producer() if value else None
-    return producer is not None and producer.op_type == op_type
+    return is_made(value, "DequantizeLinear")
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
