@@ -39,7 +39,10 @@ def batches(result: dict[str, Any]) -> str:
         lines.append(_line(text, *(str(counts[kind]) for kind in MEANINGS)))
     lines.append("\n" + "\n".join(f"- {kind}: {text}" for kind, text in MEANINGS.items()) + "\n")
     left = len(result["rows"]) - len(rows)
-    lines.append(f"{len(rows)} models; {left} more are too large, too slow or do not train.\n")
+    lines.append(
+        f"{len(rows)} models; {left} more are too large, too slow or do not train, and "
+        f"{result.get('missing', 0)} are not run yet.\n"
+    )
     lines += [_exceptions(rows), _floats(rows)]
     return "\n".join(lines)
 
