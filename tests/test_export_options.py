@@ -3,7 +3,6 @@
 import numpy as np
 import onnx
 import onnx_files
-import onnxruntime
 import pytest
 import torch
 from models import MODELS, Shared
@@ -343,14 +342,45 @@ def test_a_weight_that_is_used_without_its_module_is_exported(tmp_path):
     x = torch.randn(3, 5, 8)
     model = qt.quantize(Functional().eval(), 8, weight_bits=7, data=[x])
     qt.export_onnx(model, x, tmp_path / "m.onnx")
-    options = onnxruntime.SessionOptions()  # what the file says, whatever a processor's kernels do
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", options)
-    (actual,) = session.run(None, {"x": x.numpy()})
+    # what the file says, whatever a processor's kernels do
+    (actual,) = onnx_files.run(tmp_path / "m.onnx", {"x": x}, as_written=True).values()
     expected = model(x).detach()
     scale = quantizers(model)["last.output_quantizer"].scale.item()
     assert abs(actual - expected.numpy()).max() < 1.5 * scale  # a code at most
     assert (abs(actual - expected.numpy()) < 1e-5).mean() > 0.9
+
+
+class Table(nn.Module):
+    """Scores of queries and passages, of two dimensions, and a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return self.one(x) @ self.two(x).t() + self.bias
+
+
+@torch.no_grad()
+def test_a_sum_of_two_dimensions_gets_no_third(tmp_path):
+    x = torch.randn(5, 8)
+    model = qt.quantize(Table().eval(), coverage="linear", data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx", dynamic={})
+    (found,) = onnx_files.run(tmp_path / "model.onnx", {"x": x}).values()
+    assert found.shape == (5, 5)
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_convolution_that_is_the_output_keeps_its_bias(tmp_path):
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 2)).eval()
+    overrides = {"1.output_quantizer": None}
+    qt.quantize(model, 8, coverage="full", overrides=overrides, data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx")
+    (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}, as_written=True).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """Sums that are written so that runtimes compute what the file says."""
 
-from itertools import count
-
 import numpy as np
 import onnx_ir as ir
 
@@ -28,13 +26,15 @@ def is_made(value: ir.Value | None, op_type: str) -> bool:
 
 
 class _Constants:
-    """Stored tensors that are made where they are needed."""
+    """Stored tensors that are made where they are needed, once each."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph, self._numbers = graph, count()
+        self._graph = graph
 
     def of(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> ir.Value:
-        name = f"constant_of_sums_{next(self._numbers)}"
+        name = "_".join(["constant", array.dtype.name, *map(str, array.ravel())])
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self._graph.initializers[name] = value
         return value
@@ -47,7 +47,9 @@ def _keep_bias_of_product(graph: ir.Graph, add: ir.Node, constants: _Constants) 
     or, where its output is rounded, one that rounds the bias too.
     """
     bias = add.inputs[1]
-    if is_made(add.inputs[0], "MatMul") and bias and bias.is_initializer() and _rank(bias) == 1:
+    if not is_made(add.inputs[0], "MatMul") or (_rank(add.outputs[0]) or 0) < 3:
+        return  # of two dimensions the sum would get a third
+    if bias and bias.is_initializer() and _rank(bias) == 1:
         row = ir.node("Unsqueeze", [bias, constants.of(np.array([0, 1]))])
         graph.insert_before(add, row)
         add.replace_input_with(1, row.outputs[0])
@@ -65,14 +67,10 @@ def _keep_bias_of_convolution(graph: ir.Graph, conv: ir.Node, constants: _Consta
         return
     places = (_rank(conv.inputs[1]) or 4) - 2
     column = ir.node("Unsqueeze", [bias, constants.of(np.arange(1, places + 1))])
-    added = ir.node("Add", [conv.outputs[0], column.outputs[0]])
-    uses = list(conv.outputs[0].uses())
-    added.outputs[0].shape, added.outputs[0].type = conv.outputs[0].shape, conv.outputs[0].type
-    graph.insert_after(conv, [column, added])
-    for reader, index in uses:
-        if reader is not added:
-            reader.replace_input_with(index, added.outputs[0])
-    conv.resize_inputs(2)
+    plain = ir.node("Conv", conv.inputs[:2], conv.attributes, name=conv.name)
+    added = ir.node("Add", [plain.outputs[0], column.outputs[0]])
+    new = [plain, column, added]
+    ir.convenience.replace_nodes_and_values(graph, conv, [conv], new, conv.outputs, added.outputs)
 
 
 def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> None:
@@ -90,7 +88,7 @@ def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> Non
             continue
         ends = [constants.of(np.array([at])) for at in (0, 1)]
         first = ir.node("Slice", [patches, *ends, ends[1]])
-        zeros = ir.node("Mul", [first.outputs[0], constants.of(np.array(0, np.float32))])
+        zeros = ir.node("Mul", [first.outputs[0], constants.of(np.array([0], np.float32))])
         rows = ir.node("Add", [zeros.outputs[0], token])
         rows.outputs[0].shape, rows.outputs[0].type = x.shape, x.type  # type: ignore[union-attr]
         graph.insert_before(concat, [first, zeros, rows])
