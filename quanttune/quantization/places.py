@@ -73,9 +73,7 @@ def trace() -> Place:
         name = frame.f_globals.get("__name__", "")
         if not name.startswith(_PASSED):
             is_apart |= not steps and name.startswith(_OURS)
-            at = frame.current_instruction.positions
-            where = at.lineno, at.end_lineno, at.col_offset, at.end_col_offset
-            steps.append(_told(frame.f_code, *where))
+            steps.append(_told(frame.f_code, *frame.current_instruction.positions))
     raise RuntimeError("an operation of a quantized model is compiled without its module")
 
 

@@ -86,8 +86,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return [
         Layer(module, quantizer)
         for module, quantizer in weight_quantizers(model).values()
-        if owners[id(module.weight)] == 1
-        and isinstance(module, Twin)
+        if isinstance(module, Twin)
         and not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
         and holds(module)
+        and owners[id(module.weight)] == 1  # type: ignore[attr-defined]
     ]
