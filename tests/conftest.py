@@ -1,5 +1,6 @@
 """Fixtures for all tests, and two things that must happen before anything is imported."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -47,6 +48,18 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 def pytest_collection_finish():
     """Keep the garbage collector from going again and again through all that was imported."""
     gc.freeze()
+    read_once()
+
+
+def read_once():
+    """Let torch.onnx parse the sources of its operators in the first export, not in every one."""
+    from onnxscript._internal import values
+    from torch.onnx._internal.exporter import _registration
+
+    operators = _registration.onnxscript_apis
+    operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
+    traced = values.TracedOnnxFunction
+    traced.function_ir = property(functools.cache(traced.function_ir.fget))
 
 
 def pytest_sessionfinish():

@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.description import announce, describe
+from quanttune.quantization.description import describe
+from quanttune.quantization.hf_config import update_hf_config
 from quanttune.quantization.simulation import quantizers, requantize
 
 OPTIONS = {
@@ -78,7 +79,7 @@ def test_a_file_gives_the_same_bits(name, options, tmp_path):
 def test_from_pretrained_gives_the_same_bits(name, options, tmp_path):
     example, _ = pair(name, **OPTIONS[options])
     example.logits()  # a dynamic model finds its functional sites when it runs
-    announce(example.model)
+    update_hf_config(example.model)
     example.model.save_pretrained(tmp_path)
     loaded = type(example.model).from_pretrained(tmp_path)
     assert_same(example, loaded)

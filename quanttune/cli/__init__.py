@@ -8,6 +8,7 @@ import sys
 import typer
 
 from . import analyze, bench, calibrate, demo, doctor, evaluate, export, report, tune, verify
+from .language import learn
 from .terminal import quiet, say, written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -28,6 +29,7 @@ app.command("bench")(bench.run)
 app.command("analyze")(analyze.run)
 app.command("report")(report.run)
 app.command("doctor")(doctor.run)
+learn(app)
 
 
 def main() -> None:

@@ -12,6 +12,14 @@ _ARGUMENT = re.compile(
 )
 
 
+_apps: list[typer.Typer] = []
+
+
+def learn(app: typer.Typer) -> None:
+    """Let `in_options` know the verbs of an application, and their options."""
+    _apps.append(app)
+
+
 def in_options(text: str) -> str:
     """Return a text in which arguments of Python are spelled as the options that set them.
 
@@ -42,7 +50,5 @@ def _spell(option: Any, value: str) -> str:
 @cache
 def _options() -> dict[str, Any]:
     """Return the options of all verbs by the names of their arguments."""
-    from . import app
-
-    verbs = typer.main.get_group(app).commands.values()
+    verbs = [verb for app in _apps for verb in typer.main.get_group(app).commands.values()]
     return {x.name: x for verb in verbs for x in verb.params if x.param_type_name == "option"}

@@ -1,7 +1,6 @@
 """What a quantized model is, as plain data: to JSON, and from JSON that may be anybody's."""
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -52,19 +51,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
     }
-
-
-def announce(model: Any) -> None:
-    """Keep what a model of transformers writes to its config.json up to date."""
-    transformers = sys.modules.get("transformers.modeling_utils")  # without it, it is none
-    if not transformers:
-        return
-    for part in model.modules():  # the first is the whole, or what adapters hold
-        if isinstance(part, transformers.PreTrainedModel):
-            from . import pretrained  # noqa: F401 whoever reads the configuration looks it up there
-
-            part.config.quantization_config = describe(part)
-            return
 
 
 def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .description import announce
+from .hf_config import update_hf_config
 from .insertion import quantizers, state_of, weight_quantizers
 from .twins import QuantizedEmbedding
 
@@ -30,7 +30,7 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     for module, quantizer in weight_quantizers(model).values():
         if not isinstance(module, QuantizedEmbedding):
             learned.append(quantizer.learn(module.weight))
-    announce(model)
+    update_hf_config(model)
     return learned
 
 
@@ -45,4 +45,4 @@ def freeze_scales(model: nn.Module) -> None:
         quantizer.hold()
     for _, weight_quantizer in weight_quantizers(model).values():
         weight_quantizer.hold()
-    announce(model)
+    update_hf_config(model)

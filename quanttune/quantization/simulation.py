@@ -12,7 +12,7 @@ from torch import nn
 from ..masks import Mask
 from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
-from .description import announce
+from .hf_config import update_hf_config
 from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
 from .methods import Method, methods_of, roundings_in
 from .passes import Data, enable_weights, forward_batches
@@ -105,7 +105,7 @@ def quantize(
         for rounding in roundings:
             rounding.apply(model, scheme, given)
         undo.pop_all()
-    announce(model)
+    update_hf_config(model)
     return model
 
 
@@ -136,7 +136,7 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     for name, (module, _) in weight_quantizers(model).items():
         module.weight_quantizer = scheme.weight_quantizer(name, module.output_axis)
     state.scheme = scheme
-    announce(model)
+    update_hf_config(model)
 
 
 def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:

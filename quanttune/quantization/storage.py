@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..files import replacing
-from .description import announce, describe, restore, settle
+from .description import describe, restore, settle
+from .hf_config import update_hf_config
 
 KEY = "quantization_config"  # of what a file holds beside tensors
 _WORDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
@@ -51,7 +52,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         model.load_state_dict(load_file(path), strict=False)
         settle(model)
         undo.pop_all()
-    announce(model)
+    update_hf_config(model)
     return model
 
 

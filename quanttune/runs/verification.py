@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..inference.onnx_model import OnnxModel
 from ..progress import Progress, silent, track
+from ..verification.result import Verification
 from ..verification.simulated_codes import noise
-from ..verification.verification import Verification
 from ..verification.verification import verify as verify_outputs
 from .export import example, load_calibrated
 from .inputs import prepare

@@ -24,8 +24,9 @@ from ..masks import Mask
 from . import riding
 from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .layout import Layout, Layouts
+from .observation import Context, Forward, Observation
 from .plan import Plan
-from .taps import Forward, Observation, PlannedTap, Tap, observation_behind
+from .taps import PlannedTap, Tap, observation_behind
 from .upstream import Upstream
 
 
@@ -44,12 +45,12 @@ class Observers:
     ) -> None:
         self.model, self.heads = model, heads
         self.unobserved = unobserved  # modules that no hook sees; they are named
-        self.loss: Any = loss  # a Ratio, where modules ride
         self.fuse = fuse
         make_compiler_see_hooks()
         self._names = list(sites)
         self.enabled = True
-        self.upstream = Upstream(next(iter(model.parameters()), torch.empty(0)))
+        upstream = Upstream(next(iter(model.parameters()), torch.empty(0)))
+        self.context = Context(loss, upstream)
         self.reentrant = False  # a checkpoint of the kind that runs its region without gradient
         self.compiled = False  # torch.compile has traced a forward
         self.unplanned = False  # it has before there was a plan, and nothing was observed
@@ -57,7 +58,6 @@ class Observers:
         self._inside = False
         self._layouts = Layouts(model, mask)
         self._pending: list[Observation] = []
-        self._group: ops.StatisticsGroup | None = None  # of the forward that is under way
         self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
         self._activations = riding.Activations()
@@ -94,11 +94,6 @@ class Observers:
             self._last = self._last.before
         return taken
 
-    @property
-    def kernels(self) -> Any:
-        """The ops that take statistics, which are there at the end of the forward."""
-        return ops if self._group is None else self._group
-
     def end_first_backward(self) -> None:
         """Let activations ride: no forward of those that taught which ones is recomputed now."""
         self._activations.start()
@@ -123,7 +118,7 @@ class Observers:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = self.enabled and module.training and torch.is_grad_enabled()
-        self._pending, self._group = [], None
+        self._pending, self.context.group = [], None
         tracing = torch.compiler.is_compiling()
         if tracing:
             self.compiled = True
@@ -132,8 +127,8 @@ class Observers:
         elif not recomputing():
             if self._inside:
                 refuse_compiled_parts(module)
-            self.upstream.clear()  # one that failed halfway did not
-            self._group = ops.StatisticsGroup() if self._inside else None
+            self.context.upstream.clear()  # one that failed halfway did not
+            self.context.group = ops.StatisticsGroup() if self._inside else None
         self._plan.begin(follow=tracing and self._inside)
         if self._inside:
             self._layouts.begin(args, kwargs)
@@ -145,8 +140,8 @@ class Observers:
             return
         self._inside = False
         if output is not None:  # else an exception: half a pass does not count
-            if self._group:
-                self._group.finish()
+            if self.context.group:
+                self.context.group.finish()
             if self._plan.is_followed:
                 self._plan.check_end()
             else:
@@ -154,7 +149,7 @@ class Observers:
                 self._leave_out_logits(output)
                 self._plan.make()
             self._last = Forward(self._pending, self._last)
-        self._pending, self._group = [], None
+        self._pending, self.context.group = [], None
         self._layouts.end()
         self._plan.begin(follow=False)
 
@@ -191,7 +186,7 @@ class Observers:
         if after is None:
             return plain(x)
         parameters = module.weight, module.bias, module.eps
-        y = riding.RidingNorm.apply(x, *parameters, before, after, self)
+        y = riding.RidingNorm.apply(x, *parameters, before, after, self.context)
         return self._know(y, after, x)
 
     def _activation(
@@ -207,7 +202,9 @@ class Observers:
         if after is None:
             return plain(x)
         before = known if known and known.statistics is None else None
-        return self._know(riding.RidingActivation.apply(x, kind, before, after, self), after, x)
+        return self._know(
+            riding.RidingActivation.apply(x, kind, before, after, self.context), after, x
+        )
 
     # ------------------------------------------------------------------------------ tensors
 
@@ -222,9 +219,9 @@ class Observers:
             return x
         padding = observation.padding
         if padding is None:
-            y = x if deferred else Tap.apply(x, observation, self)
+            y = x if deferred else Tap.apply(x, observation, self.context)
             return self._know(y, observation, x)
-        y = padding.unpack(Tap.apply(padding.pack(x), observation, self))
+        y = padding.unpack(Tap.apply(padding.pack(x), observation, self.context))
         return self._know(y, observation, x)
 
     def _sees(self, x: Any, site: str, whole: bool = False) -> bool:
@@ -309,9 +306,9 @@ class Observers:
             return x
         samples, padding, _ = self._layouts.planned(x, source)
         ranges = padding.ranges_in(x) if padding else None
-        options = samples, multiplicity, self.loss, self.fuse, ranges
+        options = samples, multiplicity, self.context.loss, self.fuse, ranges
         y = padding.pack(x) if padding else x
-        y, statistics = PlannedTap.apply(y, self.upstream.coefficient, *options)
+        y, statistics = PlannedTap.apply(y, self.context.upstream.coefficient, *options)
         y = padding.unpack(y) if padding else y
         observation = Observation(
             site, module, samples, False, True, multiplicity, statistics=statistics

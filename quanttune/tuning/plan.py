@@ -5,7 +5,7 @@ come in which order, and how many instances of eq. 2 each new tensor stands for.
 """
 
 from ..origins import Source
-from .taps import Observation
+from .observation import Observation
 
 _OTHER_ORDER = (
     ", which the first forward after attach() had otherwise: a model that skips or repeats layers "

@@ -6,7 +6,7 @@ the call to the observers; a copy of the module, and what is pickled of it, has 
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from .hooks import Hook
-from .taps import Observation
-
-if TYPE_CHECKING:
-    from .observers import Observers
+from .observation import Context, Observation
 
 
 def rides_as_norm(module: nn.Module) -> bool:
@@ -127,9 +124,9 @@ class Handle:
         del vars(self.module)["_observe_forward"]
 
 
-def _note(ctx: Any, observers: "Observers", observations: Any, statistics: Any) -> None:
+def _note(ctx: Any, context: Context, observations: Any, statistics: Any) -> None:
     """Keep the statistics of x and y, of which the first may have been observed elsewhere."""
-    ctx.observed = observers, observations, statistics
+    ctx.observed = context, observations, statistics
     for observation, rows in zip(observations, statistics, strict=True):
         if observation is not None:
             observation.statistics = rows
@@ -137,16 +134,16 @@ def _note(ctx: Any, observers: "Observers", observations: Any, statistics: Any) 
 
 def _terms(ctx: Any) -> tuple[Any, ...]:
     """Return the last arguments of the backward ops."""
-    observers, observations, statistics = ctx.observed
+    context, observations, statistics = ctx.observed
     shares = []
     for observation, rows in zip(observations, statistics, strict=True):
         multiplicity = 0
         if observation is not None:
             observation.awaits_gradient = False
             multiplicity = observation.multiplicity
-        share = observers.upstream.share(multiplicity, rows)
-        shares.append(observers.loss.weigh(share, rows))
-    return (*statistics, *shares, observers.loss.exact, observers.loss.detach_deviation)
+        share = context.upstream.share(multiplicity, rows)
+        shares.append(context.loss.weigh(share, rows))
+    return (*statistics, *shares, context.loss.exact, context.loss.detach_deviation)
 
 
 class RidingNorm(torch.autograd.Function):
@@ -161,14 +158,14 @@ class RidingNorm(torch.autograd.Function):
         eps: float,
         before: Observation | None,
         after: Observation,
-        observers: "Observers",
+        context: Context,
     ) -> Tensor:
-        y, mean, rstd, *statistics = observers.kernels.observed_layer_norm(
-            x, weight, bias, eps, after.samples, observers.loss.exact
+        y, mean, rstd, *statistics = context.kernels.observed_layer_norm(
+            x, weight, bias, eps, after.samples, context.loss.exact
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
-        _note(ctx, observers, (before, after), statistics)
+        _note(ctx, context, (before, after), statistics)
         return y
 
     @staticmethod
@@ -192,14 +189,14 @@ class RidingActivation(torch.autograd.Function):
         kind: str,
         before: Observation | None,
         after: Observation,
-        observers: "Observers",
+        context: Context,
     ) -> Tensor:
-        y, *statistics = observers.kernels.observed_activation(
-            x, kind, after.samples, observers.loss.exact
+        y, *statistics = context.kernels.observed_activation(
+            x, kind, after.samples, context.loss.exact
         )
         ctx.save_for_backward(x)
         ctx.kind = kind
-        _note(ctx, observers, (before, after), statistics)
+        _note(ctx, context, (before, after), statistics)
         return y
 
     @staticmethod

@@ -1,59 +1,27 @@
-"""What an observed tensor passes through, and what is known of it."""
+"""What an observed tensor passes through."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import decomposed, ops
 from ..losses import OutlierLoss
-from ..origins import Source
-from .padding import Padding
+from .observation import Context, Observation
 from .upstream import traced_share
-
-if TYPE_CHECKING:
-    from .observers import Observers
-
-
-@dataclass(eq=False)
-class Observation:
-    """One distinct tensor of a forward pass, and how many instances of eq. 2 it stands for."""
-
-    site: str
-    module: nn.Module
-    samples: int
-    recomputed: bool  # by a checkpoint, during backward
-    graph: bool  # made with gradients; a reentrant checkpoint first runs its region without
-    multiplicity: int = 1
-    padding: Padding | None = None
-    ranges: Tensor | None = None  # of what is no padding
-    statistics: Tensor | None = None  # of each sample, without a graph; see ops.StatisticsGroup
-    version: int = 0  # of the tensor's storage: a change in place makes another tensor of it
-    awaits_gradient: bool = False
-    source: Source | None = None  # of the mask that is for it; see Layout
-
-
-@dataclass(eq=False)
-class Forward:
-    """What a forward pass observed. A chain, since torch.compile compiles anew for longer lists."""
-
-    observations: list[Observation]
-    before: "Forward | None"
 
 
 class Tap(torch.autograd.Function):
     """Observe x on its way. When its backward runs, the loss has told what an instance weighs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, observation: Observation, observers: "Observers") -> Tensor:
+    def forward(ctx: Any, x: Tensor, observation: Observation, context: Context) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.observation, ctx.observers = observation, observers
+        ctx.observation, ctx.context = observation, context
         # not saved by autograd, which may copy it elsewhere before the statistics are there
-        kernels = observers.kernels
-        observation.statistics = observers.loss.measure(
-            kernels, x, observation.samples, observation.ranges
+        observation.statistics = context.loss.measure(
+            context.kernels, x, observation.samples, observation.ranges
         )
         return x.view_as(x)
 
@@ -61,11 +29,11 @@ class Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        observation, observers = ctx.observation, ctx.observers
+        observation, context = ctx.observation, ctx.context
         statistics = observation.statistics
         observation.awaits_gradient = False
-        share = observers.upstream.share(observation.multiplicity, statistics)
-        total = observers.loss.backward(ops, grad, x, statistics, share, observation.ranges)
+        share = context.upstream.share(observation.multiplicity, statistics)
+        total = context.loss.backward(ops, grad, x, statistics, share, observation.ranges)
         return total, None, None
 
 

@@ -87,11 +87,11 @@ class Tuner:
                 "training mode (model.train()) and be called itself, not through its submodules, "
                 "with a batch that is not empty"
             )
-        outlier = outlier_loss(observations, self._observers.loss, loss.device)
+        outlier = outlier_loss(observations, self._observers.context.loss, loss.device)
         self._observed = observations
         weight = alpha * self._every * self._balance_factor(loss.detach(), outlier)
         self.task_loss, self.outlier_loss = loss.detach(), outlier
-        arguments = (self._observers.upstream, instances(observations))
+        arguments = (self._observers.context.upstream, instances(observations))
         if not self._checked_first:
             self._checked_first = True
             self._name_uncalled()

@@ -18,10 +18,10 @@ from ..quantization.insertion import quantizers
 from ..quantization.padding import arguments_of
 from .agreement import Distances, Layer, compare_codes
 from .identity import check_shapes, tensors_of
+from .result import Output
 from .simulated_codes import noise, recording
 from .sites import CODES, Rounding, cut, fed, parsed, roundings, stored_tensors
 from .verdicts import wrong_grids, wrong_layers, wrong_output, wrong_tensors
-from .verification import Output
 
 
 def compare(

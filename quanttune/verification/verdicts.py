@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..quantization.insertion import quantizers
 from .agreement import Layer
+from .result import Output
 from .sites import Rounding
-from .verification import Output
 
 SAME_CODES = 1e-3  # an output may differ by when the codes before it are, of its largest value
 ROUNDING = 1e-5  # of its largest value: what is allowed an output that no code decides

@@ -1,7 +1,6 @@
 """Check that an ONNX file computes what the quantized model simulates."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,8 @@ from ..export.caches import without_caches
 from ..export.requirements import check_model
 from ..inference.onnx_model import read
 from ..quantization.passes import evaluating
-from .agreement import Distance, Layer
 from .identity import check_description
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output of the file, and of the simulation with a little noise, beside the simulation's."""
-
-    name: str
-    magnitude: float  # of the simulation's largest value
-    file: Distance
-    noise: Distance
-    same_codes: Distance  # of the first batch's, where each layer took the simulation's codes
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found; prints as a table."""
-
-    model: str
-    layers: tuple[Layer, ...]  # in the order in which they are computed
-    outputs: tuple[Output, ...]
-    merged: tuple[str, ...]  # sites whose codes the file takes from another one's
-    unused: tuple[str, ...]  # sites that no output needs, which the file leaves out
-    floats: tuple[str, ...]  # sites of more than 8 bits, which the file computes in float
-    problems: tuple[str, ...]  # sentences; the first may be the cause of others
-
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {"passed": self.passed, **asdict(self)}
-
-    def __str__(self) -> str:
-        from .table import table
-
-        return table(self)
+from .result import Verification
 
 
 def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verification:

@@ -1,17 +1,50 @@
-"""What `verify` found, as text."""
+"""What `verify` finds, as data and as text."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .agreement import Distance, Layer
-
-if TYPE_CHECKING:
-    from .verification import Verification
 
 SHOWN = 5  # of the layers that differ most
 
 
-def table(found: "Verification") -> str:
+@dataclass(frozen=True)
+class Output:
+    """An output of the file, and of the simulation with a little noise, beside the simulation's."""
+
+    name: str
+    magnitude: float  # of the simulation's largest value
+    file: Distance
+    noise: Distance
+    same_codes: Distance  # of the first batch's, where each layer took the simulation's codes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; prints as a table."""
+
+    model: str
+    layers: tuple[Layer, ...]  # in the order in which they are computed
+    outputs: tuple[Output, ...]
+    merged: tuple[str, ...]  # sites whose codes the file takes from another one's
+    unused: tuple[str, ...]  # sites that no output needs, which the file leaves out
+    floats: tuple[str, ...]  # sites of more than 8 bits, which the file computes in float
+    problems: tuple[str, ...]  # sentences; the first may be the cause of others
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"passed": self.passed, **asdict(self)}
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def table(found: Verification) -> str:
     """Return the layers that differ most, the outputs, and the problems."""
     worst = sorted(found.layers, key=lambda layer: (layer.beyond_one, layer.differ), reverse=True)
     worst = [layer for layer in worst if layer.differ][:SHOWN]
@@ -27,7 +60,7 @@ def table(found: "Verification") -> str:
     return "\n".join([*lines, "", *_aligned(rows), "", *_verdict(found.problems)])
 
 
-def _layers(found: "Verification") -> str:
+def _layers(found: Verification) -> str:
     same = sum(not layer.differ for layer in found.layers)
     text = f"{len(found.layers)} layers on the same codes before them, {same} without a difference"
     if found.merged:

@@ -1,0 +1,77 @@
+"""Imports of the package run one way: between files, and between folders."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
+
+import pytest
+from conftest import ROOT
+
+FLOORS = 10
+
+
+def module_of(path):
+    """Return a file's name as its importers write it."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in (ROOT / "quanttune").rglob("*.py")}
+del FILES["quanttune"]  # what the package offers: it imports from everywhere
+
+
+def imported(path):
+    """Return the files that a file imports, wherever in it and for whatever purpose."""
+    package = module_of(path.with_name("__init__.py"))
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= names & set(FILES) or {base}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(FILES) - {module_of(path)}
+
+
+def rooms_of(files):
+    """Return the same between folders; a file beside them stands for itself."""
+    found = {}
+    for name, targets in files.items():
+        room, *others = (n.split(".")[1] for n in (name, *targets))
+        found.setdefault(room, set()).update({*others} - {room})
+    return found
+
+
+def floors_of(graph):
+    """Return on which floor each room is: above all that it imports from."""
+    floors = {}
+    for name in TopologicalSorter(graph).static_order():
+        floors[name] = 1 + max((floors[other] for other in graph[name]), default=0)
+    return floors
+
+
+@pytest.fixture(scope="module")
+def files():
+    graph = {name: imported(path) for name, path in FILES.items()}
+    assert "quanttune.reference" in graph["quanttune.ops"]
+    assert "quanttune.quantization.insertion" in graph["quanttune.quantization.simulation"]
+    return graph
+
+
+def test_no_file_imports_itself_by_way_of_others(files):
+    TopologicalSorter(files).prepare()  # its error names the files
+
+
+def test_no_folder_imports_one_that_imports_it(files):
+    assert max(floors_of(rooms_of(files)).values()) <= FLOORS
+
+
+def test_circles_are_seen_in_functions_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "quanttune").mkdir()
+    (tmp_path / "quanttune" / "late.py").write_text("def f():\n    from .ops import share\n")
+    graph = {"quanttune.late": imported(tmp_path / "quanttune" / "late.py")}
+    assert graph["quanttune.late"] == {"quanttune.ops"}
+    with pytest.raises(CycleError):
+        TopologicalSorter({**graph, "quanttune.ops": {"quanttune.late"}}).prepare()
