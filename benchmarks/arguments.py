@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
-from quanttune.recipes import NAMES
+from quanttune.demo import NAMES
 
 
 def of_task(summary: str, tasks: Collection[str] = NAMES) -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@ import eager
 import torch
 from inputs import fixtures
 
-from quanttune import ops, reference_range
+from quanttune import ops
+from quanttune.reference import range_search
 
 SHAPES = {"small": (2, 24, 384), "8 x 197 x 768": (8, 197, 768)}
 STEPS = 0.03 * (1 - 0.01 * torch.arange(90))
@@ -15,7 +16,7 @@ x, large = fixtures(SHAPES)
 
 def check_errors(errors, x):
     torch.testing.assert_close(
-        errors, reference_range.quantization_errors(x, *GRID), rtol=1e-12, atol=0
+        errors, range_search.quantization_errors(x, *GRID), rtol=1e-12, atol=0
     )
 
 
@@ -33,14 +34,14 @@ def test_eager(benchmark, x):
 
     rtol = 1e-4 if x.dtype == torch.float32 else 0.3  # it rounds what it returns
     torch.testing.assert_close(
-        loop(), reference_range.quantization_errors(x, *GRID), rtol=rtol, atol=0
+        loop(), range_search.quantization_errors(x, *GRID), rtol=rtol, atol=0
     )
     benchmark(loop)
 
 
 def test_quanttune_histogram(benchmark, x):
     counts = ops.magnitude_histogram(x, *BINS)
-    assert torch.equal(counts, reference_range.magnitude_histogram(x, *BINS))
+    assert torch.equal(counts, range_search.magnitude_histogram(x, *BINS))
     benchmark(ops.magnitude_histogram, x, *BINS)
 
 

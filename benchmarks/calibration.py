@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.calibrators import RANGES, SEARCHES, SymmetricOMSE
-from quanttune.quantization.passes import forward_batches
+from quanttune.quantization.running import forward_batches
 from quanttune.quantization.simulation import quantize
 
 BATCHES, IMAGES = 2, 10

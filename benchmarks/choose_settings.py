@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quanttune.analysis.environment import environment
+from quanttune.demo import recipe
+from quanttune.demo.experiment import Arm
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.simulation import quantize, requantize
-from quanttune.recipes import recipe
-from quanttune.recipes.experiment import Arm
 
 RATES = {"minilm": (1e-4, 3e-4, 5e-4), "digits": (3e-4, 1e-3, 2e-3)}
 

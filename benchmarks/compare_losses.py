@@ -19,11 +19,11 @@ from typing import Any
 import arguments
 from choose_settings import validation_row
 
-from quanttune.analysis.environment import environment
+from quanttune.demo import recipe
+from quanttune.demo.experiment import Arm, run
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.losses import HingeRatio, Kurtosis, LogRatio, OutlierLoss, Tweo
-from quanttune.recipes import recipe
-from quanttune.recipes.experiment import Arm, run
 
 BESIDE = ("base", "control", "paper", "detached")
 DETACHED = {"detach_deviation": True}

@@ -8,8 +8,8 @@ from gpu_machine import Machine
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.insertion import weight_quantizers
 from quanttune.quantization.methods import ERQ, GPTQ, METHODS
+from quanttune.quantization.state import weight_quantizers
 
 WAYS: list[Any] = [*METHODS, GPTQ(hessian="fisher"), GPTQ(act_order=True), ERQ(flip="greedy")]
 LEAST = 0.98  # of the codes are equal: sums in another order move those that are near a half

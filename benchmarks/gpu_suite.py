@@ -18,7 +18,7 @@ from provenance import commit
 from rich.console import Console
 from rich.table import Table
 
-from quanttune.analysis.environment import environment
+from quanttune.environment import environment
 from quanttune.files import write_json
 
 SECTIONS = {

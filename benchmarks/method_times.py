@@ -16,7 +16,7 @@ import torch
 from provenance import commit
 
 import quanttune as qt
-from quanttune.analysis.environment import environment
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import ERQ, GPTQ
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import arguments
 
-from quanttune.analysis.environment import environment
+from quanttune.demo import recipe
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import GPTQ, METHODS
 from quanttune.quantization.simulation import quantize
-from quanttune.recipes import recipe
 
 # the control of minilm is its base: at alpha = 0 its loss is zero
 ARMS = {"minilm": ("base", "detached"), "digits": ("base", "control", "detached")}

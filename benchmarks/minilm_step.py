@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from quanttune import attach
-from quanttune.recipes.minilm import load_encoder, packaged_model
+from quanttune.demo.minilm import load_encoder, packaged_model
 from quanttune.tuning.sites import find_sites
 
 ALPHA, MANY = 0.5, 10**9  # the weight stays what it is

@@ -20,10 +20,10 @@ from provenance import commit
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.analysis.environment import environment
+from quanttune.demo.minilm import MiniLM
+from quanttune.deploy.products import explain, has_vnni
+from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.inference.products import explain, has_vnni
-from quanttune.recipes.minilm import MiniLM
 
 WIDTHS = (8, 7, 6)
 IMAGES = {

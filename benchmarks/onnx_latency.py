@@ -22,15 +22,15 @@ from provenance import commit
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.analysis.environment import environment
-from quanttune.export.float_export import export_float
+from quanttune.demo.minilm import MiniLM
+from quanttune.deploy.float_export import export_float
+from quanttune.deploy.latency import compare
+from quanttune.deploy.onnx_model import OnnxModel
+from quanttune.deploy.products import explain, has_vnni
+from quanttune.deploy.verification.answers import check_answers
+from quanttune.deploy.verification.simulated_codes import noise
+from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.inference.answers import check_answers
-from quanttune.inference.latency import compare
-from quanttune.inference.onnx_model import OnnxModel
-from quanttune.inference.products import explain, has_vnni
-from quanttune.recipes.minilm import MiniLM
-from quanttune.verification.simulated_codes import noise
 
 THREADS = (1, 2)
 SECONDS = 60.0  # of turns per model and number of threads

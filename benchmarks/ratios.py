@@ -28,7 +28,7 @@ from torch import Tensor
 
 import quanttune
 from quanttune import ops
-from quanttune.analysis.environment import environment
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.fused_observer import outlier_ratio
 from quanttune.reference import RATIO, SAMPLE_SIZE

@@ -17,9 +17,9 @@ import methods
 from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
 from onnx_latency import COVERAGES, figures
 
-from quanttune.analysis.report import DIGITS
-from quanttune.analysis.table import Cell, cells_of, tabulate
-from quanttune.recipes.experiment import Row
+from quanttune.demo.experiment import Row
+from quanttune.report.report import DIGITS
+from quanttune.report.results_table import Cell, cells_of, tabulate
 
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent

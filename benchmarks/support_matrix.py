@@ -25,7 +25,7 @@ from rich.progress import track
 from support_names import names
 from support_page import Row, page
 
-from quanttune.analysis.environment import environment
+from quanttune.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "benchmarks" / "results" / "support" / "support.json"

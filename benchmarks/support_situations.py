@@ -15,7 +15,7 @@ from support_models import WORDS
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.passes import answer_of
+from quanttune.quantization.running import answer_of
 
 Inputs = dict[str, Tensor]
 LIMIT = 1e-5  # of the largest number of an answer

@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from quanttune.inference.latency import SHORTEST, Calls, in_turns
+from quanttune.deploy.latency import SHORTEST, Calls, in_turns
 
 
 def medians(calls: Calls, seconds: float, shortest: float = SHORTEST) -> dict[str, float]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import arguments
 
-from quanttune.analysis.environment import environment
+from quanttune.demo import recipe
+from quanttune.demo.experiment import Results, Row, quantized_in
+from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.calibrators import AFFINE
-from quanttune.recipes import recipe
-from quanttune.recipes.experiment import Results, Row, quantized_in
 
 ARMS = ("base", "control", "detached")
 

@@ -9,17 +9,17 @@ import torch as _torch  # noqa: F401
 
 from . import fused_observer as fused_observer
 from . import reference as reference
-from .export.onnx_export import export_onnx as export_onnx
-from .export.torch_export import export_torch as export_torch
+from .deploy.onnx_export import export_onnx as export_onnx
+from .deploy.torch_export import export_torch as export_torch
+from .deploy.verification.verify import verify as verify
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
-from .quantization.learning import freeze_scales as freeze_scales
-from .quantization.learning import learn_scales as learn_scales
+from .quantization.lsq import freeze_scales as freeze_scales
+from .quantization.lsq import learn_scales as learn_scales
+from .quantization.saving.safetensors_file import load as load
+from .quantization.saving.safetensors_file import save as save
 from .quantization.simulation import quantize as quantize
-from .quantization.storage import load as load
-from .quantization.storage import save as save
 from .quantization.summary import summary as summary
 from .tuning.tuner import Tuner as Tuner
 from .tuning.tuner import attach as attach
-from .verification.verification import verify as verify

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, reference_observed, reference_range
+from . import reference
+from .reference import observed_modules, range_search
 
 
 class Backend(NamedTuple):
@@ -73,10 +74,10 @@ def _register(
 
 def _kernel(module: Any, name: str) -> Callable[..., Any]:
     """Return a module's function of that name, or what is composed of others that it has."""
-    for candidate in (module, reference_range):
+    for candidate in (module, range_search):
         if hasattr(candidate, name):
             return getattr(candidate, name)
-    return partial(getattr(reference_observed, name), kernels=module)
+    return partial(getattr(observed_modules, name), kernels=module)
 
 
 def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,7 +83,7 @@ def _poison_uninitialized_memory(monkeypatch):
 @pytest.fixture
 def short_digits(monkeypatch):
     """Return Digits with a model that is hardly trained, few rows and few ways to quantize."""
-    from quanttune.recipes import digits
+    from quanttune.demo import digits
 
     for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
         monkeypatch.setattr(digits, name, 3)

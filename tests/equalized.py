@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
-from quanttune.quantization.methods.layers import layers_of
-from quanttune.quantization.methods.tracing import find_pairs
-from quanttune.quantization.passes import Data
+from quanttune.quantization.methods.equalizing.tracing import find_pairs
+from quanttune.quantization.methods.rounding.layers import layers_of
+from quanttune.quantization.running import Data
 
 
 def deit() -> Example:

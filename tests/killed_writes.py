@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-from quanttune.export import external_data
+from quanttune.deploy import external_data
 
 STEPS = {"open", "os.rename", "os.remove"}  # Python tells its audit hooks of each
 

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 import quanttune as qt
 from quanttune import cpu, fake_quant, quantize, reference
-from quanttune.analysis.error_split import split_error
+from quanttune.analysis.errors import split_error
 from quanttune.analysis.probes import watch
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.calibrators import AFFINE, AffineOMSE, MinMax, Range
 from quanttune.quantization.calibrators.search import affine_grid
-from quanttune.quantization.description import describe
 from quanttune.quantization.learned_scale import learned_fake_quant
 from quanttune.quantization.quantizer import AffineQuantizer
+from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
 from quanttune.triton_kernels import fake_quantization as triton
 

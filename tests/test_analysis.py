@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from quanttune import files
-from quanttune.analysis import report
-from quanttune.analysis.demo_sections import mean_ranges
-from quanttune.analysis.environment import environment
-from quanttune.analysis.plots import draw_ranges, svg
-from quanttune.analysis.ranges import residual_ranges
-from quanttune.analysis.table import Way, tabulate
-from quanttune.recipes.experiment import Results, Row
+from quanttune.demo.experiment import Results, Row
+from quanttune.demo.residual_ranges import residual_ranges
+from quanttune.environment import environment
+from quanttune.report import report
+from quanttune.report.demo_sections import mean_ranges
+from quanttune.report.plots import draw_ranges, svg
+from quanttune.report.results_table import Way, tabulate
 
 RANGES = {
     seed: {arm: {"a.norm1": 3.0, "b.norm2": 200.0} for arm in ("base", "paper")} for seed in (0, 1)

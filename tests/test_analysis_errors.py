@@ -10,8 +10,7 @@ import torch
 from models import vit
 
 from quanttune import fake_quant, quantize
-from quanttune.analysis.divergence import BINS, divergence, histogram
-from quanttune.analysis.error_split import ErrorSplit, split_error
+from quanttune.analysis.errors import BINS, ErrorSplit, divergence, histogram, split_error
 from quanttune.analysis.probes import sites_of
 from quanttune.analysis.survey import survey
 from quanttune.analysis.sweep import Trials, site_errors, threshold

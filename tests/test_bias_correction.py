@@ -8,8 +8,8 @@ from equalized import EXAMPLES, rounded_names
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.insertion import weight_quantizers
-from quanttune.quantization.passes import forward_batches
+from quanttune.quantization.running import forward_batches
+from quanttune.quantization.state import weight_quantizers
 
 
 def means_of(model: nn.Module, names: list[str], data, keep=lambda x: x) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.passes import answer_of
+from quanttune.quantization.running import answer_of
 
 
 def models():

@@ -8,7 +8,7 @@ import torch
 from pages import PAGES, snippets_of
 from torch._inductor import config
 
-from quanttune.inference import products
+from quanttune.deploy import products
 
 PAGE = PAGES / "deployment.md"
 START, EXPORT, *SNIPPETS = snippets_of(PAGE)

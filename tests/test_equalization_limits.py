@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.description import describe
 from quanttune.quantization.methods import RepQ, SmoothQuant
-from quanttune.quantization.passes import Data
 from quanttune.quantization.restoration import restorations
+from quanttune.quantization.running import Data
+from quanttune.quantization.saving.description import describe
 from quanttune.quantization.scheme import Scheme
 
 

@@ -13,14 +13,14 @@ from models import MODELS, TOKENS, Example
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.inference.onnx_model import OnnxModel
-from quanttune.quantization.description import describe
-from quanttune.quantization.insertion import quantizers
+from quanttune.deploy.onnx_model import OnnxModel
 from quanttune.quantization.methods import OutlierSuppression, SmoothQuant
-from quanttune.quantization.methods.tracing import find_pairs
-from quanttune.quantization.passes import Data
+from quanttune.quantization.methods.equalizing.tracing import find_pairs
 from quanttune.quantization.restoration import restorations
+from quanttune.quantization.running import Data
+from quanttune.quantization.saving.description import describe
 from quanttune.quantization.scheme import Scheme
+from quanttune.quantization.state import quantizers
 
 
 def output(example: Example, model: nn.Module) -> Tensor:

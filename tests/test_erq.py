@@ -12,8 +12,8 @@ from quanttune import fake_quant
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.methods import ERQ
 from quanttune.quantization.methods.erq import compensate, round_columns
-from quanttune.quantization.methods.flips import FLIPS, STEPS, refine
-from quanttune.quantization.methods.layers import Grid
+from quanttune.quantization.methods.rounding.flips import FLIPS, STEPS, refine
+from quanttune.quantization.methods.rounding.layers import Grid
 
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
 each_flip = pytest.mark.parametrize("flip", FLIPS)

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 import quanttune as qt
-from quanttune.runs.evaluation import beside
-from quanttune.runs.inputs import find
-from quanttune.runs.publication import held
-from quanttune.runs.settings import Settings
+from quanttune.jobs.evaluate import beside
+from quanttune.jobs.models import find
+from quanttune.jobs.publication import held
+from quanttune.jobs.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -364,14 +364,14 @@ def test_tasks_of_lm_eval_that_do_not_fit_are_refused(lambada, task, tmp_path, m
     ]:
         with pytest.raises(ValueError, match=message):
             run("evaluate", out, *arguments)
-    from quanttune.runs import language_harness
+    from quanttune.jobs import lm_eval_tasks
 
     def without_its_own(include_defaults):  # there are thousands
         assert include_defaults
         return manager(include_defaults=False)
 
-    manager = language_harness.TaskManager
-    monkeypatch.setattr(language_harness, "TaskManager", without_its_own)
+    manager = lm_eval_tasks.TaskManager
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", without_its_own)
     with pytest.raises(ValueError, match="lm_eval knows no task 'lambda'"):
         run("evaluate", out, "--lm-eval", "lambda")
 
@@ -382,7 +382,7 @@ def test_tasks_of_lm_eval_that_do_not_fit_are_refused(lambada, task, tmp_path, m
 )
 def test_what_is_missing_is_named_with_its_extra(missing, option, extra, tmp_path, monkeypatch):
     for name in ("evaluation", "language_harness", "metrics"):
-        monkeypatch.delitem(sys.modules, f"quanttune.runs.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"quanttune.jobs.{name}", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "quanttune\[{extra}\]"'):
         run("evaluate", tmp_path, option, "any")

@@ -11,8 +11,8 @@ from torch import nn
 import quanttune as qt
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.float_parameters import float_parameters
-from quanttune.quantization.insertion import weight_quantizers
-from quanttune.quantization.passes import in_float
+from quanttune.quantization.running import in_float
+from quanttune.quantization.state import weight_quantizers
 
 SIZES = {
     "vocab_size": 40,

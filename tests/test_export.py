@@ -13,8 +13,8 @@ from models import Example, shallow
 
 import quanttune as qt
 from quanttune.fake_quantizer import integer_range
-from quanttune.quantization.description import describe
-from quanttune.quantization.insertion import quantizers
+from quanttune.quantization.saving.description import describe
+from quanttune.quantization.state import quantizers
 
 # in these coverages both operands of every product are rounded
 CASES = [

@@ -12,7 +12,7 @@ from torch import nn
 
 import quanttune as qt
 from quanttune import files
-from quanttune.export import external_data
+from quanttune.deploy import external_data
 
 
 @pytest.fixture

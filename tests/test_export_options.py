@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import quanttune as qt
-from quanttune.export import external_data
-from quanttune.export.integer_weights import integer_weights
-from quanttune.quantization.insertion import quantizers, weight_quantizers
+from quanttune.deploy import external_data
+from quanttune.deploy.integer_weights import integer_weights
+from quanttune.quantization.state import quantizers, weight_quantizers
 
 
 class Words(nn.Module):

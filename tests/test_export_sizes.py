@@ -11,9 +11,9 @@ import transformers as tf
 from torch import nn
 
 import quanttune as qt
-from quanttune.export.float_export import export_float
-from quanttune.inference.answers import check_answers
-from quanttune.inference.onnx_model import OnnxModel
+from quanttune.deploy.float_export import export_float
+from quanttune.deploy.onnx_model import OnnxModel
+from quanttune.deploy.verification.answers import check_answers
 
 TEXT = {0: "batch", 1: "tokens"}
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

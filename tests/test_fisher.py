@@ -9,9 +9,9 @@ from torch.func import functional_call, jacrev
 
 import quanttune as qt
 from quanttune.quantization.methods import GPTQ
-from quanttune.quantization.methods.fisher import fishers_of
-from quanttune.quantization.methods.layers import layers_of
-from quanttune.quantization.passes import Data
+from quanttune.quantization.methods.rounding.fisher import fishers_of
+from quanttune.quantization.methods.rounding.layers import layers_of
+from quanttune.quantization.running import Data
 
 
 class Shared(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import quanttune as qt
-from quanttune.quantization.insertion import quantizers
+from quanttune.quantization.state import quantizers
 
 
 def sites(model):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import quanttune as qt
-from quanttune import decomposed, ops, reference
+from quanttune import ops, reference
+from quanttune.tuning import decomposed
 
 
 def riding(model: nn.Module) -> list[str]:

@@ -11,8 +11,8 @@ from quanttune import fake_quant
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.methods import GPTQ
 from quanttune.quantization.methods import gptq as module
-from quanttune.quantization.methods.layers import Grid
-from quanttune.quantization.methods.solving import damped_factor
+from quanttune.quantization.methods.rounding.layers import Grid
+from quanttune.quantization.methods.rounding.linear_systems import damped_factor
 
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -15,8 +15,8 @@ import quanttune as qt
 from quanttune import fake_quant
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.float_parameters import float_parameters
-from quanttune.quantization.insertion import is_quantized, weight_quantizers
-from quanttune.quantization.passes import evaluating, in_float
+from quanttune.quantization.running import evaluating, in_float
+from quanttune.quantization.state import is_quantized, weight_quantizers
 
 
 def rows(weight, bits):

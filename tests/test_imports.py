@@ -55,7 +55,7 @@ def floors_of(graph):
 def files():
     graph = {name: imported(path) for name, path in FILES.items()}
     assert "quanttune.reference" in graph["quanttune.ops"]
-    assert "quanttune.quantization.insertion" in graph["quanttune.quantization.simulation"]
+    assert "quanttune.quantization.convert" in graph["quanttune.quantization.simulation"]
     return graph
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 import quanttune as qt
-from quanttune.inference.onnx_model import OnnxModel
-from quanttune.quantization.description import describe
-from quanttune.quantization.insertion import is_quantized, weight_quantizers
+from quanttune.deploy.onnx_model import OnnxModel
 from quanttune.quantization.methods import ERQ, GPTQ, METHODS, Equalization, Method, Rounding
-from quanttune.quantization.passes import forward_batches
+from quanttune.quantization.running import forward_batches
+from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.state import is_quantized, weight_quantizers
 
 EXAMPLES = {**MODELS, "deit": deit, "gpt2": gpt2}
 ROUNDINGS = [name for name, method in METHODS.items() if issubclass(method, Rounding)]

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from quanttune.runs.batches import IGNORED, encode
-from quanttune.runs.metrics import choose, measure
+from quanttune.jobs.encoding import IGNORED, encode
+from quanttune.jobs.metrics import choose, measure
 
 
 class Classifier(nn.Module):

@@ -10,10 +10,17 @@ from oracle import assert_same_bits
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.insertion import is_quantized
-from quanttune.quantization.methods import ERQ, GPTQ, moments
-from quanttune.quantization.methods.moments import Means, Moments, groups_of, passes, sums_of
-from quanttune.quantization.passes import Data, forward_batches
+from quanttune.quantization.methods import ERQ, GPTQ
+from quanttune.quantization.methods.rounding import moments
+from quanttune.quantization.methods.rounding.moments import (
+    Means,
+    Moments,
+    groups_of,
+    passes,
+    sums_of,
+)
+from quanttune.quantization.running import Data, forward_batches
+from quanttune.quantization.state import is_quantized
 
 
 def bert() -> tuple[nn.Module, Tensor]:

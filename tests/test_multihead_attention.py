@@ -10,7 +10,7 @@ from torch import nn
 import quanttune as qt
 from quanttune import fake_quant
 from quanttune.fake_quantizer import scale_of
-from quanttune.quantization.passes import in_float
+from quanttune.quantization.running import in_float
 
 WIDTH, HEADS, SAMPLES, QUERIES, KEYS = 8, 2, 3, 4, 5
 SELF = [(QUERIES, WIDTH)]

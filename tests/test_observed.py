@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from quanttune import reference
-from quanttune.reference_observed import KINDS
+from quanttune.reference.observed_modules import KINDS
 
 OPS = torch.ops.quanttune
 EPS = 1e-5

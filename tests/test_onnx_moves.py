@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import quanttune as qt
-from quanttune.export import onnx_graph
-from quanttune.export.onnx_moves import MOVES
-from quanttune.inference.onnx_model import OnnxModel
+from quanttune.deploy import onnx_graph
+from quanttune.deploy.onnx_model import OnnxModel
+from quanttune.deploy.onnx_moves import MOVES
 
 
 class Heads(nn.Module):

@@ -13,7 +13,7 @@ from quanttune.analysis.blocks import block_ranges
 from quanttune.analysis.probes import outputs_of, sites_of
 from quanttune.analysis.survey import survey
 from quanttune.analysis.sweep import Trials, site_errors
-from quanttune.quantization.padding import counting, inside
+from quanttune.quantization.token_mask import counting, inside
 
 LENGTHS = (5, TOKENS, 2, 4)
 NEAR = {"rtol": 1e-5, "atol": 1e-6}  # a row of a batch, and the same alone

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import quanttune as qt
 from quanttune import cli
-from quanttune.inference import onnx_model, products
-from quanttune.inference.products import explain
+from quanttune.deploy import onnx_model, products
+from quanttune.deploy.products import explain
 
 PROBABILITIES = "its left operand, attention's probabilities, is not rounded: coverage='full'"
 CONVOLVED = "convolves integers only where the output is rounded at once, to 8 bits"

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import quanttune as qt
 from quanttune.cli import terminal
 from quanttune.progress import track
-from quanttune.quantization.insertion import weight_quantizers
 from quanttune.quantization.methods import GPTQ
+from quanttune.quantization.state import weight_quantizers
 
 BATCHES = 2
 RANGES, PAIRS = ("smoothquant: ranges", BATCHES), ("smoothquant", 4)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import quanttune as qt
-from quanttune.quantization.insertion import weight_quantizers
 from quanttune.quantization.learned_scale import learned_fake_quant
 from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.state import weight_quantizers
 
 
 def oracle(x, scale, bits, axis=None):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import quanttune as qt
 from quanttune import fake_quant, quantize
 from quanttune.fake_quantizer import scale_of
-from quanttune.quantization.description import describe
+from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from test_fake_quantization import DTYPES, values_near_ties
 
-from quanttune import cpu, fake_quant, ops, reference_range
+from quanttune import cpu, fake_quant, ops
 from quanttune.fake_quantizer import integer_range
+from quanttune.reference import range_search
 
 # Sums of some ten thousand float64 numbers without cancellation, in any order
 ROUNDING = 1e-12
 
-BACKENDS = {"reference": reference_range, "C++": cpu}
+BACKENDS = {"reference": range_search, "C++": cpu}
 SIZES = [1, 15, 1023, 1025, 16385, 40001]
 each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
@@ -151,11 +152,11 @@ def test_histogram_agrees_with_numpy(backend, dtype):
 
 def test_many_tasks():
     x, steps = torch.randn(2**21 + 77), torch.tensor([0.03, 0.02])
-    expected = reference_range.quantization_errors(x, steps, -128, 127)
+    expected = range_search.quantization_errors(x, steps, -128, 127)
     torch.testing.assert_close(
         cpu.quantization_errors(x, steps, -128, 127), expected, rtol=10 * ROUNDING, atol=0
     )
-    expected = reference_range.magnitude_histogram(x, 0.0021, 2048)
+    expected = range_search.magnitude_histogram(x, 0.0021, 2048)
     assert torch.equal(cpu.magnitude_histogram(x, 0.0021, 2048), expected)
 
 
@@ -187,4 +188,4 @@ def test_the_ops_take_views():
     errors = ops.quantization_errors(x.t(), steps, -8, 7)
     assert_near(errors, slow_errors(x.t(), steps, -8, 7))
     counts = ops.magnitude_histogram(x[:, ::3], 0.1, 20)
-    assert torch.equal(counts, reference_range.magnitude_histogram(x[:, ::3], 0.1, 20))
+    assert torch.equal(counts, range_search.magnitude_histogram(x[:, ::3], 0.1, 20))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from quanttune.demo import docstrings, experiment, recipe
+from quanttune.demo.digits import Digits
+from quanttune.demo.experiment import Arm
+from quanttune.demo.minilm import MiniLM
+from quanttune.demo.training import train
 from quanttune.quantization.simulation import quantize
-from quanttune.recipes import docstrings, experiment, recipe
-from quanttune.recipes.digits import Digits
-from quanttune.recipes.experiment import Arm
-from quanttune.recipes.minilm import MiniLM
-from quanttune.recipes.training import train
 
 CONTROL = Arm("control", "", 1e-2)
 
@@ -160,7 +160,7 @@ def tiny_encoder(tmp_path_factory):
 def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
     monkeypatch.setattr(docstrings, "FILES", 90)
     monkeypatch.setattr(MiniLM, "steps", 2)
-    monkeypatch.setattr("quanttune.recipes.minilm.EVALUATION_BATCH", 512)
+    monkeypatch.setattr("quanttune.demo.minilm.EVALUATION_BATCH", 512)
     job = MiniLM(0, model=tiny_encoder)
     arms = {arm.name: arm for arm in job.arms}
     base = job.prepare(arms["base"], lambda: None)

@@ -124,7 +124,7 @@ def test_a_second_process_is_refused(command, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from quanttune.runs.publication import held
+from quanttune.jobs.publication import held
 with held(Path({str(tmp_path / "run")!r})):
     print("held", flush=True)
     sys.stdin.read()

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.description import describe
-from quanttune.quantization.hf_config import update_hf_config
+from quanttune.quantization.saving.description import describe
+from quanttune.quantization.saving.hf_config import update_hf_config
 from quanttune.quantization.simulation import quantizers, requantize
 
 OPTIONS = {
@@ -434,7 +434,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
         Path(path).write_bytes(b"half of it")
         raise OSError("no space left")
 
-    monkeypatch.setattr("quanttune.quantization.storage.save_model", fails)
+    monkeypatch.setattr("quanttune.quantization.saving.safetensors_file.save_model", fails)
     with pytest.raises(OSError, match="no space left"):
         qt.save(example.model, path)
     assert path.read_bytes() == before

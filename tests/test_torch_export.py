@@ -6,9 +6,9 @@ from models import shallow
 from torch import nn
 
 import quanttune as qt
+from quanttune.deploy.onnx_model import has_vnni
 from quanttune.fake_quantizer import integer_range
-from quanttune.inference.onnx_model import has_vnni
-from quanttune.quantization.insertion import quantizers
+from quanttune.quantization.state import quantizers
 
 CASES = [("vit", 8, "linear"), ("vit", 6, "full"), ("bert", 8, "full"), ("bert", 6, "linear")]
 

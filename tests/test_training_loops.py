@@ -21,7 +21,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quanttune.tuning.loss import instances
+from quanttune.tuning.mixing import instances
 from quanttune.tuning.sites import find_sites
 
 # ------------------------------------------------------------------------------------ ways to train

@@ -17,7 +17,7 @@ from oracle import assert_near, constant, quiet
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from quanttune.runs.models import match_labels, resolve
+from quanttune.jobs.models import match_labels, resolve
 
 pytestmark = quiet
 # ------------------------------------------------------------------ killed and resumed

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from quanttune.masks import batch_size
 from quanttune.reference import RATIO
-from quanttune.tuning.loss import instances
+from quanttune.tuning.mixing import instances
 from quanttune.tuning.sites import find_sites
 
 # ------------------------------------------------------------------------ the loss and its gradient

@@ -11,9 +11,9 @@ from oracle import assert_same_bits
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.methods import turns
-from quanttune.quantization.methods.moments import Moments, groups_of, sums_of
-from quanttune.quantization.passes import Data
+from quanttune.quantization.methods.rounding import layer_by_layer
+from quanttune.quantization.methods.rounding.moments import Moments, groups_of, sums_of
+from quanttune.quantization.running import Data
 
 OPTIONS = {"bits": 4, "weight_bits": 3}
 
@@ -31,7 +31,7 @@ def test_equals_a_pass_for_each_layer(name, method, monkeypatch):
     model = example.model.train()
     data = example.inputs.split(1)
     models = []
-    for walk in (turns.in_turn, alone):
+    for walk in (layer_by_layer.in_turn, alone):
         for module in ("gptq", "bias_correction"):
             monkeypatch.setattr(f"quanttune.quantization.methods.{module}.in_turn", walk)
         quantized = copy.deepcopy(model)
@@ -47,7 +47,9 @@ def test_each_batch_runs_once(name):
     qt.quantize(model, 8, data=data)
     groups, calls, seen = groups_of(model, Data(data)), [], []
     model.register_forward_pre_hook(lambda *_: calls.append(threading.get_ident()))
-    turns.in_turn(model, groups, Data(data), Moments, lambda group, _: seen.append(group), "")
+    layer_by_layer.in_turn(
+        model, groups, Data(data), Moments, lambda group, _: seen.append(group), ""
+    )
     assert seen == groups
     assert len(set(calls)) == len(calls) == len(data)
 
@@ -90,13 +92,15 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     hook = model.last.register_forward_pre_hook(lambda *_: fail())
     hooks = len(model.one._forward_pre_hooks)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        turns.in_turn(model, groups, Data(data), Moments, lambda group, _: seen.append(group), "")
+        layer_by_layer.in_turn(
+            model, groups, Data(data), Moments, lambda group, _: seen.append(group), ""
+        )
     assert threading.active_count() == before
     assert len(model.one._forward_pre_hooks) == hooks
     assert len(seen) == 4
     hook.remove()
     with pytest.raises(ZeroDivisionError):
-        turns.in_turn(model, groups, Data(data), Moments, lambda *_: 1 / 0, "")
+        layer_by_layer.in_turn(model, groups, Data(data), Moments, lambda *_: 1 / 0, "")
     assert threading.active_count() == before
 
 

@@ -17,11 +17,11 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import quanttune as qt
-from quanttune.export import external_data
-from quanttune.inference.onnx_model import OnnxModel
-from quanttune.quantization.insertion import quantizers
-from quanttune.verification.agreement import Distances, Layer, compare_codes
-from quanttune.verification.simulated_codes import NOISE, noise
+from quanttune.deploy import external_data
+from quanttune.deploy.onnx_model import OnnxModel
+from quanttune.deploy.verification.agreement import Distances, Layer, compare_codes
+from quanttune.deploy.verification.simulated_codes import NOISE, noise
+from quanttune.quantization.state import quantizers
 
 CASES = [
     ("vit", {"bits": 8}, "uint8"),

@@ -14,7 +14,7 @@ from cases import LOADERS, bert_case, opt_case, run
 from torch.nn import functional as F
 
 import quanttune as qt
-from quanttune.runs import verification
+from quanttune.jobs import verify
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_a_metric_may_be_off_by_the_tolerance_or_twice_the_noise(
     name, simulation, file, noise, tolerance, allowed
 ):
     numbers = {"simulation": {name: simulation}, "file": {name: file}, "noise": {name: noise}}
-    problems = list(verification.too_far(numbers, tolerance))
+    problems = list(verify.too_far(numbers, tolerance))
     assert len(problems) == (allowed is not None)
     if problems:
         assert f"{name}: {file:.6g} of the file, {simulation:.6g} of the simul" in problems[0]

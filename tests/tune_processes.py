@@ -18,7 +18,7 @@ import transformers
 import transformers.trainer
 
 from quanttune import cli
-from quanttune.runs import tuning  # noqa: F401
+from quanttune.jobs import tune  # noqa: F401
 
 
 def die(sign=signal.SIGKILL):

@@ -10,8 +10,6 @@ from .observed_layer_norm_gradient import (
     observed_layer_norm_backward as observed_layer_norm_backward,
 )
 from .outlier_statistics import outlier_statistics as outlier_statistics
-from .outlier_statistics_gradient import (
-    outlier_statistics_backward as outlier_statistics_backward,
-)
+from .outlier_statistics_gradient import outlier_statistics_backward as outlier_statistics_backward
 from .range_search import quantization_errors as quantization_errors
 from .statistics_group import StatisticsGroup as StatisticsGroup

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quanttune import reference_observed
+from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
 from .observed_statistics import (
@@ -205,7 +205,7 @@ def observed_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the reference. With a group, the statistics are there once that has been finished."""
     if x.dtype == torch.float64 or x.numel() == 0:
-        return reference_observed.observed_activation(x, kind, samples, exact)
+        return observed_modules.observed_activation(x, kind, samples, exact)
     size = x.numel() // samples
     wanted = max(triton.cdiv(PROGRAMS, samples), triton.cdiv(size, LONGEST_PART))
     parts = min(wanted, MOST_PARTS, triton.cdiv(size, TILE))
@@ -250,7 +250,7 @@ def observed_activation_backward(
     detach_deviation: bool,
 ) -> Tensor:
     if x.dtype == torch.float64 or x.numel() == 0:
-        return reference_observed.observed_activation_backward(
+        return observed_modules.observed_activation_backward(
             grad, x, kind, input_statistics, output_statistics, input_share, output_share, exact,
             detach_deviation,
         )  # fmt: skip

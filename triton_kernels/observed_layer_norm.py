@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quanttune import reference_observed
+from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
 from .observed_statistics import fold, start_partials
@@ -185,7 +185,7 @@ def observed_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the reference. With a group, the statistics are there once that has been finished."""
     if x.dtype == torch.float64 or x.numel() == 0 or x.shape[-1] > WIDEST:
-        return reference_observed.observed_layer_norm(x, weight, bias, eps, samples, exact)
+        return observed_modules.observed_layer_norm(x, weight, bias, eps, samples, exact)
     width = x.shape[-1]
     size = x.numel() // samples
     tokens = size // width

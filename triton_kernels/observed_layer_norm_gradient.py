@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quanttune import reference_observed
+from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
 from .observed_layer_norm import WIDEST, affine, load_parameter, part_tokens_of, tile
@@ -107,7 +107,7 @@ def observed_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = x.shape[-1]
     if x.dtype == torch.float64 or x.numel() == 0 or width > WIDEST:
-        return reference_observed.observed_layer_norm_backward(
+        return observed_modules.observed_layer_norm_backward(
             grad, x, weight, bias, eps, mean, rstd, input_statistics, output_statistics,
             input_share, output_share, exact, detach_deviation,
         )  # fmt: skip

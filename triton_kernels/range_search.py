@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quanttune import reference_range
+from quanttune.reference import range_search
 
 from ._launch import on_device_of, options
 from ._math import quotient_rounded
@@ -41,7 +41,7 @@ def _errors_kernel(
 
 def quantization_errors(x: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tensor:
     if x.dtype == torch.float64 or x.numel() == 0 or len(steps) == 0:
-        return reference_range.quantization_errors(x, steps, qmin, qmax)
+        return range_search.quantization_errors(x, steps, qmin, qmax)
     programs = triton.cdiv(x.numel(), BLOCK)
     partials = x.new_empty((len(steps), programs), dtype=torch.float64)
     with on_device_of(x):

@@ -16,16 +16,7 @@ from torch import Tensor
 
 from quanttune import reference
 
-from ._columns import (
-    COLUMNS,
-    DEVIATION,
-    MAXIMUM,
-    MAXIMUM_COUNT,
-    MEAN,
-    MEDIAN,
-    MEDIAN_COUNT,
-    RATIO,
-)
+from ._columns import COLUMNS, DEVIATION, MAXIMUM, MAXIMUM_COUNT, MEAN, MEDIAN, MEDIAN_COUNT, RATIO
 from ._launch import on_device_of, options
 from ._math import magnitude_of_bits
 from ._selection import median_bits

@@ -10,15 +10,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..environment import environment
 from .blocks import OUTSIDE, block_of, block_ranges, find_blocks
 from .channels import channel_groups
-from .environment import environment
-from .error_split import ErrorSplit
-from .outliers import describe_outliers
+from .errors import ErrorSplit
 from .probes import sites_of, watch
 from .sensitivity import sensitivity
 from .subject import Request, Subject
-from .survey import SiteSurvey, first_rows, survey
+from .survey import SiteSurvey, describe_outliers, first_rows, survey
 from .sweep import SiteErrors, Trial, Trials, site_errors, threshold
 
 SENSITIVITY_ROWS = 16  # it takes a forward for each tensor, and a few rows rank them

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantization.calibrators import MinMax, Percentile
-from ..quantization.padding import without_padding
-from ..quantization.passes import forward_batches
+from ..quantization.running import forward_batches
+from ..quantization.token_mask import without_padding
 from ..tuning.sites import LAYER_NORM, LINEAR, RMS_NORM, kind_of
 
 NORMS = (LAYER_NORM, RMS_NORM)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantization.insertion import quantizers
-from ..quantization.padding import counting, inside, without_padding
-from ..quantization.passes import answer_of, enable_weights, forward_batches
 from ..quantization.quantizer import ActivationQuantizer
+from ..quantization.running import answer_of, enable_weights, forward_batches
+from ..quantization.state import quantizers
+from ..quantization.token_mask import counting, inside, without_padding
 
 See = Callable[[str, Tensor, Tensor | None], None]  # a site, its tensor, what is no padding
 

@@ -1,15 +1,15 @@
 """One float pass over the sites: their statistics, and where their largest values are."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..fused_observer import observe
-from ..quantization.padding import select
-from ..quantization.twins import QuantizedConvolution
+from ..quantization.modules import QuantizedConvolution
+from ..quantization.token_mask import select
 from ..reference import Statistics
 from .probes import watch
 
@@ -169,3 +169,40 @@ def _samples(x: Tensor, counted: Tensor | None, samples: int) -> Iterator[tuple[
     for values, where in rows:
         if where.any():
             yield values[where], 1
+
+
+LARGEST = 3  # peaks that are named, per site
+
+
+def describe_outliers(
+    found: SiteSurvey, data: Sequence[Any], tokenizer: Any = None
+) -> dict[str, Any] | None:
+    """Return where most samples have their largest magnitude, and the largest of all.
+
+    None for a site without samples, or with heads, whose channels mean nothing to the others.
+    """
+    if not found.peaks:
+        return None
+    channel, channel_share = found.common("channel")
+    token, token_share = found.common("token")
+    largest = sorted(found.peaks, key=lambda peak: -peak.value)[:LARGEST]
+    return {
+        "channel": channel,
+        "channel_share": channel_share,
+        "token": token,
+        "token_share": token_share,
+        "largest": [{**asdict(peak), "text": _text(peak, data, tokenizer)} for peak in largest],
+    }
+
+
+def _text(peak: Peak, data: Sequence[Any], tokenizer: Any) -> str | None:
+    """Return the token of a peak, where the data are token ids and there is a tokenizer."""
+    row = peak.sample
+    for batch in data:
+        if row < rows_of(batch):
+            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            if tokenizer is None or ids is None or peak.token >= ids.shape[1]:
+                return None
+            return str(tokenizer.convert_ids_to_tokens(int(ids[row, peak.token])))
+        row -= rows_of(batch)
+    raise ValueError(f"sample {peak.sample} is not in the data")

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantization.calibrators import Calibrator, MinMax, Percentile
-from ..quantization.padding import select
 from ..quantization.simulation import quantize
-from .divergence import divergence, histogram
-from .error_split import ErrorSplit, Quantize, split_error
+from ..quantization.token_mask import select
+from .errors import ErrorSplit, Quantize, divergence, histogram, split_error
 from .probes import sites_of, watch
 from .survey import SiteSurvey
 

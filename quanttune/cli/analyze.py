@@ -56,9 +56,9 @@ def run(
     Example: quanttune analyze minilm --compare detached --out analysis
     """
     from ..analysis.analysis import analyze, units
-    from ..analysis.report import write_report
     from ..analysis.subject import Request
     from ..analysis.survey import rows_of
+    from ..report.report import write_report
 
     if model and named:
         raise ValueError(f"two models are given, {model} and --model {named}: give one")
@@ -69,7 +69,7 @@ def run(
     request = Request(bits=bits, coverage=coverage, sites=site or ())
     if data is None:
         options.refuse_given(context, OF_DATA, "with --data")
-        from ..recipes.subjects import recipe_subject
+        from ..demo.analyze import recipe_subject
 
         subject, others = recipe_subject(model, compare or [], seed)
     else:
@@ -79,7 +79,7 @@ def run(
             model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
             tokens=tokens, batch_size=batch_size, seed=seed,
         )  # fmt: skip
-        from ..runs.subjects import load_subject
+        from ..jobs.analyze import load_subject
 
         subject, others = load_subject(settings, compare or [], rows=rows, limit=limit, say=say)
     if dry_run:

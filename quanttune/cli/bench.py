@@ -34,7 +34,7 @@ def run(
         model=model, data="", task=task, text=None, tokens=tokens, batch_size=batch_size, seed=seed
     )
     with options.of_extra("deploy"):
-        from ..runs.bench import bench
+        from ..jobs.bench import bench
 
         with showing() as progress:
             outcome = bench(settings, onnx, threads=threads or (1, 2), progress=progress)

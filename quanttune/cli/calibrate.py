@@ -69,7 +69,7 @@ def run(
     options.one_of("--weights", weights, ("channel", "tensor"))
     for name in method or ():
         options.one_of("--method", name, METHODS)
-    from ..runs.calibration import calibrate
+    from ..jobs.calibrate import calibrate
 
     quantization: dict[str, Any] = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,

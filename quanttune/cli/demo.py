@@ -28,9 +28,9 @@ def run(
 
     Example: quanttune demo --task digits --seeds 3 --out digits
     """
-    from ..analysis import report
+    from ..demo import experiment, recipe
     from ..quantization.calibrators import CALIBRATORS
-    from ..recipes import experiment, recipe
+    from ..report import report
 
     make, calibrators = recipe(task), calibrator or ()
     if unknown := set(calibrators) - set(CALIBRATORS):
@@ -56,8 +56,8 @@ def run(
 
 
 def _print_results(results: Any) -> None:
-    from ..analysis.report import DIGITS
-    from ..analysis.table import tabulate
+    from ..report.report import DIGITS
+    from ..report.results_table import tabulate
 
     summary = tabulate(results.rows)
     table = Table(

@@ -9,7 +9,7 @@ from . import options, remedies
 from .terminal import Json, console, say, write_numbers
 
 if TYPE_CHECKING:
-    from ..inference.products import Explanation
+    from ..deploy.products import Explanation
 
 _REMEDIES = {"cpu": remedies.of_extension, "cuda": remedies.of_triton}
 
@@ -25,7 +25,7 @@ def run(
 
     Example: quanttune doctor --onnx sst2.onnx
     """
-    from ..analysis.environment import environment
+    from ..environment import environment
     from ..ops import backends
 
     facts = environment()
@@ -42,7 +42,7 @@ def run(
         with options.of_extra("deploy"):
             from dataclasses import asdict
 
-            from ..inference.products import explain
+            from ..deploy.products import explain
 
             explanation = explain(onnx)
         _print_products(onnx, explanation)

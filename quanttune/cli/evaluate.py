@@ -56,12 +56,12 @@ def run(
     if lm_eval:
         options.refuse_given(context, OF_DATA, "with --data")
         with options.of_extra("eval"):
-            from ..runs.language_harness import evaluate_tasks
+            from ..jobs.lm_eval_tasks import evaluate_tasks
 
         outcome = evaluate_tasks(settings, lm_eval, limit=limit, say=say)
     else:
         with options.of_extra("tune"):
-            from ..runs.evaluation import evaluate
+            from ..jobs.evaluate import evaluate
 
         with showing() as progress:
             outcome = evaluate(

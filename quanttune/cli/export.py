@@ -25,7 +25,7 @@ def run(
     """
     settings = options.settings_of(model=model, data="", task=task, text=None)
     with options.of_extra("deploy"):
-        from ..runs.export import export
+        from ..jobs.export import export
 
         outcome = export(settings, out, act_dtype=act_dtype, opset=opset)
     names = ", ".join(outcome["inputs"])

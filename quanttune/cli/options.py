@@ -77,7 +77,7 @@ def settings_of(**options: Any) -> Any:
     with of_extra("tune"):
         from transformers.utils.logging import disable_progress_bar
 
-        from ..runs.settings import Settings
+        from ..jobs.settings import Settings
     disable_progress_bar()  # one for every model that is loaded or written
     return Settings(**{**options, "text": tuple(options["text"] or ())})
 

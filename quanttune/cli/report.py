@@ -19,8 +19,8 @@ def run(
 
     Example: quanttune report demo/results.json analysis/analysis.json --out report.html
     """
-    from ..analysis.report import build, read
     from ..files import write_text
+    from ..report.report import build, read
 
     page = build(read(results))
     if dry_run:

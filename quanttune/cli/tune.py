@@ -86,7 +86,7 @@ def run(
         save_steps=save_steps, seed=seed, tuning=tuning, trainer=_fields(trainer or []),
     )  # fmt: skip
     schedule.check(alpha, decay, steps)
-    from ..runs.tuning import tune
+    from ..jobs.tune import tune
 
     try:
         with progress_bar() as bar, stopping() as stop:

@@ -47,7 +47,7 @@ def run(
         label=label, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     with options.of_extra("deploy"):
-        from ..runs.verification import verify
+        from ..jobs.verify import verify
 
     with showing() as progress:
         found, outcome = verify(

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from .insertion import state_of, weight_quantizers
+from .modules import Twin, float_class_of
 from .parameters import Parameter, RoundsParameters
-from .twins import Twin, float_class_of
+from .state import state_of, weight_quantizers
 
 SHARE = 0.01  # of all parameters: what is smaller is not listed
 NEVER = "biases, and what a LayerNorm scales by, stay float"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import PROJECTIONS, QuantizedMultiheadAttention
+from .modules import Made, joined
+from .multihead_attention import PROJECTIONS, QuantizedMultiheadAttention
 from .quantizer import StackQuantizer, WeightQuantizer
 from .scheme import Scheme
-from .twins import Made, joined
 
 # experts that multiply with (inputs, outputs), and have no `is_transposed` to tell
 _TRANSPOSED = {"Llama4TextExperts"}

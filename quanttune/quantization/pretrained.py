@@ -10,8 +10,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .description import restore, settle
-from .schema import METHOD, check
+from .saving.description import restore, settle
+from .saving.schema import METHOD, check
 
 
 @register_quantization_config(METHOD)

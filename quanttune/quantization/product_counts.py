@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operations import CALLS
+from .functional.modes import class_of
+from .functional.operations import CALLS
+from .modules import Twin
 from .quantizer import ActivationQuantizer, WeightQuantizer
-from .twins import Twin
-from .watching import class_of
 
 COVERED = "the coverage or an override leaves it"  # why a product that is known is one of floats
 UNSEEN = "no Linear, attention or product that is known computes it"

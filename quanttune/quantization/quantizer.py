@@ -11,7 +11,7 @@ from ..reference import absmax
 from .calibrators import Calibrator, Range, TwoSided
 from .calibrators.search import affine_grid
 from .learned_scale import learned_fake_quant, positive
-from .padding import without_padding
+from .token_mask import without_padding
 
 
 class KeepsFloat32(nn.Module):

@@ -12,14 +12,15 @@ from torch import nn
 from ..masks import Mask
 from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
-from .hf_config import update_hf_config
-from .insertion import insert, quantizers, refuse_quantized, state_of, weight_quantizers
+from .convert import insert
 from .methods import Method, methods_of, roundings_in
-from .passes import Data, enable_weights, forward_batches
 from .placement import check_devices
 from .product_counts import counting_products
 from .restoration import drop_restorations
+from .running import Data, enable_weights, forward_batches
+from .saving.hf_config import update_hf_config
 from .scheme import Overrides, Scheme, matches
+from .state import quantizers, refuse_quantized, state_of, weight_quantizers
 from .summary import warn_of_floats
 
 

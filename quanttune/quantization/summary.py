@@ -8,10 +8,10 @@ from torch import nn
 
 from ..fake_quantizer import integer_range
 from .float_parameters import float_parameters, is_asked_for, rounded_parameters
-from .insertion import quantizers, state_of, weight_quantizers
+from .functional.modes import class_of
 from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer
-from .watching import class_of
+from .state import quantizers, state_of, weight_quantizers
 
 LITTLE = 0.01  # of a model: what is less is not listed
 

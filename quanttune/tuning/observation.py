@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..origins import Source
-from .padding import Padding
-from .upstream import Upstream
+from .layout import Padding
+from .loss_weight import Upstream
 
 
 @dataclass(eq=False)

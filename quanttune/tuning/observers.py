@@ -21,13 +21,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops
 from ..losses import OutlierLoss
 from ..masks import Mask
-from . import riding
+from . import fused_modules
 from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .layout import Layout, Layouts
+from .loss_weight import Upstream
 from .observation import Context, Forward, Observation
-from .plan import Plan
 from .taps import PlannedTap, Tap, observation_behind
-from .upstream import Upstream
+from .trace_order import Plan
 
 
 class Observers:
@@ -60,7 +60,7 @@ class Observers:
         self._pending: list[Observation] = []
         self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
-        self._activations = riding.Activations()
+        self._activations = fused_modules.Activations()
         self._handles: list[Any] = [
             model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
         ]
@@ -107,8 +107,8 @@ class Observers:
         self._plan.begin(follow=False)
 
     def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
-        if self.fuse and riding.rides_as_norm(module):
-            return [riding.Handle(module, Hook(self._norm, name))]
+        if self.fuse and fused_modules.rides_as_norm(module):
+            return [fused_modules.Handle(module, Hook(self._norm, name))]
         return [
             module.register_forward_pre_hook(Hook(self._before, name), with_kwargs=True),
             module.register_forward_hook(Hook(self._after, name)),
@@ -178,7 +178,9 @@ class Observers:
     def _norm(self, name: str, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a LayerNorm that rides."""
         tracing = torch.compiler.is_compiling()
-        if tracing or not (riding.fits(module, x) and self._sees(x, f"{name}.input", whole=True)):
+        if tracing or not (
+            fused_modules.fits(module, x) and self._sees(x, f"{name}.input", whole=True)
+        ):
             y = plain(self._observe(x, f"{name}.input", module))
             return self._observe(y, f"{name}.output", module)
         before = self._sight(x, f"{name}.input", module)
@@ -186,7 +188,7 @@ class Observers:
         if after is None:
             return plain(x)
         parameters = module.weight, module.bias, module.eps
-        y = riding.RidingNorm.apply(x, *parameters, before, after, self.context)
+        y = fused_modules.RidingNorm.apply(x, *parameters, before, after, self.context)
         return self._know(y, after, x)
 
     def _activation(
@@ -203,7 +205,7 @@ class Observers:
             return plain(x)
         before = known if known and known.statistics is None else None
         return self._know(
-            riding.RidingActivation.apply(x, kind, before, after, self.context), after, x
+            fused_modules.RidingActivation.apply(x, kind, before, after, self.context), after, x
         )
 
     # ------------------------------------------------------------------------------ tensors

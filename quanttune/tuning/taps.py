@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import decomposed, ops
+from .. import ops
 from ..losses import OutlierLoss
+from . import decomposed
+from .loss_weight import traced_share
 from .observation import Context, Observation
-from .upstream import traced_share
 
 
 class Tap(torch.autograd.Function):

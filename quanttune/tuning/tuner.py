@@ -13,11 +13,11 @@ from ..masks import Mask
 from ..reference import MAXIMUM
 from . import schedule
 from .hooks import Hook, refuse_compiled_parts
-from .loss import combine, instances, outlier_loss
+from .loss_weight import Upstream
+from .mixing import combine, instances, outlier_loss
 from .observers import Observers
 from .sites import PAPER, find_heads, find_sites, find_unobserved
 from .taps import Observation
-from .upstream import Upstream
 
 BALANCES = ("none", "initial")
 LOUD = 3.0  # warn when the outlier term's gradient is this many times the task's

@@ -11,8 +11,17 @@ import torch
 from interpreted import DEVICE, HAS_GPU, KINDS, assert_same_bits, make_rows
 from torch.nn import functional
 
-from quanttune import reference, reference_observed, triton_kernels
-from quanttune.reference import DEVIATION, MAXIMUM, MAXIMUM_COUNT, MEAN, MEDIAN, MEDIAN_COUNT, RATIO
+from quanttune import reference, triton_kernels
+from quanttune.reference import (
+    DEVIATION,
+    MAXIMUM,
+    MAXIMUM_COUNT,
+    MEAN,
+    MEDIAN,
+    MEDIAN_COUNT,
+    RATIO,
+    observed_modules,
+)
 
 layer_norm_module = importlib.import_module("quanttune.triton_kernels.observed_layer_norm")
 gradient_module = importlib.import_module("quanttune.triton_kernels.observed_layer_norm_gradient")
@@ -272,19 +281,19 @@ def test_nothing_and_float64_and_wider_tokens_are_the_reference(monkeypatch):
     for x in (torch.randn(2, 5, 8).double(), torch.randn(2, 5, 9)):
         x, grad = x.to(DEVICE), torch.ones_like(x).to(DEVICE)
         forward = (x, None, None, EPS, 2, False)
-        expected = reference_observed.observed_layer_norm(*forward)
+        expected = observed_modules.observed_layer_norm(*forward)
         actual = triton_kernels.observed_layer_norm(*forward)
         assert all(map(torch.equal, actual, expected))
         backward = (grad, x, None, None, EPS, *expected[1:], share, share, False, False)
-        expected = reference_observed.observed_layer_norm_backward(*backward)
+        expected = observed_modules.observed_layer_norm_backward(*backward)
         actual = triton_kernels.observed_layer_norm_backward(*backward)
         assert all(map(torch.equal, actual, expected))
     x = torch.randn(2, 40, device=DEVICE).double()
-    expected = reference_observed.observed_activation(x, "gelu", 2, False)
+    expected = observed_modules.observed_activation(x, "gelu", 2, False)
     actual = triton_kernels.observed_activation(x, "gelu", 2, False)
     assert all(map(torch.equal, actual, expected))
     backward = (x, x, "gelu", *expected[1:], share, share, False, False)
-    expected = reference_observed.observed_activation_backward(*backward)
+    expected = observed_modules.observed_activation_backward(*backward)
     assert torch.equal(triton_kernels.observed_activation_backward(*backward), expected)
     empty = torch.empty(0, 5, 8, device=DEVICE)
     assert triton_kernels.observed_layer_norm(empty, None, None, EPS, 0, False)[3].shape == (0, 7)

@@ -8,13 +8,14 @@ import torch
 from interpreted import DEVICE, DTYPES
 from test_range_search import assert_near
 
-from quanttune import reference_range, triton_kernels
+from quanttune import triton_kernels
+from quanttune.reference import range_search
 
 
 def check(x, steps, qmin, qmax):
     arguments = x.to(DEVICE), steps.to(DEVICE), qmin, qmax
     actual = triton_kernels.quantization_errors(*arguments)
-    assert_near(actual, reference_range.quantization_errors(*arguments))
+    assert_near(actual, range_search.quantization_errors(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..scheme import Scheme
-from .equalization import SMALLEST, ChannelEqualization, Channels
-from .pairs import Pair
+from .equalizing.channels import SMALLEST, ChannelEqualization, Channels
+from .equalizing.pairs import Pair
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..passes import Data, in_float
+from ..running import Data, in_float
 from ..scheme import Scheme
 from .method import Rounding
-from .moments import Group, Means, groups_of, sums_of
-from .turns import in_turn
+from .rounding.layer_by_layer import in_turn
+from .rounding.moments import Group, Means, groups_of, sums_of
 
 
 @dataclass(frozen=True)

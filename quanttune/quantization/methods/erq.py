@@ -6,13 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..passes import Data, in_float
+from ..running import Data, in_float
 from ..scheme import Scheme
-from .flips import FLIPS, refine
-from .layers import Grid, Layer
 from .method import Rounding
-from .moments import Moments, groups_of, passes, sums_of
-from .solving import ridge
+from .rounding.flips import FLIPS, refine
+from .rounding.layers import Grid, Layer
+from .rounding.linear_systems import ridge
+from .rounding.moments import Moments, groups_of, passes, sums_of
 
 ROWS = 512  # of a weight that are rounded together
 

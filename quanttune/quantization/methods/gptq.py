@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ...progress import track
-from ..passes import Data
+from ..running import Data
 from ..scheme import Scheme
-from .fisher import fishers_of
-from .layers import Grid, Layer
 from .method import Rounding
-from .moments import Group, Moments, groups_of, passes
-from .solving import damped_factor
-from .turns import in_turn
+from .rounding.fisher import fishers_of
+from .rounding.layer_by_layer import in_turn
+from .rounding.layers import Grid, Layer
+from .rounding.linear_systems import damped_factor
+from .rounding.moments import Group, Moments, groups_of, passes
 
 BLOCK = 128  # columns whose errors reach those behind them in one product
 

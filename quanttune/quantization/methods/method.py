@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..passes import Data
+from ..running import Data
 from ..scheme import Scheme
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...fake_quantizer import dynamic_fake_quant
 from ..scheme import Scheme
-from .equalization import ChannelEqualization, Channels
-from .pairs import Pair
+from .equalizing.channels import ChannelEqualization, Channels
+from .equalizing.pairs import Pair
 
 
 @dataclass(frozen=True)

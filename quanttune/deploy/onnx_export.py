@@ -1,0 +1,103 @@
+"""Write a quantized model to an ONNX file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..quantization.saving.description import describe
+from ..quantization.saving.safetensors_file import KEY
+from .dimensions import names_of
+from .external_data import write
+from .requirements import check_example, check_model, check_path, check_types
+from .tracing import BATCH, named, traced
+
+_CHECK = torch.ops.aten._assert_scalar.default  # such as that texts hold a token for each patch
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    act_dtype: str = "uint8",
+    opset: int = 20,
+    dynamic: Mapping[int, str] = BATCH,
+) -> None:
+    """Write a quantized model to an ONNX file, with QuantizeLinear where it rounds.
+
+    Weights are stored as integers, those of Linear modules as (inputs, outputs). The codes of an
+    activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
+    than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
+    have the first one's name. Keys and values of caches are no outputs. The metadata hold the
+    recipe, as `quanttune.save` writes it.
+
+    Where the sizes of two inputs may differ, so do the names: a decoder's second dimension is
+    decoder_input_ids_tokens beside the encoder's tokens. What the model's code fixes, such as the
+    channels of images beside texts, stays fixed, with a warning.
+
+    Meanwhile no other thread may call a module, of this model or another one: torch.export takes
+    all calls of the process for those that it traces, and either may fail.
+
+    Args:
+        model: what `quantize` returned, in float32. It is exported in evaluation mode.
+        example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
+            (passed as keywords), or a tuple or list, whose first element is taken.
+        path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
+            a file that is named after it and them (.onnx.<digest>.data), and replaced with it.
+        act_dtype: type of the codes, of activations and of the weights that they meet. "uint8"
+            (zero point 128) is for ONNX Runtime, whose products of two uint8 are exact on every
+            processor: those of uint8 and int8 saturate on x86 without VNNI. "int8" (zero point 0)
+            is for runtimes such as TensorRT.
+        opset: version of the operators, 18 to 21; with int8 to 20.
+        dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
+            any length it is {0: "batch", 1: "tokens"}.
+
+    Raises:
+        ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
+            not fit, or the model's code fixes a dimension in all inputs. OSError: the file cannot
+            be written.
+    """
+    path = Path(path)
+    check_path(path)
+    check_types(act_dtype, opset)
+    check_model(model)
+    args, kwargs = check_example(example_inputs, dynamic, model)
+    program = traced(model, args, kwargs, dynamic, act_dtype)
+    onnx_model = _translated(program, act_dtype, opset, dynamic)
+    onnx_model.metadata_props[KEY] = json.dumps(describe(model))
+    write(onnx_model, path)
+
+
+def _translated(
+    program: torch.export.ExportedProgram, act_dtype: str, opset: int, dynamic: Mapping[int, str]
+) -> Any:
+    try:
+        import onnxscript
+
+        from .onnx_graph import finish, name_codes
+        from .onnx_translations import translations
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
+    table = translations(getattr(onnxscript, f"opset{opset}"), act_dtype)
+    exported = converted(program, opset, custom_translation_table=table, optimize=False)
+    name_codes(exported.model.graph)
+    exported.optimize()
+    finish(exported.model, names_of(exported.model.graph.inputs, dynamic))
+    return exported.model
+
+
+def converted(program: torch.export.ExportedProgram, opset: int, **options: Any) -> Any:
+    """Return what torch.onnx makes of a program, without the checks of values that it makes."""
+    for node in program.graph.find_nodes(op="call_function", target=_CHECK):
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    spec = program.call_spec.out_spec
+    names = list(named(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+    return torch.onnx.export(
+        program, opset_version=opset, output_names=names, verbose=False, **options
+    )

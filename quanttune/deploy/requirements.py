@@ -1,0 +1,70 @@
+"""What can be exported, and where to; said before anything is traced."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.state import quantizers, state_of, weight_quantizers
+from ..quantization.token_mask import arguments_of
+from ..tuning.tuner import is_attached
+
+OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
+
+
+def check_example(
+    example: Any, dynamic: Mapping[int, str], model: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of the model's forward, if a file can be made of them."""
+    args, kwargs = arguments_of(example, model)
+    for x in (*args, *kwargs.values()):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"example_inputs must be tensors, got {type(x).__name__}")
+        for axis, name in dynamic.items():
+            if axis < x.dim() and x.shape[axis] < 2:
+                raise ValueError(
+                    f"dimension {axis} ({name}) of example_inputs must be 2 or more, got "
+                    f"{x.shape[axis]}: else the file would take no other size"
+                )
+    return args, kwargs
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that no file can have."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file, and {path} is a folder")
+
+
+def check_types(act_dtype: str, opset: int) -> None:
+    """Refuse types of codes, and versions of operators, that a runtime would."""
+    if act_dtype not in OPSETS:
+        raise ValueError(f"act_dtype must be one of {', '.join(OPSETS)}, got {act_dtype!r}")
+    known = OPSETS[act_dtype]
+    if opset not in known:
+        raise ValueError(
+            f"opset must be from {known[0]} to {known[-1]} with {act_dtype} activations, "
+            f"got {opset}"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model without constant scales, or not in float32."""
+    state_of(model)
+    name = type(model).__name__
+    if is_attached(model):
+        raise ValueError(f"{name} is being tuned: detach() its tuner first")
+    sites = quantizers(model)
+    weights = {site: weight for site, (_, weight) in weight_quantizers(model).items()}
+    if any(quantizer.factor is not None for quantizer in (*sites.values(), *weights.values())):
+        raise ValueError(f"the scales of {name} are being learned: call freeze_scales first")
+    if any(quantizer.dynamic for quantizer in sites.values()):
+        raise ValueError(
+            f"{name} takes ranges from each tensor: quantize it with data, and a calibrator "
+            'other than "dynamic"'
+        )
+    if wrong := [n for n, p in model.named_parameters() if p.dtype != torch.float32]:
+        raise ValueError(f"{name} must be float32: {wrong[0]} is not, call model.float()")

@@ -1,1 +1,0 @@
-"""What ONNX Runtime makes of a file: its answers, its integer products, its speed."""

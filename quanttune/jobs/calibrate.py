@@ -1,0 +1,88 @@
+"""Quantize a model with the ranges of a dataset. What `quanttune calibrate` does."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..progress import Progress, silent
+from ..quantization.saving.description import describe
+from ..quantization.scheme import DYNAMIC
+from ..quantization.simulation import quantize
+from ..quantization.state import is_quantized
+from ..quantization.summary import summary
+from .dataset import prepare
+from .publication import check_empty, publish, reserved
+from .settings import Settings
+
+
+def calibrate(
+    settings: Settings,
+    quantization: Mapping[str, Any],
+    out: Path,
+    *,
+    limit: int | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Quantize a model with the ranges of a dataset, write it to the folder `out`, and say how.
+
+    `from_pretrained` loads the folder once quanttune.quantization.pretrained is imported, and
+    `evaluate` as it is.
+
+    Args:
+        quantization: arguments of `quanttune.quantize` other than `data`.
+        limit: rows to take ranges from, drawn by the seed.
+        dry_run: load and quantize, and stop before anything is written.
+
+    Raises:
+        ValueError: an argument, the data or the folder does not fit; it says what would.
+    """
+    if dry_run:
+        check_empty(out)
+    with nullcontext() if dry_run else reserved(out):
+        found = _calibrate(settings, quantization, None if dry_run else out, limit, say, progress)
+    return {"out": str(out), **found}
+
+
+def _calibrate(
+    settings: Settings,
+    quantization: Mapping[str, Any],
+    out: Path | None,
+    limit: int | None,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> dict[str, Any]:
+    inputs = prepare(settings, limit=limit)
+    for line in inputs.said:
+        say(line)
+    model = inputs.load(settings.seed)
+    if is_quantized(model):
+        raise ValueError(f"{settings.model} is quantized already: give the float model")
+    dynamic = quantization.get("calibrator") == DYNAMIC
+    if quantization.get("overrides"):
+        _check_overrides(model, inputs.batches(settings, model), quantization)
+    wanted = not dynamic or quantization.get("methods")
+    batches = inputs.batches(settings, model) if wanted else None
+    quantize(model, data=batches, progress=progress, **quantization)
+    scheme, sites = describe(model)["scheme"], summary(model)
+    rows = len(inputs.rows) if wanted else 0
+    ranges = f"ranges of {0 if dynamic else rows} rows"
+    said = [f"{len(sites.sites)} quantizers", ranges, *scheme["methods"]]
+    say(f"{inputs.task}: {type(model).__name__}, {', '.join(said)}")
+    if out:
+        publish(model.cpu(), inputs.processor, out)
+    facts = {"task": inputs.task, "rows": rows, **inputs.facts, "quantization": scheme}
+    return {**facts, "summary": sites.as_dict()}
+
+
+def _check_overrides(
+    model: nn.Module, batches: Iterable[Any], quantization: Mapping[str, Any]
+) -> None:
+    """Refuse patterns that match nothing before the long work: by one batch, on a copy."""
+    trial = {**quantization, "calibrator": "minmax", "methods": (), "symmetric": True}
+    quantize(copy.deepcopy(model), data=[next(iter(batches))], **trial)

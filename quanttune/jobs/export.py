@@ -1,0 +1,68 @@
+"""Write a quantized model's folder as an ONNX file. What `quanttune export` does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..deploy.external_data import size_of
+from ..deploy.onnx_export import export_onnx
+from ..deploy.tracing import BATCH
+from . import models
+from .models import Source, find
+from .settings import Settings
+
+TEXTS = ("one two", "one two three four five six")
+TEXT = {**BATCH, 1: "tokens"}
+
+
+def export(
+    settings: Settings, out: Path, *, act_dtype: str = "uint8", opset: int = 20
+) -> dict[str, Any]:
+    """Write a quantized model to an ONNX file that takes any batch, and texts of any length.
+
+    Of the settings the model and the task count. Inputs have the names that the model's tokenizer
+    or image processor gives them.
+
+    Raises:
+        ValueError: the model is not quantized, or an argument does not fit.
+    """
+    source, model = load_calibrated(settings)
+    inputs = example(source)
+    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, dynamic=dimensions(source))
+    return {
+        "out": str(out),
+        "task": source.task,
+        "model": source.origin,
+        "inputs": {name: list(x.shape) for name, x in inputs.items()},
+        "bytes": size_of(out),
+    }
+
+
+def load_calibrated(settings: Settings) -> tuple[Source, Any]:
+    """Return where a quantized model is, and the model as it is exported.
+
+    Raises:
+        ValueError: it is not quantized.
+    """
+    source = find(settings)
+    if not source.is_quantized:
+        raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
+    model: Any = source.load(settings.seed).cpu()
+    return source, model
+
+
+def dimensions(source: Source) -> Mapping[int, str]:
+    """Return the dimensions of a model's inputs that may have any size, and their names."""
+    return BATCH if source.task == "image-classification" else TEXT
+
+
+def example(source: Source) -> dict[str, Any]:
+    """Return two rows for a model, such as a user would feed it."""
+    processor = models.load_processor(source.name, source.task)
+    if source.task == "image-classification":
+        images = [Image.new("RGB", (64, 64))] * 2
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    processor.pad_token = processor.pad_token or processor.eos_token
+    return dict(processor(list(TEXTS), padding=True, return_tensors="pt"))

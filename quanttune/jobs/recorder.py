@@ -1,0 +1,35 @@
+"""What a run writes down while it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import checkpoints
+from .run_folder import RunFolder
+
+
+class Recorder(TrainerCallback):
+    """Appends to metrics.jsonl, marks whole checkpoints, tells the progress."""
+
+    def __init__(self, folder: RunFolder, progress: Callable[[int, float], None]) -> None:
+        self.folder, self.progress = folder, progress
+        self.loss = float("nan")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.progress(state.global_step, self.loss)  # which may end the run
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        log = state.log_history[-1]
+        if "train_runtime" not in log:  # the sum at the end, of this process alone
+            self.folder.append(log)
+            self.loss = log.get("loss", self.loss)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        checkpoints.mark(self.folder.path / f"checkpoint-{state.global_step}")

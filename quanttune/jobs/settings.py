@@ -1,0 +1,50 @@
+"""What a run is asked for: which model, which data, and how it is tuned."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides which weights a run ends with, but for the data's content.
+
+    Args:
+        model: a folder, a Hugging Face id or a name that timm knows.
+        data: a folder, a file (csv, tsv, json, jsonl, parquet, txt) or the name of a dataset.
+        task: text-classification, text-generation or image-classification; by default that of the
+            model's architecture.
+        subset, split: of the dataset; without a split its validation rows, or the only ones.
+        text, label: columns; by default those that their types tell.
+        tokens: longest row of tokens for classification; length of every row for generation.
+        steps, save_steps: of the optimizer.
+        tuning: arguments of `quanttune.attach` other than `total_steps`.
+        trainer: any other field of transformers' TrainingArguments, as text.
+    """
+
+    model: str
+    data: str
+    task: str | None = None
+    subset: str | None = None
+    split: str | None = "train"
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    tokens: int = 128
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    save_steps: int = 100
+    seed: int = 0
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "steps", "batch_size", "save_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a JSON file gives back."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data

@@ -1,0 +1,155 @@
+"""Tune a model on a dataset, in a folder that it can go on from. What `quanttune tune` does."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from ..trainer import QuantTuneTrainer
+from ..trainer.checkpoint import load_weights
+from ..tuning.tuner import attach
+from . import checkpoints, models
+from .dataset import Inputs, prepare
+from .publication import held
+from .recorder import Recorder
+from .run_folder import RunFolder
+from .settings import Settings
+from .training_arguments import training_arguments
+
+_ONE = (
+    "quanttune tune takes one GPU; for several use quanttune.trainer.QuantTuneTrainer in a script "
+    "of your own, under torchrun"
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model, its data and how it is trained."""
+
+    model: nn.Module
+    inputs: Inputs
+    arguments: TrainingArguments
+
+
+def tune(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, Any]:
+    """Tune a model and write all of the run to the folder `out`; return what came of it.
+
+    The folder gets config.json, environment.json, metrics.jsonl (a line per logged step),
+    checkpoint-N and, at the end, the float32 model in model/. Augmentation there is none. With
+    `resume` a run that was killed goes on from its newest whole checkpoint, and on a CPU ends with
+    the weights and the metrics that it would have ended with, bit for bit; a run that was not begun
+    is begun, one that is finished is left alone. With more `settings.steps` than before either goes
+    on to so many; the learning rate and alpha are from there on what they would have been had there
+    been so many from the start. One process at a time works in a folder.
+
+    Args:
+        dry_run: load and check everything, and stop before anything is written to `out`.
+        progress: called with the step and its loss.
+
+    Raises:
+        ValueError: an argument, the data or the folder does not fit; it says what would.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"several processes were started: {_ONE}")
+    folder = RunFolder(out)
+    folder.check({"settings": settings.as_json()}, resume)
+    with nullcontext() if dry_run else held(out):
+        if folder.is_finished(settings.steps):
+            say(f"{out} is finished: nothing is left to do")
+            return _outcome(folder, settings)
+        job = _prepare(settings, out)
+        config = {"settings": settings.as_json(), **job.inputs.facts}
+        folder.check(config, resume)
+        for line in job.inputs.said:
+            say(line)
+        if dry_run:
+            return config
+        arguments = json.loads(job.arguments.to_json_string())
+        checkpoint = _begin(folder, {**config, "training_arguments": arguments}, say)
+        model = _train(settings, job, folder, checkpoint, progress)
+        folder.publish(model, job.inputs.processor, settings.steps)
+        return _outcome(folder, settings, checkpoint)
+
+
+def _begin(folder: RunFolder, config: dict[str, Any], say: Callable[[str], None]) -> Path | None:
+    """Write down what is tuned, and return the checkpoint from which it goes on."""
+    if not folder.is_begun:
+        folder.begin(config)
+        return None
+    checkpoint, said = folder.resume(config)
+    for line in said:
+        say(line)
+    say(f"going on from {checkpoint.name if checkpoint else 'the start'}")
+    return checkpoint
+
+
+def _prepare(settings: Settings, out: Path) -> _Job:
+    arguments = training_arguments(settings, out)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible: {_ONE}, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    inputs = prepare(settings, new_head=True)
+    set_seed(settings.seed)  # a new head is drawn
+    model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
+    if drawn:
+        more = f" and {len(drawn) - 4} more" if len(drawn) > 4 else ""
+        inputs.said.append(f"drawn at random: {', '.join(drawn[:4])}{more}")
+    attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
+    epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
+    inputs.said.append(
+        f"{inputs.task}: {type(model).__name__} on {len(inputs.rows)} rows, {settings.steps} "
+        f"steps of {settings.batch_size}, {epochs / len(inputs.rows):.1f} epochs"
+    )
+    return _Job(model, inputs, arguments)
+
+
+def _train(
+    settings: Settings,
+    job: _Job,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    progress: Callable[[int, float], None],
+) -> nn.Module:
+    if checkpoint and checkpoints.step_of(checkpoint) == settings.steps:
+        # the Trainer would take one step more in the middle of an epoch
+        load_weights(job.model, checkpoint)
+        job.model.config = models.load_config(str(checkpoint))  # the Trainer changes it, too
+        return job.model
+    trainer = QuantTuneTrainer(
+        model=job.model,
+        args=job.arguments,
+        train_dataset=job.inputs.rows,
+        data_collator=job.inputs.collate,
+        callbacks=[Recorder(folder, progress)],
+        tuning=settings.tuning,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return job.model
+
+
+def _outcome(
+    folder: RunFolder, settings: Settings, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    return {
+        "run": str(folder.path),
+        "model": str(folder.model),
+        "steps": settings.steps,
+        "resumed_from": checkpoints.step_of(checkpoint) if checkpoint else None,
+        "last": folder.last(),
+    }

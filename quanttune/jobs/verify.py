@@ -1,0 +1,104 @@
+"""Compare an ONNX file with the folder it was made from. What `quanttune verify` does."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..deploy.onnx_model import OnnxModel
+from ..deploy.verification.result import Verification
+from ..deploy.verification.simulated_codes import noise
+from ..deploy.verification.verify import verify as verify_outputs
+from ..progress import Progress, silent, track
+from .dataset import prepare
+from .export import example, load_calibrated
+from .metrics import LAST_WORDS, choose, measure
+from .settings import Settings
+
+
+def verify(
+    settings: Settings,
+    onnx: Path,
+    *,
+    metrics: Sequence[str] = (),
+    limit: int | None = None,
+    tolerance: float = 1.0,
+    say: Callable[[str], None] = print,
+    progress: Progress = silent,
+) -> tuple[Verification, dict[str, Any]]:
+    """Compare a file with the quantized model of a folder: its layers on the first batch, and how
+    it is measured on all rows.
+
+    Without data the layers are compared on two rows that are made up, and nothing is measured.
+
+    Args:
+        metrics, limit: as in `evaluate`.
+        tolerance: how far the file's number may be from the simulation's, in per cent points; of a
+            perplexity in per cent. Or twice as far as the noise moves the simulation's, if that is
+            more.
+
+    Returns:
+        What the layers are like, and all numbers, with the problems of both.
+
+    Raises:
+        ValueError: there is nothing to compare; it says why.
+    """
+    began = time.monotonic()
+    source, model = load_calibrated(settings)
+    facts: dict[str, Any] = {"task": source.task, "model": source.origin, "rows": None}
+    if not settings.data:
+        found = verify_outputs(onnx, model, [example(source)])
+        return found, {**facts, "measured": None, **found.as_dict()}
+    names = choose(source.task, settings.subset, metrics, getattr(source.config, "num_labels", 0))
+    inputs = prepare(settings, limit=limit, last_words=names[0] in LAST_WORDS)
+    for line in inputs.said:
+        say(line)
+    file = OnnxModel(onnx, threads=torch.get_num_threads())
+
+    def batches(what: str) -> Iterator[dict[str, Tensor]]:
+        rows = track(inputs.batches(settings, model), what, progress)
+        return (_completed(batch, file.inputs) for batch in rows)
+
+    first = next(batches("comparing layers"))
+    del first["labels"]
+    found = verify_outputs(onnx, model, [first])
+
+    def measured(name: str, which: Any) -> dict[str, float]:
+        return measure(names, which, batches(f"measuring {name}"))
+
+    numbers = {
+        "simulation": measured("the simulation", model),
+        "file": measured("the file", lambda **batch: SimpleNamespace(**file(**batch))),
+    }
+    with noise(model, settings.seed, found.layers):
+        numbers["noise"] = measured("the simulation with noise", model)
+    found = replace(found, problems=(*found.problems, *too_far(numbers, tolerance)))
+    seconds = round(time.monotonic() - began, 1)
+    facts |= {"rows": len(inputs.rows), **inputs.facts, "measured": numbers, "seconds": seconds}
+    return found, {**facts, **found.as_dict()}
+
+
+def _completed(batch: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Add what a file takes and rows of joined texts lack: all their tokens count, as of one."""
+    ids = batch.get("input_ids")
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if ids is not None and name in names and name not in batch:
+            batch[name] = torch.full_like(ids, value)
+    return batch
+
+
+def too_far(numbers: Mapping[str, Mapping[str, float]], tolerance: float) -> Iterator[str]:
+    """Say of each metric whose file is farther from the simulation than `verify` allows."""
+    for name, simulated in numbers["simulation"].items():
+        allowed = tolerance * simulated / 100 if name == "perplexity" else tolerance
+        allowed = max(allowed, 2 * abs(numbers["noise"][name] - simulated))
+        if not abs(numbers["file"][name] - simulated) <= allowed:
+            yield (
+                f"{name}: {numbers['file'][name]:.6g} of the file, {simulated:.6g} of the "
+                f"simulation, more than {allowed:.3g} apart"
+            )

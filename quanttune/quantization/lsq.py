@@ -1,0 +1,48 @@
+"""Quantization-aware training with learned scales, on the modules that `quantize` made."""
+
+from torch import nn
+
+from .modules import QuantizedEmbedding
+from .saving.hf_config import update_hf_config
+from .state import quantizers, state_of, weight_quantizers
+
+
+def learn_scales(model: nn.Module) -> list[nn.Parameter]:
+    """Learn the scales of a calibrated model with its weights, in place; return the parameters.
+
+    They start from what the calibration, and min-max of the weights, found, so that the first step
+    is that of the quantized model. Their gradient is that of LSQ; what an optimizer steps is the
+    factor by which a scale differs from its start, since scales of one model differ by orders of
+    magnitude and Adam moves each parameter by about its learning rate. Make the optimizer
+    afterwards, without weight decay for them, and call `freeze_scales` at the end. Tables of
+    embeddings keep the ranges of their rows, most of which a step does not see; zero points stay.
+
+    Without this call a quantized model can be trained as well: then ranges of activations stay.
+
+    Raises:
+        ValueError: the model is not quantized, or has no scales since it is dynamic.
+
+    Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153.
+    """
+    if state_of(model).scheme.dynamic:
+        raise ValueError("a dynamic model has no scales to learn: quantize it with data")
+    learned = [q.learn() for q in quantizers(model).values() if q.reached]
+    for module, quantizer in weight_quantizers(model).values():
+        if not isinstance(module, QuantizedEmbedding):
+            learned.append(quantizer.learn(module.weight))
+    update_hf_config(model)
+    return learned
+
+
+def freeze_scales(model: nn.Module) -> None:
+    """Make learned scales constants, in place: the model is what `quantize` returns, with them.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    state_of(model)
+    for quantizer in quantizers(model).values():
+        quantizer.hold()
+    for _, weight_quantizer in weight_quantizers(model).values():
+        weight_quantizer.hold()
+    update_hf_config(model)

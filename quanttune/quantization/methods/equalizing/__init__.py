@@ -1,0 +1,1 @@
+"""What methods share that change LayerNorms and their readers together."""

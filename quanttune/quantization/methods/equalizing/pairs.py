@@ -1,0 +1,66 @@
+"""A LayerNorm and the Linear modules that read it, whose parameters can be changed together."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...modules import twin_of
+from ...restoration import NAME, add_restoration
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A LayerNorm and the Linear or Conv1D modules that read its output, and nothing else.
+
+    alone: nothing but they reads it, so that what they take can be changed at once.
+    """
+
+    name: str
+    norm: nn.LayerNorm
+    readers: dict[str, nn.Module]
+    alone: bool
+
+    @property
+    def shifts(self) -> bool:
+        """Whether there are biases to fold a shift of the channels into."""
+        modules: list[Any] = [self.norm, *self.readers.values()]
+        return all(module.bias is not None for module in modules)
+
+    def columns(self) -> list[Tensor]:
+        """Return the readers' weights as (outputs, channels), which are views."""
+        return [columns_of(module) for module in self.readers.values()]
+
+    @torch.no_grad()
+    def fold(self, scale: Tensor, shift: Tensor) -> None:
+        """Let the LayerNorm compute (x - shift) / scale, and its readers what they did, in place.
+
+        Args:
+            scale, shift: of shape (channels,); shift is zero unless it `shifts`.
+        """
+        norm: Any = self.norm
+        # both sides must know the same factors, in a model of half precision too
+        scale, shift = (x.float().to(norm.weight.dtype) for x in (scale, shift))
+        norm.weight.div_(scale)
+        if norm.bias is not None:
+            norm.bias.sub_(shift).div_(scale)
+        readers: Iterable[Any] = self.readers.values()
+        for module, columns in zip(readers, self.columns(), strict=True):
+            if module.bias is not None:
+                module.bias.add_(columns @ shift)
+            columns.mul_(scale)
+        if not self.alone:
+            self._restore(scale.float(), shift.float())
+
+    def _restore(self, scale: Tensor, shift: Tensor) -> None:
+        found: Any = getattr(self.norm, NAME, None)
+        found = found or add_restoration(self.norm, self.readers.values())
+        found.shift = found.shift + shift * found.scale
+        found.scale = found.scale * scale
+
+
+def columns_of(module: Any) -> Tensor:
+    """Return the weight of a Linear or Conv1D as (outputs, inputs), a view."""
+    return module.weight.movedim(twin_of(module).output_axis, 0)

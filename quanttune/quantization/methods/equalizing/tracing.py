@@ -1,0 +1,186 @@
+"""Which Linear modules read which LayerNorms, found by watching one batch on its way."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...modules import QuantizedConvolution, QuantizedEmbedding, holds, twin_of
+from ...restoration import NAME
+from ...running import Data, forward_batches
+from .pairs import Pair
+
+_NAMES = "view", "reshape", "flatten", "permute", "transpose", "contiguous", "roll"
+# what these return still holds channels apart, if labels that go through them say so
+_MOVERS = {getattr(owner, n) for owner in (torch, Tensor) for n in _NAMES if hasattr(owner, n)}
+_MOVERS |= {F.pad, F.dropout, torch.dropout}
+_FACTS = (bool, int, str, torch.Size, torch.dtype, torch.device)  # of a tensor, not of its values
+
+
+def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
+    """Run a float model on the first batch and return the pairs in it.
+
+    What cannot be changed is left alone, with a warning that names it.
+
+    Raises:
+        ValueError: there is no batch, or no pair.
+    """
+    watch = _Watch(model)
+    with ExitStack() as undo:
+        for handle in watch.handles():
+            undo.callback(handle.remove)
+        undo.enter_context(watch)
+        if not forward_batches(model, islice(data.batches, 1), data.mask):
+            raise ValueError("data is empty: calibration needs at least one batch of inputs")
+    pairs = watch.pairs()
+    if not pairs:
+        raise ValueError(
+            f"{type(model).__name__} has no LayerNorm whose output a Linear module reads, so there "
+            "is nothing to equalize"
+        )
+    return pairs
+
+
+class _Watch(TorchFunctionMode):
+    """Follow what LayerNorms return through a forward of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._norms = [m for m in self._names if isinstance(m, nn.LayerNorm)]
+        self._outputs = WeakTensorKeyDictionary()  # of LayerNorms, with the tensor's version
+        self._inside: list[nn.Module] = []  # LayerNorms and readers that are being called
+        self._read: dict[nn.Module, set[nn.Module | None]] = {}  # which LayerNorms by reader
+        self._leaks: set[Any] = set()  # LayerNorms that something else reads
+        owners = [(p, m) for m in self._names for p in m.parameters(recurse=False)]
+        self._owners = dict(owners)
+        # modules whose parameters others use
+        self._shared: set[Any] = {module for p, module in owners if self._owners[p] is not module}
+        self._shared |= {self._owners[p] for p, module in owners if module in self._shared}
+
+    def handles(self) -> Iterator[RemovableHandle]:
+        """Register hooks."""
+        for module in self._names:
+            if isinstance(module, nn.LayerNorm):
+                yield module.register_forward_pre_hook(self._enter)
+                yield module.register_forward_hook(self._leave_norm)
+            elif _can_read(module):
+                yield module.register_forward_pre_hook(self._enter_reader, with_kwargs=True)
+                yield module.register_forward_hook(self._leave)
+        yield self._model.register_forward_hook(self._end)
+
+    def pairs(self) -> list[Pair]:
+        """Return what was found, and warn of what must be left alone."""
+        found = [self._pair(norm) for norm in self._norms]
+        read = {m for pair in found if pair for m in pair.readers.values()}
+        left = [
+            self._names[m] for m, norms in self._read.items() if norms != {None} and m not in read
+        ]
+        if left:
+            some = ", ".join(left[:5])
+            warnings.warn(
+                f"{len(left)} module(s) that read a LayerNorm are not equalized: {some}. It has no "
+                "weight, they share parameters, or they read something else too",
+                stacklevel=4,
+            )
+        return [pair for pair in found if pair]
+
+    def _pair(self, norm: Any) -> Pair | None:
+        if hasattr(norm, NAME):  # an equalization was here before
+            readers, alone = norm.restoration.readers, False
+        else:
+            touching = [module for module, norms in self._read.items() if norm in norms]
+            readers = [m for m in touching if self._read[m] == {norm} and m not in self._shared]
+            alone = len(readers) == len(touching) and norm not in self._leaks
+        if not readers or norm.weight is None or norm in self._shared:
+            return None
+        return Pair(self._names[norm], norm, {self._names[m]: m for m in readers}, alone)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        norms: set[Any] = {self._norm_of(x) for x in tensors} - {
+            None
+        }  # before func changes one in place
+        result = func(*args, **kwargs)
+        current = self._inside[-1] if self._inside else None
+        self._shared |= {self._owners.get(x) for x in tensors} - {None, current}
+        if not norms or current in self._read or _tells_facts(result):
+            return result
+        moves = func in _MOVERS and args and len(tensors) == 1
+        if moves and _keeps_channels(func, args, kwargs):
+            self._follow(result, norms.pop())
+        else:
+            self._leaks |= norms
+        return result
+
+    def _follow(self, x: Tensor, norm: nn.Module) -> None:
+        self._outputs[x] = norm, x._version
+
+    def _norm_of(self, x: Any) -> nn.Module | None:
+        """Return the LayerNorm that returned x, if nothing changed it in place."""
+        norm, version = self._outputs.get(x, (None, 0)) if isinstance(x, Tensor) else (None, 0)
+        return norm if norm is not None and x._version == version else None
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._inside.append(module)
+
+    def _enter_reader(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._inside.append(module)
+        self._read.setdefault(module, set()).add(self._norm_of(args[0]) if args else None)
+        self._leaks |= {self._norm_of(x) for x in kwargs.values()}  # no hook of ours reads these
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
+
+    def _leave_norm(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        if not hasattr(module, NAME) and _scales_last_dimension(module, args[0], output):
+            self._follow(output, module)
+        self._inside.pop()  # last, since what uses its parameters outside of it is watched
+
+    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._leaks |= {self._norm_of(leaf) for leaf in tree_leaves(output)}
+
+
+def _can_read(module: nn.Module) -> bool:
+    """Tell whether a module multiplies its input with a weight of (outputs, channels)."""
+    twin = twin_of(module)
+    if twin is None or not holds(module):
+        return False
+    return not issubclass(twin, (QuantizedConvolution, QuantizedEmbedding))
+
+
+def _tells_facts(result: Any) -> bool:
+    return all(isinstance(leaf, _FACTS) for leaf in tree_leaves(result))
+
+
+def _keeps_channels(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Tell whether func leaves what is in the last dimension there, by moving labels about."""
+    x, *others = args
+    wanted = torch.arange(x.shape[-1], device=x.device)
+    labels = torch.empty_like(x, dtype=wanted.dtype).copy_(wanted)  # with the strides of x
+    moved = func(labels, *others, **kwargs)
+    return moved.shape[-1:] == x.shape[-1:] and bool((moved == wanted).all())
+
+
+def _scales_last_dimension(module: nn.LayerNorm, x: Tensor, output: Any) -> bool:
+    """Tell whether a LayerNorm, which may be of a subclass, is one of the last dimension."""
+    if module.normalized_shape != x.shape[-1:]:
+        return False
+    wanted = F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+    # in half precision too
+    near = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)
+    return output.shape == wanted.shape and near(output, wanted)

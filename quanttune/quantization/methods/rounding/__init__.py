@@ -1,0 +1,1 @@
+"""What methods share that choose the codes of weights."""

@@ -1,0 +1,110 @@
+"""Go through a model layer by layer, each rounded before the next one is given its inputs."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from threading import Semaphore
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....progress import track
+from ...running import Data, SeenEnough, evaluating, forward_batches
+from .moments import Group, Means, Moments, Sums, sums_of, watching
+
+
+def in_turn(
+    model: nn.Module,
+    groups: Sequence[Group],
+    data: Data,
+    make: Callable[[int, torch.device], Sums],
+    visit: Callable[[Group, Sums], None],
+    what: str,
+) -> None:
+    """Visit groups in their order, with the sums of what the model makes of data up to there.
+
+    The forwards of all batches go on together, so that each of them runs once; it takes the memory
+    of as many hidden states as there are batches. Where a layer is called more than once, or
+    batches take different ways, it is a pass for each group instead.
+    """
+    alike = all(group.calls == 1 for group in groups)
+    with ExitStack() as undo:
+        undo.enter_context(evaluating(model))
+        walk = _Walk(model, data if alike else Data(()), undo)
+        undo.enter_context(watching([group.leader for group in groups], walk.see))
+        for group in track(groups, what, data.progress):
+            sums = make(group.inputs, group.leader.weight.device)
+            if not (alike and walk.reach(group.leader, sums)):
+                alike = False
+                undo.close()
+                (sums,) = sums_of(model, [group], data, make)
+            visit(group, sums)
+
+
+class _Walk:
+    """The forwards of all batches, on their way from the leader of one group to the next."""
+
+    def __init__(self, model: nn.Module, data: Data, undo: ExitStack) -> None:
+        self._forwards = []
+        for batch in data.batches:
+            forward = _Forward(partial(forward_batches, model, [batch], data.mask))
+            undo.callback(forward.leave)
+            self._forwards.append(forward)
+
+    def reach(self, leader: Any, sums: Means | Moments) -> bool:
+        """Let all batches go on to a leader, and sum what it is given; tell if all came there."""
+        self._leader, self._sums = leader, sums
+        for forward in self._forwards:
+            self._running = forward
+            if forward.go_on() is not leader:
+                return False
+        return True
+
+    def see(self, module: Any, x: Tensor) -> None:
+        """Stop the forward that is under way; a hook of leaders."""
+        if module is self._leader:
+            self._sums.add(x, module.input_quantizer.forward(x))
+        self._running.stop(module)
+
+
+class _Forward:
+    """A forward in a thread of its own, which runs only while `go_on` waits for it."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._go, self._there = Semaphore(0), Semaphore(0)
+        self._at: nn.Module | None = None  # where it waits; None once it has ended
+        self._leaving = False
+        self._thread = ThreadPoolExecutor(1)
+        self._end = self._thread.submit(self._main, run)
+        self._end.add_done_callback(lambda _: self._there.release())
+
+    def go_on(self) -> nn.Module | None:
+        """Run to the next stop and return it, or to the end."""
+        if not self._end.done():
+            self._at = None
+            self._go.release()
+            self._there.acquire()
+        if self._end.done():
+            self._end.result()  # raises what was raised in the forward
+        return self._at
+
+    def stop(self, at: nn.Module) -> None:
+        """Wait, within the forward, until it is to go on."""
+        self._at = at
+        self._there.release()
+        self._go.acquire()
+        if self._leaving:
+            raise SeenEnough
+
+    def leave(self) -> None:
+        """End it, wherever it is."""
+        self._leaving = True
+        self._go.release()
+        self._thread.shutdown()
+
+    def _main(self, run: Callable[[], Any]) -> None:
+        self._go.acquire()
+        if not self._leaving:
+            run()

@@ -1,0 +1,93 @@
+"""The layers whose weights a method rounds, as rows of float64, one per output."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....fake_quantizer import fake_quant, integer_range
+from ...modules import QuantizedConvolution, QuantizedEmbedding, Twin, holds
+from ...quantizer import WeightQuantizer
+from ...state import weight_quantizers
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grids of rows of weights: of each row, or of all, its float32 scale; and their width."""
+
+    scale: Tensor  # (rows,) or ()
+    bits: int
+
+    @property
+    def step(self) -> Tensor:
+        """The scale as float64 (rows, 1), or (1, 1)."""
+        return self.scale.double().view(-1, 1)
+
+    def clamp(self, codes: Tensor) -> Tensor:
+        """Return codes that are in range."""
+        return codes.clamp(*integer_range(self.bits))
+
+    def codes(self, rows: Tensor) -> Tensor:
+        """Return the nearest code of each value, in the type of the rows."""
+        return self.clamp((rows / self.step).round())
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Return the nearest value of the grid."""
+        return self.codes(rows) * self.step
+
+    def of(self, rows: slice) -> "Grid":
+        """Return the grid of some of the rows."""
+        return Grid(self.scale[rows] if self.scale.dim() else self.scale, self.bits)
+
+
+class Layer:
+    """A quantized Linear or Conv1D, and the quantizer of its weight."""
+
+    def __init__(self, module: Any, quantizer: WeightQuantizer) -> None:
+        self.module, self.quantizer = module, quantizer
+
+    @property
+    def inputs(self) -> int:
+        """How many columns the rows have."""
+        count: int = self.module.weight.shape[1 - self.module.output_axis]
+        return count
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight as float64 (outputs, inputs)."""
+        return self._swap(self.module.weight.detach().double())
+
+    def grid(self, rows: Tensor) -> Grid:
+        """Return the grid that just covers rows."""
+        return Grid(self.quantizer.scale_of(self._swap(rows)), self.quantizer.bits)
+
+    @torch.no_grad()
+    def settle(self, rows: Tensor, grid: Grid) -> None:
+        """Make rows the weight, each value the nearest on a grid that is constant from now on."""
+        values = self._swap(rows).float()
+        self.module.weight.copy_(fake_quant(values, grid.scale, grid.bits, self.quantizer.axis))
+        self.quantizer.scale = grid.scale
+
+    def _swap(self, weight: Tensor) -> Tensor:
+        """Turn a weight into rows, or rows into a weight."""
+        return weight.movedim(self.module.output_axis, 0)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Return the Linear and Conv1D modules whose weights are rounded, and are theirs alone.
+
+    A weight that is tied to another module's, such as a table of embeddings, means something else
+    there; it is left to nearest rounding, as those of convolutions, embeddings and experts are,
+    and those that a parametrization computes.
+    """
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return [
+        Layer(module, quantizer)
+        for module, quantizer in weight_quantizers(model).values()
+        if isinstance(module, Twin)
+        and not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
+        and holds(module)
+        and owners[id(module.weight)] == 1  # type: ignore[attr-defined]
+    ]

@@ -1,0 +1,1 @@
+"""A quantized model as data and as files."""

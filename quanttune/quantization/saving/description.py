@@ -1,0 +1,202 @@
+"""What a quantized model is, as plain data: to JSON, and from JSON that may be anybody's."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..convert import insert
+from ..functional.operations import Operation
+from ..functional.sites import FunctionalSites
+from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
+from ..restoration import add_described, described_restorations, drop_restorations, restorations
+from ..scheme import DYNAMIC, Scheme
+from ..state import quantizers, state_of, weight_quantizers
+from .schema import ARGUMENTS, FIXED, LEARNED, OPERATION, PARTS, SCHEME, check
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what a quantized model is, all but its tensors.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    scheme = state_of(model).scheme
+    modules: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    operations: dict[str, dict[str, Any]] = {}
+    weights = weight_quantizers(model)
+    for site, arguments in _arguments(model).items():
+        owner, _, name = site.rpartition(".")
+        if part := PARTS.get(name):
+            modules.setdefault(owner, dict.fromkeys(PARTS.values()))[part] = arguments
+        elif site in weights:
+            parameters[site.removesuffix("_quantizer")] = {"weights": arguments}
+        else:
+            kind = _kind_of(model.get_submodule(site))
+            operations[site] = {"kind": kind, "activations": arguments}
+    return {
+        **FIXED,
+        "scheme": json.loads(json.dumps({name: getattr(scheme, name) for name in SCHEME})),
+        "config_groups": _grouped(modules),
+        "parameter_groups": _grouped(parameters),
+        "operation_groups": _grouped(operations),
+        "call_groups": _grouped(_calls(model)),
+        "restorations": described_restorations(model),
+    }
+
+
+def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
+    """Put described quantizers into a float model; `settle` follows when scales are loaded.
+
+    Raises:
+        ValueError: the description is not one, or is that of another model.
+    """
+    check(data)
+    sites = described_sites(data)
+    dynamic = any(arguments and arguments["dynamic"] for arguments in sites.values())
+    symmetric = all(arguments["symmetric"] for arguments in sites.values() if arguments)
+    rules: dict[str, Any] = {"calibrator": DYNAMIC if dynamic else "minmax", "symmetric": symmetric}
+    try:
+        scheme = Scheme(**data["scheme"], **rules)
+    except TypeError as error:
+        raise ValueError(f"scheme holds a value of another type: {error}") from error
+    state = insert(model, scheme, undo)
+    undo.callback(drop_restorations, model)
+    add_described(model, data["restorations"])
+    state.frozen = not dynamic
+    _register(state, data["call_groups"])
+    _compare(_arguments(model), sites, model)
+    for name, quantizer in quantizers(model).items():
+        if sites[name]["symmetric"] != symmetric:
+            raise ValueError(f"{name} is symmetric, and other activations are not")
+        quantizer.calibrator = None
+        quantizer.bits, quantizer.observer = sites[name]["num_bits"], sites[name]["observer"]
+        quantizer.dynamic = sites[name]["dynamic"]
+        if quantizer.observer == LEARNED:
+            quantizer.observer = None
+            quantizer.learn()
+    for name, (module, weight) in weight_quantizers(model).items():
+        weight.bits = sites[name]["num_bits"]
+        weight.axis = module.output_axis if sites[name]["strategy"] == "channel" else None
+        if sites[name]["observer"] != "minmax":  # it has scales of its own
+            shape = weight.scales_in(module.weight)
+            weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
+        if sites[name]["observer"] == LEARNED:
+            weight.learn(module.weight)
+
+
+def settle(model: nn.Module) -> None:
+    """Check the scales of a restored model, and note which sites were calibrated.
+
+    Raises:
+        ValueError: a scale is not finite and positive, or a zero point is no code.
+    """
+    for name, quantizer in quantizers(model).items():
+        quantizer.settle(name)
+    for name, (_, weight) in weight_quantizers(model).items():
+        if weight.scale is not None:
+            check_scale(name, weight.scale)
+            check_scale(name, weight.step)
+    for name, restoration in restorations(model).items():
+        check_scale(f"{name}.restoration", restoration.scale)
+        if not restoration.shift.isfinite().all():
+            raise ValueError(f"{name}.restoration.shift must be finite")
+
+
+def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
+    """Return every site's QuantizationArgs; None for functional sites that stay in float."""
+    found: dict[str, dict[str, Any] | None] = {}
+    weights = weight_quantizers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            observer = module.observer if module.factor is None else LEARNED
+            grid = module.bits, module.symmetric, "tensor"
+            found[name] = _values(*grid, module.dynamic, observer)
+        elif name in weights:
+            _, weight = weights[name]
+            strategy = "tensor" if weight.axis is None else "channel"
+            observer = LEARNED if weight.factor is not None else None
+            observer = "minmax" if weight.scale is None else observer
+            found[name] = _values(weight.bits, True, strategy, False, observer)
+        elif isinstance(module, WeightQuantizer) and OPERATION.fullmatch(name):
+            found[name] = _values(
+                module.bits, True, "channel" if module.axis == 0 else "tensor", False, "minmax"
+            )
+        elif isinstance(module, nn.Identity) and OPERATION.fullmatch(name):
+            found[name] = None
+    return found
+
+
+def _kind_of(quantizer: nn.Module) -> str | None:
+    return "weight" if isinstance(quantizer, WeightQuantizer) else getattr(quantizer, "kind", None)
+
+
+def _calls(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what each module calls, by the way there; also what stays in float."""
+    return {
+        calls.module: {"operations": {way: o.as_dict() for way, o in calls.operations.items()}}
+        for _, calls in state_of(model).calls()
+        if calls.operations
+    }
+
+
+def _register(state: FunctionalSites, groups: Mapping[str, Any]) -> None:
+    watched = {calls.module: module for module, calls in state.calls()}
+    for group in groups.values():
+        for target in group["targets"]:
+            # what is missing, `_compare` tells
+            for way, operation in group["operations"].items() if target in watched else ():
+                state.register(watched[target], way, Operation(**operation))
+
+
+def _values(*values: Any) -> dict[str, Any]:
+    bits, *others = values
+    return dict(zip(ARGUMENTS, (bits, "int", *others), strict=True))
+
+
+def _grouped(table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for target, values in sorted(table.items()):
+        group = groups.setdefault(json.dumps(values, sort_keys=True), {"targets": [], **values})
+        group["targets"].append(target)
+    return {f"group_{i}": group for i, group in enumerate(groups.values())}
+
+
+def described_sites(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the QuantizationArgs of each site of a description."""
+    sites = {}
+    for group in data["config_groups"].values():
+        for target in group["targets"]:
+            for name, part in PARTS.items():
+                if group[part] is not None:
+                    sites[f"{target}.{name}".lstrip(".")] = group[part]
+    for group in data["parameter_groups"].values():
+        for target in group["targets"]:
+            if group["weights"] is None:
+                raise ValueError(f"parameter_groups: {target!r} has no weights")
+            sites[f"{target}_quantizer"] = group["weights"]
+    for group in data["operation_groups"].values():
+        for target in group["targets"]:
+            if not OPERATION.fullmatch(target):
+                raise ValueError(f"operation_groups: {target!r} is no name of a functional site")
+            sites[target] = group["activations"]
+    return sites
+
+
+def _compare(found: Mapping[str, Any], described: Mapping[str, Any], model: nn.Module) -> None:
+    missing = [name for name in found if name not in described]
+    unknown = [name for name, arguments in described.items() if name not in found]
+    unknown += [n for n in found if n in described and (found[n] is None) != (described[n] is None)]
+    if missing or unknown:
+        raise ValueError(
+            f"the quantization is that of another model than this {type(model).__name__}: "
+            f"it does not say {_some(missing)}, and the model has no {_some(unknown)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "more"

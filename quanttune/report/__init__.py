@@ -1,0 +1,1 @@
+"""Pages of numbers that are there already: no file here knows a model."""
