@@ -28,7 +28,7 @@ from quanttune.deploy.latency import compare
 from quanttune.deploy.onnx_model import OnnxModel
 from quanttune.deploy.products import explain, has_vnni
 from quanttune.deploy.verification.answers import check_answers
-from quanttune.deploy.verification.simulated_codes import noise
+from quanttune.deploy.verification.simulated_codes import perturbed
 from quanttune.environment import environment
 from quanttune.files import write_json
 
@@ -98,7 +98,7 @@ def minilm(small: bool = False) -> Facts:
                 "simulation": job.evaluate(simulation),
                 "onnxruntime": job.evaluate(_Encoder(files[name])),
             }
-            with noise(simulation, seed=0):
+            with perturbed(simulation, seed=0):
                 cosines[name]["noise"] = job.evaluate(simulation)
         return {
             "float_cosine": job.evaluate(model),

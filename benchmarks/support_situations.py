@@ -15,7 +15,7 @@ from support_models import WORDS
 from torch import Tensor, nn
 
 import quanttune as qt
-from quanttune.quantization.running import answer_of
+from quanttune.quantization.running import main_output
 
 Inputs = dict[str, Tensor]
 LIMIT = 1e-5  # of the largest number of an answer
@@ -94,13 +94,13 @@ def _outcome(model: nn.Module, inputs: Inputs, make: Any) -> str:
 
 def _difference(model: nn.Module, inputs: Inputs) -> str:
     """Tell how far the answers of samples alone are from those in a batch; "" if they are equal."""
-    whole = answer_of(model(**inputs))
+    whole = main_output(model(**inputs))
     samples = len(next(iter(inputs.values())))
     if not whole.isfinite().all():
         return "an answer is not finite"
     if whole.dim() == 0 or len(whole) % samples:
         return "an answer is not one of each sample"
-    alone = torch.cat([answer_of(model(**_sample(inputs, i))) for i in range(samples)])
+    alone = torch.cat([main_output(model(**_sample(inputs, i))) for i in range(samples)])
     if alone.shape != whole.shape:
         return "an answer has another shape"
     error = (alone - whole).abs().max().item() / max(whole.abs().max().item(), 1e-30)

@@ -180,7 +180,7 @@ std::vector<Word<T>> absmax_of_channels(const T* x, const Grid& grid, int thread
   return most;
 }
 
-// See fake_quantizer.scale_of.
+// As reference.scale_of.
 template <class Scalar>
 float scale_of(Scalar absmax, int qmax) {
   if (absmax == 0) return 1;

@@ -35,10 +35,10 @@ class OutlierLoss(Protocol):
         grad: Tensor,
         x: Tensor,
         statistics: Tensor,
-        share: Tensor,
+        ratio_grad: Tensor,
         ranges: Tensor | None = None,
     ) -> Tensor:
-        """Return grad + the gradient of sum(share * values) with respect to x."""
+        """Return grad + the gradient of sum(ratio_grad * values) with respect to x."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Ratio:
     def values(self, statistics: Tensor) -> Tensor:
         return statistics[..., RATIO]
 
-    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
-        """Return the gradient with respect to the ratio: share * d(value)/dr."""
-        return share
+    def weigh(self, ratio_grad: Tensor, statistics: Tensor) -> Tensor:
+        """Return the gradient with respect to the ratio: ratio_grad * d(value)/dr."""
+        return ratio_grad
 
     def backward(
         self,
@@ -69,10 +69,10 @@ class Ratio:
         grad: Tensor,
         x: Tensor,
         statistics: Tensor,
-        share: Tensor,
+        ratio_grad: Tensor,
         ranges: Tensor | None = None,
     ) -> Tensor:
-        weight = self.weigh(share, statistics)
+        weight = self.weigh(ratio_grad, statistics)
         return kernels.outlier_statistics_backward(
             grad, x, statistics, weight, self.exact, self.detach_deviation, ranges
         )
@@ -87,8 +87,8 @@ class HingeRatio(Ratio):
     def values(self, statistics: Tensor) -> Tensor:
         return (statistics[..., RATIO] - self.margin).clamp(min=0)
 
-    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
-        return share * (statistics[:, RATIO] > self.margin)
+    def weigh(self, ratio_grad: Tensor, statistics: Tensor) -> Tensor:
+        return ratio_grad * (statistics[:, RATIO] > self.margin)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class LogRatio(Ratio):
     def values(self, statistics: Tensor) -> Tensor:
         return statistics[..., RATIO].log1p()
 
-    def weigh(self, share: Tensor, statistics: Tensor) -> Tensor:
-        return share / (1 + statistics[:, RATIO])
+    def weigh(self, ratio_grad: Tensor, statistics: Tensor) -> Tensor:
+        return ratio_grad / (1 + statistics[:, RATIO])
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ class _InPyTorch:
         grad: Tensor,
         x: Tensor,
         statistics: Tensor,
-        share: Tensor,
+        ratio_grad: Tensor,
         ranges: Tensor | None = None,
     ) -> Tensor:
         rows = _Rows.of(x, len(statistics), ranges)
         slope = self._gradient(rows, statistics[:, 1:, None].unbind(1)) / rows.size
-        added = (share[:, None] * slope).reshape(x.shape)
+        added = (ratio_grad[:, None] * slope).reshape(x.shape)
         return (grad.to(added.dtype) + added).to(grad.dtype)
 
     def _moments(self, rows: _Rows) -> tuple[Tensor, ...]:

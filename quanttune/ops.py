@@ -203,8 +203,8 @@ def _is_plain_gpu_tensor(x: Tensor) -> bool:
 
 # what a backward knows of the ratios on both sides
 _BOTH_SIDES = (
-    "Tensor input_statistics, Tensor output_statistics, Tensor input_share, Tensor output_share, "
-    "bool exact, bool detach_deviation"
+    "Tensor input_statistics, Tensor output_statistics, Tensor input_ratio_grad, "
+    "Tensor output_ratio_grad, bool exact, bool detach_deviation"
 )
 observed_layer_norm = _register(
     "observed_layer_norm",

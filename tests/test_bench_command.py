@@ -19,7 +19,7 @@ import quanttune as qt
 from quanttune.deploy import latency
 from quanttune.deploy.float_export import export_float
 from quanttune.deploy.onnx_model import OnnxModel
-from quanttune.deploy.tracing import named
+from quanttune.deploy.tracing import outputs_by_name
 from quanttune.deploy.verification import answers
 from quanttune.deploy.verification.answers import check_answers
 from quanttune.jobs import bench
@@ -95,7 +95,7 @@ def test_the_float_file_is_what_torch_makes_of_the_model(name, blocks, rows, tmp
     dynamic = {0: "batch", 1: "tokens"} if name == "opt" else {0: "batch"}
     export_float(model, example.inputs, tmp_path / "float.onnx", dynamic=dynamic)
     with torch.no_grad():
-        expected = named(model(example.inputs[rows]))
+        expected = outputs_by_name(model(example.inputs[rows]))
     actual = OnnxModel(tmp_path / "float.onnx")(example.inputs[rows])
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(*actual.values(), *expected.values(), rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.running import answer_of
+from quanttune.quantization.running import main_output
 
 
 def models():
@@ -35,13 +35,13 @@ def models():
 @pytest.mark.parametrize("name", ["vit", "bert", "opt"])
 def test_a_whole_graph_has_the_numbers_of_eager(name):
     model, inputs = models()[name]
-    in_float = answer_of(copy.deepcopy(model).eval()(**inputs))
+    in_float = main_output(copy.deepcopy(model).eval()(**inputs))
     model = qt.quantize(model.eval(), 6, coverage="full", data=[inputs])
-    expected = answer_of(model(**inputs))
+    expected = main_output(model(**inputs))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="inductor", fullgraph=True)
     # a value at the middle between two codes may fall to either side
-    difference = (answer_of(compiled(**inputs)) - expected).abs()
+    difference = (main_output(compiled(**inputs)) - expected).abs()
     assert difference.median() < 1e-5 * expected.abs().max()
     assert difference.norm() < 0.05 * expected.norm()
     assert (in_float - expected).norm() > 2 * difference.norm()

@@ -12,7 +12,7 @@ from quanttune import fake_quant
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.methods import ERQ
 from quanttune.quantization.methods.erq import compensate, round_columns
-from quanttune.quantization.methods.rounding.flips import FLIPS, STEPS, refine
+from quanttune.quantization.methods.rounding.flips import FLIPS, STEPS, choose_codes
 from quanttune.quantization.methods.rounding.layers import Grid
 
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
@@ -117,7 +117,7 @@ def test_codes_are_those_of_a_loop_over_rows_and_neighbours_that_cost_less(flip,
     rows, moments = torch.randn(40, 24, dtype=torch.float64), x.T @ x / 200
     rows[:, 3] = 0
     grid = grid_of(torch.cat([0.8 * rows[:5], rows[5:]]), bits)  # some values are clipped
-    found = refine(rows, grid, moments, flip)
+    found = choose_codes(rows, grid, moments, flip)
     steps = grid.scale.double().tolist()
     expected = [
         slow_refinement(row, step, bits, moments, flip)
@@ -134,7 +134,7 @@ def test_codes_are_those_of_a_loop_over_rows_and_neighbours_that_cost_less(flip,
 def test_independent_inputs_are_rounded_to_nearest(flip):
     rows, moments = torch.randn(20, 8).double(), torch.rand(8).double().diag()
     grid = grid_of(rows)
-    assert torch.equal(refine(rows, grid, moments, flip), grid.nearest(rows))
+    assert torch.equal(choose_codes(rows, grid, moments, flip), grid.nearest(rows))
 
 
 def test_greedy_flips_come_nearest_to_the_best_codes():
@@ -147,7 +147,7 @@ def test_greedy_flips_come_nearest_to_the_best_codes():
         ways = torch.tensor(list(itertools.product((0, 1), repeat=8))).double()
         choices = rows.floor()[:, None] + ways - rows[:, None]
         best = torch.einsum("rci,ij,rcj->rc", choices, moments, choices).amin(1)
-        found = {flip: refine(rows, grid, moments, flip) for flip in FLIPS}
+        found = {flip: choose_codes(rows, grid, moments, flip) for flip in FLIPS}
         for name, values in {"nearest": grid.nearest(rows), **found}.items():
             error = values - rows
             ratios[name] += ((error @ moments * error).sum(1) / best).tolist()
@@ -173,7 +173,7 @@ def test_all_columns_but_the_bias_are_on_their_grid_and_later_ones_make_up(colum
     while begin < columns:
         end = begin + max((a.shape[1] - begin) // 2, 1)
         part = expected[:, begin:end].clone()
-        expected[:, begin:end] = refine(
+        expected[:, begin:end] = choose_codes(
             part, grid, (a.T @ a / 200)[begin:end, begin:end], "published"
         )
         moved = a[:, begin:end] @ (expected[:, begin:end] - part).T

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import quanttune as qt
 from quanttune.jobs.evaluate import beside
-from quanttune.jobs.models import find
+from quanttune.jobs.models import find_model
 from quanttune.jobs.publication import held
 from quanttune.jobs.settings import Settings
 
@@ -119,7 +119,7 @@ def test_the_float_column_of_an_equalized_model_is_the_float_model(made, calibra
     expected = loader.from_pretrained(tmp_path / "model").eval()(**batch).logits
     rounded = loader.from_pretrained(tmp_path / "out").eval()(**batch).logits
     settings = Settings(model=str(tmp_path / "out"), data="")
-    found = beside(find(settings), 0, lambda _, model: {"logits": model(**batch).logits})
+    found = beside(find_model(settings), 0, lambda _, model: {"logits": model(**batch).logits})
     assert relative(found["float"]["logits"], expected) < 1e-5
     assert torch.equal(found["quantized"]["logits"], rounded)
     assert relative(rounded, expected) > 1e-3

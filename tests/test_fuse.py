@@ -15,12 +15,12 @@ from quanttune import ops, reference
 from quanttune.tuning import decomposed
 
 
-def riding(model: nn.Module) -> list[str]:
+def fused_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if "_observe_forward" in vars(module)]
 
 
 def steps(example: Example, tuner: qt.Tuner, count: int = 2) -> list[dict[str, Tensor]]:
-    """Return the gradients of some steps: from the second on activations ride as well."""
+    """Return the gradients of some steps: from the second on activations are fused as well."""
     return [gradients(example.model, tuner.combine(example.task_loss())) for _ in range(count)]
 
 
@@ -39,16 +39,16 @@ def test_gradient(name, detach_deviation):
 
 @quiet
 @each_model
-def test_norms_ride_at_once_and_activations_once_they_are_known(name):
+def test_norms_are_fused_at_once_and_activations_once_they_are_known(name):
     example = MODELS[name]()
     tuner = constant(example.model, fuse=True)
     observers = tuner._observers
     norms = {n for n, m in example.model.named_modules() if isinstance(m, nn.LayerNorm)}
     activations = {n for n, m in example.model.named_modules() if isinstance(m, (nn.ReLU, nn.GELU))}
-    assert norms | activations <= set(riding(example.model))
+    assert norms | activations <= set(fused_modules(example.model))
     steps(example, tuner, 1)
-    assert len(observers._activations.riding) == len(observers._activations.deferred) > 1
-    assert activations <= observers._activations.riding
+    assert len(observers._activations.fused) == len(observers._activations.deferred) > 1
+    assert activations <= observers._activations.fused
 
 
 @quiet
@@ -149,7 +149,7 @@ def test_several_forwards_of_one_loss():
 
 @quiet
 def test_autocast():
-    """LayerNorm of float32 and activations of bfloat16 ride; the error is that of taps."""
+    """LayerNorm of float32 and activations of bfloat16 are fused; the error is that of taps."""
     example = MODELS["bert"]()
     _, exact = expected_step(example, 0.3)
     errors = {}
@@ -175,16 +175,16 @@ def test_the_model_stays_what_it_is():
     steps(example, tuner)
     for other in (copy.deepcopy(example.model), pickle.loads(pickle.dumps(example.model))):
         assert {name: type(module) for name, module in other.named_modules()} == before
-        assert not riding(other)
+        assert not fused_modules(other)
         assert torch.equal(other.eval()(example.inputs).logits, expected)
     assert torch.equal(example.model.eval()(example.inputs).logits, expected)
     tuner.detach()
     assert {name: type(module) for name, module in example.model.named_modules()} == before
-    assert not riding(example.model)
+    assert not fused_modules(example.model)
 
 
 @quiet
-def test_a_forward_without_an_activation_that_rides_is_refused():
+def test_a_forward_without_a_fused_activation_is_refused():
     example = branching(activation_first=False)
     tuner = constant(example.model, fuse=True, exclude=["side"])
     steps(example, tuner)

@@ -7,7 +7,7 @@ from importlib.util import resolve_name
 import pytest
 from conftest import ROOT
 
-FLOORS = 10
+FLOORS = 9
 
 
 def module_of(path):

@@ -80,7 +80,7 @@ def test_one_compiled_graph(loss, oracle):
 @quiet
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=str)
 @pytest.mark.parametrize("detach_deviation", [False, True])
-def test_losses_of_the_ratio_ride_and_detach(loss, detach_deviation):
+def test_losses_of_the_ratio_fuse_and_detach(loss, detach_deviation):
     example = MODELS["bert"]()
     options = {"detach_deviation": detach_deviation}
     _, expected = expected_step(example, 0.4, cost=RATIO_LOSSES[loss], **options)

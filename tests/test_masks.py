@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_tokens_that_count(name, side, fuse)
     example, mask = prepared(name), mask_of(side)
     loss, expected = expected_gradients(example, mask)
     tuner = constant(example.model, ALPHA, fuse=fuse)
-    for _ in range(3):  # activations ride from the second on, where nothing is padded
+    for _ in range(3):  # activations are fused from the second on, where nothing is padded
         total = tuner.combine(task_loss(example, mask))
         torch.testing.assert_close(total.double(), loss.double(), rtol=1e-6, atol=0)
         assert_near(gradients(example.model, total), expected)

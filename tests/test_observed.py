@@ -24,18 +24,18 @@ def assert_near(actual, expected, tolerance):
     assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
-def make_shares(samples):
-    shares = torch.randn(2, samples) * 0.1
-    shares[0, 0] = 0  # as if the first sample's input were not observed
-    return shares
+def make_ratio_grads(samples):
+    ratio_grads = torch.randn(2, samples) * 0.1
+    ratio_grads[0, 0] = 0  # as if the first sample's input were not observed
+    return ratio_grads
 
 
-def expected_gradients(function, x, parameters, grad, shares, options):
+def expected_gradients(function, x, parameters, grad, ratio_grads, options):
     """Return the gradients of the task's loss and of the ratios on both sides, by autograd."""
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, *parameters)]
     observed, of_x = reference.observe(leaves[0], len(x), **options)
     y, of_y = reference.observe(function(observed, *leaves[1:]), len(x), **options)
-    ratios = (of_x.ratio * shares[0]).sum() + (of_y.ratio * shares[1]).sum()
+    ratios = (of_x.ratio * ratio_grads[0]).sum() + (of_y.ratio * ratio_grads[1]).sum()
     loss = (y * grad).sum() + ratios
     present = [leaf for leaf in leaves if leaf is not None]
     gradients = list(torch.autograd.grad(loss, present))
@@ -50,20 +50,20 @@ def test_layer_norm(dtype, shape, given, detach_deviation):
     width, samples = shape[-1], shape[0]
     x, grad = torch.randn(shape).to(dtype), (torch.randn(shape) * 1e-2).to(dtype)
     parameters = [torch.randn(width).to(dtype) if there else None for there in given]
-    shares = make_shares(samples)
+    ratio_grads = make_ratio_grads(samples)
     y, mean, rstd, *of_both = OPS.observed_layer_norm(x, *parameters, EPS, samples, False)
     assert torch.equal(y, functional.layer_norm(x, (width,), *parameters, EPS))
     assert torch.equal(of_both[0], OPS.outlier_statistics(x, samples, False))
     assert torch.equal(of_both[1], OPS.outlier_statistics(y, samples, False))
     actual = OPS.observed_layer_norm_backward(
-        grad, x, *parameters, EPS, mean, rstd, *of_both, *shares, False, detach_deviation
+        grad, x, *parameters, EPS, mean, rstd, *of_both, *ratio_grads, False, detach_deviation
     )
     expected = expected_gradients(
         lambda x, *affine: functional.layer_norm(x, (width,), *affine, EPS),
         x,
         parameters,
         grad,
-        shares,
+        ratio_grads,
         {"detach_deviation": detach_deviation},
     )
     for gradient, wanted in zip(actual, expected, strict=True):
@@ -78,14 +78,14 @@ def test_layer_norm(dtype, shape, given, detach_deviation):
 def test_activation(dtype, kind, shape, exact):
     samples = shape[0]
     x, grad = torch.randn(shape).to(dtype), (torch.randn(shape) * 1e-2).to(dtype)
-    shares = make_shares(samples)
+    ratio_grads = make_ratio_grads(samples)
     y, *of_both = OPS.observed_activation(x, kind, samples, exact)
     assert torch.equal(y, ACTIVATIONS[kind](x))
     assert torch.equal(of_both[0], OPS.outlier_statistics(x, samples, exact))
     assert torch.equal(of_both[1], OPS.outlier_statistics(y, samples, exact))
-    actual = OPS.observed_activation_backward(grad, x, kind, *of_both, *shares, exact, False)
+    actual = OPS.observed_activation_backward(grad, x, kind, *of_both, *ratio_grads, exact, False)
     assert actual.dtype == dtype
-    (expected,) = expected_gradients(ACTIVATIONS[kind], x, [], grad, shares, {"exact": exact})
+    (expected,) = expected_gradients(ACTIVATIONS[kind], x, [], grad, ratio_grads, {"exact": exact})
     assert_near(actual, expected, TOLERANCES[dtype])
 
 
@@ -94,27 +94,27 @@ def test_half_precision_is_rounded_once(dtype):
     """What float32 gives for the same numbers, but for a rounding at the end."""
     x, grad = torch.randn(2, 40, 33).to(dtype), torch.randn(2, 40, 33).to(dtype)
     weight, bias = torch.randn(33).to(dtype), torch.randn(33).to(dtype)
-    shares = make_shares(2) * 100
+    ratio_grads = make_ratio_grads(2) * 100
     y, mean, rstd, *of_both = OPS.observed_layer_norm(x, weight, bias, EPS, 2, False)
     assert (y.dtype, mean.dtype, rstd.dtype) == (dtype, torch.float32, torch.float32)
     wide = [tensor.float() for tensor in (x, weight, bias)]
     assert torch.equal(y, functional.layer_norm(wide[0], (33,), *wide[1:], EPS).to(dtype))
     assert torch.equal(of_both[1], OPS.outlier_statistics(y, 2, False))
-    arguments = (mean, rstd, *of_both, *shares, False, False)
+    arguments = (mean, rstd, *of_both, *ratio_grads, False, False)
     actual = OPS.observed_layer_norm_backward(grad, x, weight, bias, EPS, *arguments)
     total = OPS.outlier_statistics_backward(
-        grad.float(), y.float(), of_both[1], shares[1], False, False
+        grad.float(), y.float(), of_both[1], ratio_grads[1], False, False
     )
     wide_x, *_ = wide = [tensor.requires_grad_() for tensor in wide]
     plain = torch.autograd.grad(functional.layer_norm(wide_x, (33,), *wide[1:], EPS), wide, total)
     total = OPS.outlier_statistics_backward(
-        plain[0], wide_x.detach(), of_both[0], shares[0], False, False
+        plain[0], wide_x.detach(), of_both[0], ratio_grads[0], False, False
     )
     for gradient, wanted in zip(actual, (total, *plain[1:]), strict=True):
         assert torch.equal(gradient, wanted.to(dtype))
 
 
-def test_a_share_of_zeros_leaves_the_plain_gradient():
+def test_a_gradient_of_zeros_leaves_the_plain_gradient():
     x, grad = torch.randn(3, 8, 10), torch.randn(3, 8, 10)
     x[1, 2, 3] = torch.nan
     weight, bias = torch.randn(10), torch.randn(10)
@@ -150,7 +150,7 @@ def test_opcheck_of_layer_norm(tensor, given):
     forward = (x, *parameters, EPS, 2, given)
     torch.library.opcheck(OPS.observed_layer_norm.default, forward)
     _, *saved = OPS.observed_layer_norm(*forward)
-    backward = (grad, x, *parameters, EPS, *saved, *make_shares(2), given, given)
+    backward = (grad, x, *parameters, EPS, *saved, *make_ratio_grads(2), given, given)
     torch.library.opcheck(OPS.observed_layer_norm_backward.default, backward)
 
 
@@ -160,20 +160,20 @@ def test_opcheck_of_activation(tensor, kind):
     x, grad = TENSORS[tensor](), TENSORS[tensor]()
     torch.library.opcheck(OPS.observed_activation.default, (x, kind, 2, False))
     _, *of_both = OPS.observed_activation(x, kind, 2, False)
-    backward = (grad, x, kind, *of_both, *make_shares(2), False, True)
+    backward = (grad, x, kind, *of_both, *make_ratio_grads(2), False, True)
     torch.library.opcheck(OPS.observed_activation_backward.default, backward)
 
 
 def test_nothing():
     x, weight = torch.empty(0, 5, 6), torch.randn(6)
     y, *saved = OPS.observed_layer_norm(x, weight, None, EPS, 0, False)
-    shares = torch.empty(2, 0)
+    ratio_grads = torch.empty(2, 0)
     total, weight_grad, bias_grad = OPS.observed_layer_norm_backward(
-        y, x, weight, None, EPS, *saved, *shares, False, False
+        y, x, weight, None, EPS, *saved, *ratio_grads, False, False
     )
     assert (total.shape, saved[0].shape, saved[3].shape) == (x.shape, (0, 5), (0, 7))
     assert torch.equal(weight_grad, torch.zeros(6))
     assert bias_grad.shape == (0,)
     y, *of_both = OPS.observed_activation(x, "gelu", 0, False)
-    total = OPS.observed_activation_backward(y, x, "gelu", *of_both, *shares, False, False)
+    total = OPS.observed_activation_backward(y, x, "gelu", *of_both, *ratio_grads, False, False)
     assert y.shape == total.shape == x.shape

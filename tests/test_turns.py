@@ -19,7 +19,7 @@ OPTIONS = {"bits": 4, "weight_bits": 3}
 
 
 def alone(model, groups, data, make, visit, what):
-    """Visit groups as in_turn does, by a pass for each."""
+    """Visit groups as run_layer_by_layer does, by a pass for each."""
     for group in groups:
         visit(group, *sums_of(model, [group], data, make))
 
@@ -31,9 +31,9 @@ def test_equals_a_pass_for_each_layer(name, method, monkeypatch):
     model = example.model.train()
     data = example.inputs.split(1)
     models = []
-    for walk in (layer_by_layer.in_turn, alone):
+    for walk in (layer_by_layer.run_layer_by_layer, alone):
         for module in ("gptq", "bias_correction"):
-            monkeypatch.setattr(f"quanttune.quantization.methods.{module}.in_turn", walk)
+            monkeypatch.setattr(f"quanttune.quantization.methods.{module}.run_layer_by_layer", walk)
         quantized = copy.deepcopy(model)
         models.append(qt.quantize(quantized, **OPTIONS, methods=[method], data=data))
     assert_same_bits(*(model.state_dict() for model in models))
@@ -47,7 +47,7 @@ def test_each_batch_runs_once(name):
     qt.quantize(model, 8, data=data)
     groups, calls, seen = groups_of(model, Data(data)), [], []
     model.register_forward_pre_hook(lambda *_: calls.append(threading.get_ident()))
-    layer_by_layer.in_turn(
+    layer_by_layer.run_layer_by_layer(
         model, groups, Data(data), Moments, lambda group, _: seen.append(group), ""
     )
     assert seen == groups
@@ -73,7 +73,7 @@ def test_batches_that_take_different_ways_are_passed_for_each_layer(monkeypatch)
     model = Forked()
     data = [torch.rand(3, 4), -torch.rand(5, 4), torch.rand(2, 4)]
     found = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
-    monkeypatch.setattr("quanttune.quantization.methods.gptq.in_turn", alone)
+    monkeypatch.setattr("quanttune.quantization.methods.gptq.run_layer_by_layer", alone)
     expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
     assert_same_bits(found.state_dict(), expected.state_dict())
 
@@ -92,7 +92,7 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     hook = model.last.register_forward_pre_hook(lambda *_: fail())
     hooks = len(model.one._forward_pre_hooks)
     with pytest.raises(RuntimeError, match="out of memory, say"):
-        layer_by_layer.in_turn(
+        layer_by_layer.run_layer_by_layer(
             model, groups, Data(data), Moments, lambda group, _: seen.append(group), ""
         )
     assert threading.active_count() == before
@@ -100,7 +100,7 @@ def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():
     assert len(seen) == 4
     hook.remove()
     with pytest.raises(ZeroDivisionError):
-        layer_by_layer.in_turn(model, groups, Data(data), Moments, lambda *_: 1 / 0, "")
+        layer_by_layer.run_layer_by_layer(model, groups, Data(data), Moments, lambda *_: 1 / 0, "")
     assert threading.active_count() == before
 
 

@@ -20,7 +20,7 @@ import quanttune as qt
 from quanttune.deploy import external_data
 from quanttune.deploy.onnx_model import OnnxModel
 from quanttune.deploy.verification.agreement import Distances, Layer, compare_codes
-from quanttune.deploy.verification.simulated_codes import NOISE, noise
+from quanttune.deploy.verification.simulated_codes import NOISE, perturbed
 from quanttune.quantization.state import quantizers
 
 CASES = [
@@ -490,7 +490,7 @@ def test_noise_is_of_what_a_grid_covers_and_flips_what_layers_did(made):
     with torch.no_grad():
         expected = quantizer(x)
         for share in (0.0, 0.01, 0.5):
-            with noise(model, 1, [replace(layer, values=1000, differ=share)]):
+            with perturbed(model, 1, [replace(layer, values=1000, differ=share)]):
                 flips = (quantizer(x) != expected).double().mean().item()
             # noise of s steps moves 0.8 s of them over the border
             steps = NOISE * 128 + (2.5 * share if share < 0.1 else 0)  # half is no noise

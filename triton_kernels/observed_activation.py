@@ -169,8 +169,8 @@ def _backward_kernel(
     x_ptr,
     x_statistics_ptr,
     y_statistics_ptr,
-    x_share_ptr,
-    y_share_ptr,
+    x_ratio_grad_ptr,
+    y_ratio_grad_ptr,
     mask_ptr,
     result_ptr,
     size,
@@ -186,8 +186,8 @@ def _backward_kernel(
     start = program % parts * (TILES * BLOCK)
     base = sample * size
     offsets = tl.arange(0, BLOCK)
-    x_terms = load_terms(x_statistics_ptr, x_share_ptr, sample, size)
-    y_terms = load_terms(y_statistics_ptr, y_share_ptr, sample, size)
+    x_terms = load_terms(x_statistics_ptr, x_ratio_grad_ptr, sample, size)
+    y_terms = load_terms(y_statistics_ptr, y_ratio_grad_ptr, sample, size)
     for tile in range(0, tl.minimum(size - start, TILES * BLOCK), BLOCK):
         first = start + tile
         inside = offsets < size - first
@@ -244,15 +244,15 @@ def observed_activation_backward(
     kind: str,
     input_statistics: Tensor,
     output_statistics: Tensor,
-    input_share: Tensor,
-    output_share: Tensor,
+    input_ratio_grad: Tensor,
+    output_ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
 ) -> Tensor:
     if x.dtype == torch.float64 or x.numel() == 0:
         return observed_modules.observed_activation_backward(
-            grad, x, kind, input_statistics, output_statistics, input_share, output_share, exact,
-            detach_deviation,
+            grad, x, kind, input_statistics, output_statistics, input_ratio_grad,
+            output_ratio_grad, exact, detach_deviation,
         )  # fmt: skip
     samples = len(input_statistics)
     size = x.numel() // samples
@@ -264,8 +264,8 @@ def observed_activation_backward(
             x,
             input_statistics,
             output_statistics,
-            input_share.float().contiguous(),
-            output_share.float().contiguous(),
+            input_ratio_grad.float().contiguous(),
+            output_ratio_grad.float().contiguous(),
             sample_mask(x, size, exact),
             result,
             size,

@@ -17,7 +17,7 @@ from .outlier_statistics import LONGEST_PART, MOST_PARTS, PROGRAMS
 from .sampling import position
 from .statistics_group import StatisticsGroup, leave_entry, leave_partials
 
-WIDEST = 16384  # tokens that fit the registers of one program
+MAX_COLUMNS = 16384  # of one token: a program holds them all in registers
 ELEMENTS = 16  # of a thread
 FEWEST_THREADS = 128
 
@@ -184,7 +184,7 @@ def observed_layer_norm(
     group: StatisticsGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the reference. With a group, the statistics are there once that has been finished."""
-    if x.dtype == torch.float64 or x.numel() == 0 or x.shape[-1] > WIDEST:
+    if x.dtype == torch.float64 or x.numel() == 0 or x.shape[-1] > MAX_COLUMNS:
         return observed_modules.observed_layer_norm(x, weight, bias, eps, samples, exact)
     width = x.shape[-1]
     size = x.numel() // samples

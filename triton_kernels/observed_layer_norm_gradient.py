@@ -8,7 +8,7 @@ from torch import Tensor
 from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
-from .observed_layer_norm import WIDEST, affine, load_parameter, part_tokens_of, tile
+from .observed_layer_norm import MAX_COLUMNS, affine, load_parameter, part_tokens_of, tile
 from .observed_statistics import add_terms, is_sampled, load_terms, sample_mask
 
 ELEMENTS = 8  # of a thread, which holds sums of both parameters' gradients besides
@@ -25,8 +25,8 @@ def _backward_kernel(
     rstd_ptr,
     x_statistics_ptr,
     y_statistics_ptr,
-    x_share_ptr,
-    y_share_ptr,
+    x_ratio_grad_ptr,
+    y_ratio_grad_ptr,
     mask_ptr,
     result_ptr,
     weight_grad_ptr,
@@ -50,8 +50,8 @@ def _backward_kernel(
     token = tl.arange(0, TOKENS)[None, :]
     columns = tl.cast(width, tl.float32)
     base = sample * size
-    x_terms = load_terms(x_statistics_ptr, x_share_ptr, sample, size)
-    y_terms = load_terms(y_statistics_ptr, y_share_ptr, sample, size)
+    x_terms = load_terms(x_statistics_ptr, x_ratio_grad_ptr, sample, size)
+    y_terms = load_terms(y_statistics_ptr, y_ratio_grad_ptr, sample, size)
 
     weight_grad = tl.zeros([COLUMNS, TOKENS], tl.float32)
     bias_grad = tl.zeros([COLUMNS, TOKENS], tl.float32)
@@ -100,16 +100,16 @@ def observed_layer_norm_backward(
     rstd: Tensor,
     input_statistics: Tensor,
     output_statistics: Tensor,
-    input_share: Tensor,
-    output_share: Tensor,
+    input_ratio_grad: Tensor,
+    output_ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = x.shape[-1]
-    if x.dtype == torch.float64 or x.numel() == 0 or width > WIDEST:
+    if x.dtype == torch.float64 or x.numel() == 0 or width > MAX_COLUMNS:
         return observed_modules.observed_layer_norm_backward(
             grad, x, weight, bias, eps, mean, rstd, input_statistics, output_statistics,
-            input_share, output_share, exact, detach_deviation,
+            input_ratio_grad, output_ratio_grad, exact, detach_deviation,
         )  # fmt: skip
     samples = len(input_statistics)
     size = x.numel() // samples
@@ -133,8 +133,8 @@ def observed_layer_norm_backward(
             rstd,
             input_statistics,
             output_statistics,
-            input_share.float().contiguous(),
-            output_share.float().contiguous(),
+            input_ratio_grad.float().contiguous(),
+            output_ratio_grad.float().contiguous(),
             sample_mask(x, size, exact),
             result,
             *sums,

@@ -54,10 +54,10 @@ def _center(values, inside, elements):
 
 
 @triton.jit
-def load_terms(statistics_ptr, share_ptr, sample, size):
+def load_terms(statistics_ptr, ratio_grad_ptr, sample, size):
     """Return what `add_terms` needs to know of a sample."""
     row_ptr = statistics_ptr + sample * COLUMNS
-    upstream = tl.load(share_ptr + sample)
+    upstream = tl.load(ratio_grad_ptr + sample)
     live, slope, maximum_weight, median_weight = load_weights(row_ptr, upstream, size)
     maximum = tl.load(row_ptr + MAXIMUM)
     median = tl.load(row_ptr + MEDIAN)

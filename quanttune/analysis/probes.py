@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.quantizer import ActivationQuantizer
-from ..quantization.running import answer_of, enable_weights, forward_batches
+from ..quantization.running import enable_weights, forward_batches, main_output
 from ..quantization.state import quantizers
 from ..quantization.token_mask import counting, inside, without_padding
 
@@ -64,7 +64,7 @@ def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
     outputs = []
     for batch in data:
         with counting(model, batch) as (args, kwargs):
-            outputs.append(without_padding(answer_of(model(*args, **kwargs)), "output"))
+            outputs.append(without_padding(main_output(model(*args, **kwargs)), "output"))
     return outputs
 
 

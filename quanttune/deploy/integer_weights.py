@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quantization.modules import QuantizedConvolution, QuantizedEmbedding, Twin
+from ..quantization.modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule
 from ..quantization.quantizer import StackQuantizer, WeightQuantizer
 from ..quantization.state import weight_quantizers
 
-WIDEST = 8  # bits of an integer that runtimes multiply
+MAX_INTEGER_BITS = 8  # of what runtimes multiply
 CENTERS = {"uint8": 128, "int8": 0}  # codes of uint8 are those of int8, shifted
 
 
@@ -26,13 +26,15 @@ def integer_weights(model: nn.Module, dtype: str = "int8") -> Iterator[None]:
     with ExitStack() as undo:
         for module, quantizer in weight_quantizers(model).values():
             undo.callback(setattr, module, "weight_quantizer", quantizer)
-            if not isinstance(module, Twin):  # a parameter of a module that computes by itself
+            if not isinstance(
+                module, QuantizedModule
+            ):  # a parameter of a module that computes by itself
                 module.weight_quantizer = IntegerParameter(module.weight, quantizer, dtype)
                 continue
             undo.callback(setattr, module, "__class__", type(module))
             held: Any = IntegerWeight(module, quantizer, dtype)
             module.weight_quantizer = held
-            module.__class__ = _integer_twin(type(module))
+            module.__class__ = _integer_class(type(module))
         yield
 
 
@@ -53,9 +55,9 @@ class IntegerWeight(nn.Module):
         is_product = not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
         scale = quantizer.scale_of(weight)
         rounded = quantizer(weight).movedim(outputs, -1)
-        self.is_integer = quantizer.bits <= WIDEST
+        self.is_integer = quantizer.bits <= MAX_INTEGER_BITS
         inputs = getattr(module, "input_quantizer", None)
-        self.meets_integers = getattr(inputs, "bits", WIDEST + 1) <= WIDEST
+        self.meets_integers = getattr(inputs, "bits", MAX_INTEGER_BITS + 1) <= MAX_INTEGER_BITS
         kind = dtype if self.meets_integers else "int8"
         codes = _codes(rounded / scale, kind) if self.is_integer else rounded
         self.axis = None if quantizer.axis is None else codes.dim() - 1 if is_product else outputs
@@ -85,7 +87,7 @@ class IntegerParameter(nn.Module):
         rounded, scale = quantizer(weight.detach()), quantizer.scale_of(weight)
         if self.of_stack:
             rounded = self.of_stack.rows(rounded)
-        self.axis, self.is_integer = quantizer.axis, quantizer.bits <= WIDEST
+        self.axis, self.is_integer = quantizer.axis, quantizer.bits <= MAX_INTEGER_BITS
         if self.is_integer:
             steps = scale if self.axis is None else scale.view(-1, *[1] * (rounded.dim() - 1))
             rounded = _codes(rounded / steps, dtype)
@@ -98,7 +100,7 @@ class IntegerParameter(nn.Module):
         return self.of_stack.stack(weight, self.shape[0]) if self.of_stack else weight
 
 
-class IntegerLinear(Twin, nn.Module):
+class IntegerLinear(QuantizedModule, nn.Module):
     """Linear or Conv1D as a product with a weight of shape (inputs, outputs)."""
 
     bias: Tensor | None
@@ -116,7 +118,7 @@ class IntegerLinear(Twin, nn.Module):
         return self.output_quantizer(y if bias is None else y + bias)
 
 
-class IntegerEmbedding(Twin, nn.Module):
+class IntegerEmbedding(QuantizedModule, nn.Module):
     """Embedding that looks integers up, so that no runtime makes floats of the whole table."""
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -130,10 +132,10 @@ class IntegerEmbedding(Twin, nn.Module):
         return rows.float() * scale
 
 
-def _integer_twin(twin: type) -> Any:
-    if issubclass(twin, QuantizedConvolution):
-        return twin
-    return IntegerEmbedding if issubclass(twin, QuantizedEmbedding) else IntegerLinear
+def _integer_class(quantized: type) -> Any:
+    if issubclass(quantized, QuantizedConvolution):
+        return quantized
+    return IntegerEmbedding if issubclass(quantized, QuantizedEmbedding) else IntegerLinear
 
 
 def _codes(steps: Tensor, dtype: str) -> Tensor:

@@ -14,7 +14,7 @@ from ..quantization.saving.safetensors_file import KEY
 from .dimensions import names_of
 from .external_data import write
 from .requirements import check_example, check_model, check_path, check_types
-from .tracing import BATCH, named, traced
+from .tracing import BATCH, outputs_by_name, traced
 
 _CHECK = torch.ops.aten._assert_scalar.default  # such as that texts hold a token for each patch
 
@@ -97,7 +97,7 @@ def converted(program: torch.export.ExportedProgram, opset: int, **options: Any)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     spec = program.call_spec.out_spec
-    names = list(named(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+    names = list(outputs_by_name(pytree.tree_unflatten(range(spec.num_leaves), spec)))
     return torch.onnx.export(
         program, opset_version=opset, output_names=names, verbose=False, **options
     )

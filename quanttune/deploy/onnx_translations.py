@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
-from .integer_weights import CENTERS, WIDEST
+from .integer_weights import CENTERS, MAX_INTEGER_BITS
 
 Translation = Callable[..., Any]
 
@@ -26,10 +26,10 @@ def translations(onnx: values.Opset, act_dtype: str) -> dict[Translation, Transl
 
     def fake_quant(x: Any, scale: Any, qmin: int, qmax: int, axis: int | None = None) -> Any:
         codes = qmax - qmin + 1
-        if codes > 2**WIDEST:  # no runtime multiplies such integers
+        if codes > 2**MAX_INTEGER_BITS:  # no runtime multiplies such integers
             steps = onnx.Round(onnx.Div(x, scale))
             return onnx.Mul(onnx.Clip(steps, constant(qmin), constant(qmax)), scale)
-        if codes < 2**WIDEST:
+        if codes < 2**MAX_INTEGER_BITS:
             # not between Q and DQ, where it would keep ONNX Runtime from computing in integers
             limits = (onnx.Mul(scale, constant(limit)) for limit in (qmin, qmax))
             x = onnx.Clip(x, *limits)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..fake_quantizer import integer_range
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers
-from .integer_weights import WIDEST, dequantize
+from .integer_weights import MAX_INTEGER_BITS, dequantize
 from .requirements import check_example, check_model
 from .tracing import BATCH, traced
 
@@ -52,7 +52,7 @@ def _decomposed(model: nn.Module) -> Iterator[None]:
     """Let activations be rounded by the ops that compilers look for."""
     with ExitStack() as undo:
         for quantizer in quantizers(model).values():
-            if quantizer.reached and quantizer.bits <= WIDEST:
+            if quantizer.reached and quantizer.bits <= MAX_INTEGER_BITS:
                 quantizer.forward = _rounding(quantizer)  # type: ignore[method-assign, assignment]
                 undo.callback(delattr, quantizer, "forward")
         yield
@@ -88,6 +88,6 @@ def _dequantized(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     outputs = codes.shape[0]
     zeros = torch.zeros(outputs, dtype=torch.int64, device=codes.device)
     weight: Tensor = _ops.dequantize_per_channel.default(
-        codes, scale.expand(outputs), zeros, 0, *integer_range(WIDEST), torch.int8
+        codes, scale.expand(outputs), zeros, 0, *integer_range(MAX_INTEGER_BITS), torch.int8
     )
     return weight.t() if is_product else weight

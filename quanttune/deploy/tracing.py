@@ -47,7 +47,7 @@ def traced(
     return program
 
 
-def named(outputs: Any) -> dict[str, Any]:
+def outputs_by_name(outputs: Any) -> dict[str, Any]:
     """Name what a model returns as a file of it does: by its keys, or "output".
 
     Several tensors of one name are numbered.

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..analysis.subject import Subject
 from . import models
-from .dataset import Inputs, prepare
+from .dataset import Dataset, load_dataset
 from .metrics import measure
 from .settings import Settings
 
@@ -34,7 +34,7 @@ def load_subject(
     Raises:
         ValueError: an argument or the data do not fit; it says what would.
     """
-    inputs = prepare(settings, limit=rows + limit)
+    inputs = load_dataset(settings, limit=rows + limit)
     for line in inputs.said:
         say(line)
     taken = min(rows, len(inputs.rows) // 2)
@@ -70,12 +70,12 @@ def load_subject(
     return subject, others
 
 
-def _model(inputs: Inputs, model: str) -> Inputs:
+def _model(inputs: Dataset, model: str) -> Dataset:
     """Take another model for the same rows."""
     name = models.resolve(model)
     return replace(inputs, name=name, config=models.load_config(name))
 
 
-def _rows(inputs: Inputs, chosen: range) -> Inputs:
+def _rows(inputs: Dataset, chosen: range) -> Dataset:
     rows: Any = inputs.rows.select(chosen)
     return replace(inputs, rows=rows)

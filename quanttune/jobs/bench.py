@@ -20,7 +20,7 @@ from ..environment import environment
 from ..progress import Progress, silent
 from . import models
 from .export import dimensions, example, load_calibrated
-from .models import Source
+from .models import ModelSource
 from .settings import Settings
 
 SECONDS = 10.0  # of turns per number of threads, where seven rounds do not take longer
@@ -76,7 +76,7 @@ def bench(
     }
 
 
-def _tokens(source: Source, settings: Settings) -> int:
+def _tokens(source: ModelSource, settings: Settings) -> int:
     if source.task == "image-classification":
         return 0
     processor = models.load_processor(source.name, source.task)

@@ -14,7 +14,7 @@ from ..quantization.scheme import DYNAMIC
 from ..quantization.simulation import quantize
 from ..quantization.state import is_quantized
 from ..quantization.summary import summary
-from .dataset import prepare
+from .dataset import load_dataset
 from .publication import check_empty, publish, reserved
 from .settings import Settings
 
@@ -57,7 +57,7 @@ def _calibrate(
     say: Callable[[str], None],
     progress: Progress,
 ) -> dict[str, Any]:
-    inputs = prepare(settings, limit=limit)
+    inputs = load_dataset(settings, limit=limit)
     for line in inputs.said:
         say(line)
     model = inputs.load(settings.seed)

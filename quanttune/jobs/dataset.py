@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import encoding, models
-from .models import Source, find
+from .models import ModelSource, find_model
 from .rows import Labels, fingerprint, labels_of, load_rows
 from .settings import Settings
 
@@ -30,7 +30,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Inputs(Source):
+class Dataset(ModelSource):
     """A model, and rows ready for it.
 
     Args:
@@ -51,13 +51,13 @@ class Inputs(Source):
         return Batches(loader, next(model.parameters()).device)
 
 
-def prepare(
+def load_dataset(
     settings: Settings,
     *,
     new_head: bool = False,
     limit: int | None = None,
     last_words: bool = False,
-) -> Inputs:
+) -> Dataset:
     """Read the data of a run and make them inputs of its model, which is not loaded yet.
 
     Args:
@@ -68,7 +68,7 @@ def prepare(
     Raises:
         ValueError: the data do not fit the task or the model; it says what would.
     """
-    source = find(settings)
+    source = find_model(settings)
     name, config, task = source.name, source.config, source.task
     rows = load_rows(settings, task)
     facts = {
@@ -93,7 +93,7 @@ def prepare(
         tokens = most
         said.append(f"{tokens} tokens at most: the model takes no more")
     encoded, collate = encoding.encode(rows, task, processor, classes, tokens, last_words)
-    return Inputs(name, config, task, processor, encoded, collate, facts, said)
+    return Dataset(name, config, task, processor, encoded, collate, facts, said)
 
 
 def _classes(config: Any, task: str, labels: Labels, new_head: bool, said: list[str]) -> list[int]:

@@ -10,9 +10,9 @@ from ..progress import Progress, silent, track
 from ..quantization.methods import roundings_in
 from ..quantization.running import in_float
 from ..quantization.saving.description import describe
-from .dataset import prepare
+from .dataset import load_dataset
 from .metrics import LAST_WORDS, choose, measure
-from .models import Source, find
+from .models import ModelSource, find_model
 from .settings import Settings
 
 
@@ -42,9 +42,9 @@ def evaluate(
         ValueError: an argument or the data do not fit; it says what would.
     """
     began = time.monotonic()
-    source = find(settings)
+    source = find_model(settings)
     names = choose(source.task, settings.subset, metrics, getattr(source.config, "num_labels", 0))
-    inputs = prepare(settings, limit=limit, last_words=names[0] in LAST_WORDS)
+    inputs = load_dataset(settings, limit=limit, last_words=names[0] in LAST_WORDS)
     for line in inputs.said:
         say(line)
 
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def beside(
-    source: Source, seed: int, measured: Callable[[str, nn.Module], dict[str, Any]]
+    source: ModelSource, seed: int, measured: Callable[[str, nn.Module], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return what is measured of a model in float and, if it is quantized, beside it as it is.
 

@@ -10,7 +10,7 @@ from ..deploy.external_data import size_of
 from ..deploy.onnx_export import export_onnx
 from ..deploy.tracing import BATCH
 from . import models
-from .models import Source, find
+from .models import ModelSource, find_model
 from .settings import Settings
 
 TEXTS = ("one two", "one two three four five six")
@@ -22,7 +22,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a quantized model to an ONNX file that takes any batch, and texts of any length.
 
-    Of the settings the model and the task count. Inputs have the names that the model's tokenizer
+    Of the settings the model and the task count. Dataset have the names that the model's tokenizer
     or image processor gives them.
 
     Raises:
@@ -40,25 +40,25 @@ def export(
     }
 
 
-def load_calibrated(settings: Settings) -> tuple[Source, Any]:
+def load_calibrated(settings: Settings) -> tuple[ModelSource, Any]:
     """Return where a quantized model is, and the model as it is exported.
 
     Raises:
         ValueError: it is not quantized.
     """
-    source = find(settings)
+    source = find_model(settings)
     if not source.is_quantized:
         raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
     model: Any = source.load(settings.seed).cpu()
     return source, model
 
 
-def dimensions(source: Source) -> Mapping[int, str]:
+def dimensions(source: ModelSource) -> Mapping[int, str]:
     """Return the dimensions of a model's inputs that may have any size, and their names."""
     return BATCH if source.task == "image-classification" else TEXT
 
 
-def example(source: Source) -> dict[str, Any]:
+def example(source: ModelSource) -> dict[str, Any]:
     """Return two rows for a model, such as a user would feed it."""
     processor = models.load_processor(source.name, source.task)
     if source.task == "image-classification":

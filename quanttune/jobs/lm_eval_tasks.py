@@ -13,7 +13,7 @@ from torch import nn
 
 from . import models
 from .evaluate import beside
-from .models import find
+from .models import find_model
 from .settings import Settings
 
 
@@ -37,7 +37,7 @@ def evaluate_tasks(
         ValueError: the model generates no text, or there is no such task.
     """
     began = time.monotonic()
-    source = find(settings)
+    source = find_model(settings)
     if source.task != "text-generation":
         raise ValueError(f"lm_eval measures models of text-generation, got one of {source.task}")
     manager = _manager(tasks)

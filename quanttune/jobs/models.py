@@ -187,7 +187,7 @@ def load_processor(model: str, task: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model is, and what it is for."""
 
     name: str
@@ -230,8 +230,8 @@ class Source:
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def find(settings: Settings) -> Source:
+def find_model(settings: Settings) -> ModelSource:
     """Return the model of a run, which is not loaded yet."""
     name = models.resolve(settings.model)
     config = models.load_config(name)
-    return Source(name, config, models.task_of(config, settings.task))
+    return ModelSource(name, config, models.task_of(config, settings.task))

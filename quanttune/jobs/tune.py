@@ -15,7 +15,7 @@ from ..trainer import QuantTuneTrainer
 from ..trainer.checkpoint import load_weights
 from ..tuning.tuner import attach
 from . import checkpoints, models
-from .dataset import Inputs, prepare
+from .dataset import Dataset, load_dataset
 from .publication import held
 from .recorder import Recorder
 from .run_folder import RunFolder
@@ -33,7 +33,7 @@ class _Job:
     """A model, its data and how it is trained."""
 
     model: nn.Module
-    inputs: Inputs
+    inputs: Dataset
     arguments: TrainingArguments
 
 
@@ -103,7 +103,7 @@ def _prepare(settings: Settings, out: Path) -> _Job:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible: {_ONE}, or set CUDA_VISIBLE_DEVICES=0"
         )
-    inputs = prepare(settings, new_head=True)
+    inputs = load_dataset(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
     model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
     if drawn:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..deploy.onnx_model import OnnxModel
 from ..deploy.verification.result import Verification
-from ..deploy.verification.simulated_codes import noise
+from ..deploy.verification.simulated_codes import perturbed
 from ..deploy.verification.verify import verify as verify_outputs
 from ..progress import Progress, silent, track
-from .dataset import prepare
+from .dataset import load_dataset
 from .export import example, load_calibrated
 from .metrics import LAST_WORDS, choose, measure
 from .settings import Settings
@@ -55,7 +55,7 @@ def verify(
         found = verify_outputs(onnx, model, [example(source)])
         return found, {**facts, "measured": None, **found.as_dict()}
     names = choose(source.task, settings.subset, metrics, getattr(source.config, "num_labels", 0))
-    inputs = prepare(settings, limit=limit, last_words=names[0] in LAST_WORDS)
+    inputs = load_dataset(settings, limit=limit, last_words=names[0] in LAST_WORDS)
     for line in inputs.said:
         say(line)
     file = OnnxModel(onnx, threads=torch.get_num_threads())
@@ -75,7 +75,7 @@ def verify(
         "simulation": measured("the simulation", model),
         "file": measured("the file", lambda **batch: SimpleNamespace(**file(**batch))),
     }
-    with noise(model, settings.seed, found.layers):
+    with perturbed(model, settings.seed, found.layers):
         numbers["noise"] = measured("the simulation with noise", model)
     found = replace(found, problems=(*found.problems, *too_far(numbers, tolerance)))
     seconds = round(time.monotonic() - began, 1)

@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .functional.sites import FunctionalSites
-from .modules import QuantizedConvolution, QuantizedEmbedding, become, twin_of
-from .parameters import RoundsParameters, parameter_quantizer, rounding_twin_of
+from .modules import QuantizedConvolution, QuantizedEmbedding, become, quantized_class_of
+from .parameters import RoundsParameters, parameter_quantizer, rounding_class_of
 from .placement import free_forwards
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .scheme import Scheme
 from .state import STATE, refuse_quantized
 
 
-def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
-    """Swap modules for their twins and watch the others, in place; `undo` takes it all back."""
+def convert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites:
+    """Swap modules for quantized ones and watch the others, in place; `undo` takes it all back."""
     refuse_quantized(model)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    modules = [(name, m, _covered_twin(m, scheme)) for name, m in model.named_modules()]
-    if not any(twin for *_, twin in modules):
+    modules = [(name, m, _covered_class(m, scheme)) for name, m in model.named_modules()]
+    if not any(quantized for *_, quantized in modules):
         raise ValueError(
             f"{type(model).__name__} has no Linear, Conv1D, convolution, Embedding, "
             "MultiheadAttention or stack of experts"
         )
     free_forwards(model, undo)
     undo.callback(_drop_quantizers, model)
-    # before the twins, whose quantizers call nothing
+    # before the modules are, whose quantizers call nothing
     functional = FunctionalSites(model, scheme, device)
-    for name, module, twin in modules:
-        if twin:
+    for name, module, quantized in modules:
+        if quantized:
             undo.callback(setattr, module, "__class__", type(module))
-            _become(name, module, twin, scheme, device)
+            _become(name, module, quantized, scheme, device)
         elif isinstance(module, nn.LayerNorm):
             for handle in _wrap_norm(name, module, scheme, device):
                 undo.callback(handle.remove)
@@ -50,25 +50,27 @@ def insert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSites
     return functional
 
 
-def _covered_twin(module: nn.Module, scheme: Scheme) -> Any:
-    twin = rounding_twin_of(module) or twin_of(module)
-    return None if twin is QuantizedEmbedding and "embedding" not in scheme.kinds else twin
+def _covered_class(module: nn.Module, scheme: Scheme) -> Any:
+    quantized = rounding_class_of(module) or quantized_class_of(module)
+    return (
+        None if quantized is QuantizedEmbedding and "embedding" not in scheme.kinds else quantized
+    )
 
 
-def _become(name: str, module: Any, twin: Any, scheme: Scheme, device: torch.device) -> None:
-    if issubclass(twin, RoundsParameters):
-        for parameter in twin.rounded:
+def _become(name: str, module: Any, quantized: Any, scheme: Scheme, device: torch.device) -> None:
+    if issubclass(quantized, RoundsParameters):
+        for parameter in quantized.rounded:
             site = f"{name}.{parameter}_quantizer".lstrip(".")
             quantizer = parameter_quantizer(module, parameter, scheme, site)
             module.add_module(f"{parameter}_quantizer", quantizer)
-        module.__class__ = twin
+        module.__class__ = quantized
         return
-    become(module, twin)
+    become(module, quantized)
     site = f"{name}.weight_quantizer".lstrip(".")
-    module.weight_quantizer = scheme.weight_quantizer(site, twin.output_axis)
-    if twin is QuantizedEmbedding:
+    module.weight_quantizer = scheme.weight_quantizer(site, quantized.output_axis)
+    if quantized is QuantizedEmbedding:
         return
-    kind = "convolution" if issubclass(twin, QuantizedConvolution) else "input"
+    kind = "convolution" if issubclass(quantized, QuantizedConvolution) else "input"
     _add(name, module, "input_quantizer", kind, scheme, device)
     _add(name, module, "output_quantizer", "output", scheme, device)
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .modules import Twin, float_class_of
+from .modules import QuantizedModule, float_class_of
 from .parameters import Parameter, RoundsParameters
 from .state import state_of, weight_quantizers
 
@@ -54,9 +54,11 @@ def _rounded(model: nn.Module) -> set[int]:
     return rounded
 
 
-def _sources(twin: nn.Module) -> list[nn.Parameter]:
-    """Return what a twin's weight is, or is computed from."""
-    return [p for name, p in twin.named_parameters() if name != "bias" and "quantizer" not in name]
+def _sources(quantized: nn.Module) -> list[nn.Parameter]:
+    """Return what a quantized module's weight is, or is computed from."""
+    return [
+        p for name, p in quantized.named_parameters() if name != "bias" and "quantizer" not in name
+    ]
 
 
 def _reason(name: str, model: nn.Module) -> str:
@@ -65,7 +67,7 @@ def _reason(name: str, model: nn.Module) -> str:
     kind = type(module).__name__
     if parameter == "bias" or isinstance(module, nn.LayerNorm):
         return NEVER
-    if isinstance(module, (Twin, RoundsParameters)):
+    if isinstance(module, (QuantizedModule, RoundsParameters)):
         own = f"{parameter}_quantizer"
         return OVERRIDE if hasattr(module, own) else f"{kind} adds it"
     if isinstance(module, nn.Embedding):

@@ -68,5 +68,5 @@ def _scale_gradient(
     slope = torch.where(codes == clipped, codes - steps, clipped)
     total = grad * slope if axis is None else (grad * slope).movedim(axis, 0)
     total = total.reshape(scale.numel(), -1).sum(1).view_as(scale)
-    levels = max(qmax, -qmin - 1)  # of a grid that is all below zero: those below
+    levels = max(qmax, -qmin - 1)  # a zero point at the top leaves only codes below 0
     return total / math.sqrt(max(x.numel(), 1) / scale.numel() * levels)

@@ -42,7 +42,7 @@ def freeze_scales(model: nn.Module) -> None:
     """
     state_of(model)
     for quantizer in quantizers(model).values():
-        quantizer.hold()
+        quantizer.stop_learning()
     for _, weight_quantizer in weight_quantizers(model).values():
-        weight_quantizer.hold()
+        weight_quantizer.stop_learning()
     update_hf_config(model)

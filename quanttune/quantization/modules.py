@@ -1,4 +1,4 @@
-"""The quantized twins of the modules that hold weights; a module becomes its twin in place."""
+"""Quantized modules: a module that holds a weight gets one of these classes, in place."""
 
 import copyreg
 import sys
@@ -18,8 +18,8 @@ from .quantizer import WeightQuantizer
 _COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
-class Twin:
-    """What every twin has: the dimension of its weight's outputs, and quantizers."""
+class QuantizedModule:
+    """What every quantized module has: the dimension of its weight's outputs, and quantizers."""
 
     output_axis = 0
     weight_quantizer: WeightQuantizer | nn.Identity
@@ -27,7 +27,7 @@ class Twin:
     output_quantizer: nn.Module
 
 
-class QuantizedLinear(Twin, nn.Linear):
+class QuantizedLinear(QuantizedModule, nn.Linear):
     """Linear: quantized input and weight, float bias, quantized output."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class QuantizedLinear(Twin, nn.Linear):
         return self.output_quantizer(F.linear(self.input_quantizer(x), weight, bias))
 
 
-class QuantizedTransposed(Twin):
+class QuantizedTransposed(QuantizedModule):
     """GPT-2's Conv1D, a Linear whose weight is (inputs, outputs)."""
 
     output_axis = 1
@@ -51,7 +51,7 @@ class QuantizedTransposed(Twin):
         return self.output_quantizer(F.linear(self.input_quantizer(x), weight.t(), self.bias))
 
 
-class QuantizedConvolution(Twin):
+class QuantizedConvolution(QuantizedModule):
     """What the convolutions share."""
 
     weight: Tensor
@@ -75,7 +75,7 @@ class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
     """Conv3d, such as a patch embedding of video."""
 
 
-class QuantizedEmbedding(Twin, nn.Embedding):
+class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     """An embedding table; per channel it has one scale per row."""
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -88,48 +88,48 @@ class QuantizedEmbedding(Twin, nn.Embedding):
         return rows
 
 
-def twin_of(module: nn.Module) -> Any:
+def quantized_class_of(module: nn.Module) -> Any:
     """Return the quantized class of a module, or None if it has none.
 
     A subclass counts if it runs the same forward. An embedding that rescales its rows does not.
     """
     if getattr(module, "max_norm", None) is not None:
         return None
-    for float_class, twin in _twins().items():
+    for float_class, quantized in _classes().items():
         if isinstance(module, float_class) and type(module).forward is float_class.forward:
-            return twin
+            return quantized
     return None
 
 
 def float_class_of(module: nn.Module) -> type[nn.Module] | None:
     """Return the class that a module is of whose weights could be rounded, whatever its forward."""
-    return next((one for one in _twins() if isinstance(module, one)), None)
+    return next((one for one in _classes() if isinstance(module, one)), None)
 
 
-def become(module: nn.Module, twin: type) -> None:
-    """Make a module its twin, in place: whoever holds it, shares it or ties its weight sees that.
+def become(module: nn.Module, quantized: type) -> None:
+    """Give a module its quantized class, in place: whoever holds it or ties its weight sees that.
 
     Whatever else its own class has stays, such as the weight that a parametrization computes.
     """
     own = type(module)
     if not parametrize.is_parametrized(module):
-        module.__class__ = _twinned(twin, own)
+        module.__class__ = _with_own(quantized, own)
         return
     # torch gives such a module a class of its own, and takes it away when they are removed: so here
     members = {n: v for n, v in vars(own).items() if n not in ("__dict__", "__weakref__")}
-    module.__class__ = type(own.__name__, (_twinned(twin, own.__bases__[0]),), members)
+    module.__class__ = type(own.__name__, (_with_own(quantized, own.__bases__[0]),), members)
 
 
-def _twinned(twin: type, own: type) -> Any:
-    return twin if own in twin.__mro__ else joined(twin, own)
+def _with_own(quantized: type, own: type) -> Any:
+    return quantized if own in quantized.__mro__ else joined(quantized, own)
 
 
 @cache
-def joined(twin: type, own: type) -> type:
-    """Return a twin that has all of a class of users as well."""
-    members = {"__module__": twin.__module__, "made_by": (joined, (twin, own))}
+def joined(quantized: type, own: type) -> type:
+    """Return a quantized class that has all of a class of users as well."""
+    members = {"__module__": quantized.__module__, "made_by": (joined, (quantized, own))}
     kind = Made if type(own) is type else type(own)
-    return kind(f"Quantized{own.__name__}", (twin, own), members)
+    return kind(f"Quantized{own.__name__}", (quantized, own), members)
 
 
 class Made(type):
@@ -149,12 +149,12 @@ def refresh(module: Any) -> None:
 
 
 def holds(module: Any) -> bool:
-    """Tell whether a twin's weight is a parameter of its own, which a method may write to."""
+    """Tell whether a module's weight is a parameter of its own, which a method may write to."""
     return module._parameters.get("weight") is not None and not parametrize.is_parametrized(module)
 
 
-def _twins() -> dict[type[nn.Module], Any]:
-    twins: dict[type[nn.Module], Any] = {
+def _classes() -> dict[type[nn.Module], Any]:
+    classes: dict[type[nn.Module], Any] = {
         nn.Linear: QuantizedLinear,
         nn.Conv1d: QuantizedConv1d,
         nn.Conv2d: QuantizedConv2d,
@@ -162,5 +162,5 @@ def _twins() -> dict[type[nn.Module], Any]:
         nn.Embedding: QuantizedEmbedding,
     }
     if transformers := sys.modules.get("transformers.pytorch_utils"):
-        twins[transformers.Conv1D] = QuantizedTransposed
-    return twins
+        classes[transformers.Conv1D] = QuantizedTransposed
+    return classes

@@ -1,4 +1,4 @@
-"""The quantized twin of nn.MultiheadAttention, whose own forward hides all that it multiplies."""
+"""A quantized nn.MultiheadAttention, whose own forward hides all that it multiplies."""
 
 import torch
 from torch import Tensor, nn

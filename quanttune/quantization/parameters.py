@@ -18,7 +18,7 @@ _TRANSPOSED = {"Llama4TextExperts"}
 
 
 class Parameter:
-    """A parameter that a module rounds, with a twin's attributes: its weight, its quantizer."""
+    """A parameter that a module rounds, in the form of a quantized module of one weight."""
 
     output_axis = 0  # of the rows that have scales
 
@@ -39,7 +39,7 @@ class Parameter:
 
 
 class RoundsParameters:
-    """The twin of a module that rounds `rounded`; elsewhere they are read as they are."""
+    """A module that rounds `rounded` in its forward; elsewhere they are read as they are."""
 
     rounded: tuple[str, ...]
 
@@ -85,23 +85,23 @@ def _reader(name: str) -> property:
 
 @cache
 def rounding(*names: str) -> type:
-    """Return the twin of modules that round these parameters."""
+    """Return the class of modules that round these parameters."""
     readers = {name: _reader(name) for name in names}
     members = {"rounded": names, "made_by": (rounding, names), **readers}
     return Made("RoundsParameters", (RoundsParameters,), members)
 
 
-def rounding_twin_of(module: nn.Module) -> Any:
+def rounding_class_of(module: nn.Module) -> Any:
     """Return the class of a module that rounds its parameters, or None if it has none to round."""
     own: Any = type(module)
     if names := tuple(stacks_of(module)):
         return joined(rounding(*names), own)
     if own.forward is not nn.MultiheadAttention.forward:
         return None
-    twin: Any = QuantizedMultiheadAttention
-    twin = twin if own is nn.MultiheadAttention else joined(twin, own)
+    quantized: Any = QuantizedMultiheadAttention
+    quantized = quantized if own is nn.MultiheadAttention else joined(quantized, own)
     names = tuple(name for name in PROJECTIONS if module._parameters.get(name) is not None)
-    return joined(rounding(*names), twin)
+    return joined(rounding(*names), quantized)
 
 
 def parameter_quantizer(module: nn.Module, name: str, scheme: Scheme, site: str) -> nn.Module:

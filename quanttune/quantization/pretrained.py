@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .saving.description import restore, settle
+from .saving.description import check_loaded, from_description
 from .saving.schema import METHOD, check
 
 
@@ -35,7 +35,7 @@ class QuantTuneQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        restore(model, self.quantization_config.to_dict(), ExitStack())
+        from_description(model, self.quantization_config.to_dict(), ExitStack())
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        settle(model)
+        check_loaded(model)

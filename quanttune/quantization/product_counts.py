@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .functional.modes import class_of
 from .functional.operations import CALLS
-from .modules import Twin
+from .modules import QuantizedModule
 from .quantizer import ActivationQuantizer, WeightQuantizer
 
 COVERED = "the coverage or an override leaves it"  # why a product that is known is one of floats
@@ -79,7 +79,7 @@ def _where(frame: FrameType | None) -> tuple[Any, str]:
         module: Any = variables.get("self")
         if isinstance(module, ParametrizationList):
             return module, ""
-        if isinstance(module, Twin):
+        if isinstance(module, QuantizedModule):
             return module, _reason(module, ("input_quantizer", "weight_quantizer"))
         if name.startswith("quanttune.quantization.") and frame.f_code.co_name in _PRODUCTS:
             return _PRODUCTS[frame.f_code.co_name](variables)

@@ -39,7 +39,7 @@ class _Quantizer(KeepsFloat32):
         """The scale that is rounded with at present."""
         return self.scale if self.factor is None else positive(self.scale * self.factor.detach())
 
-    def hold(self) -> None:
+    def stop_learning(self) -> None:
         """Make the scale, if it was learned, a constant."""
         self.scale, self.factor = self.step, None
 
@@ -102,7 +102,7 @@ class ActivationQuantizer(_Quantizer):
             self.set_bits(self.bits)
         self.calibrator = None
 
-    def settle(self, site: str) -> None:
+    def check_loaded(self, site: str) -> None:
         """Check what was loaded, and quantize with it if it was calibrated.
 
         Raises:
@@ -125,9 +125,9 @@ class ActivationQuantizer(_Quantizer):
         """Begin to learn the scale, and return the parameter that does."""
         return self._learn(self.step)
 
-    def hold(self) -> None:
+    def stop_learning(self) -> None:
         if self.factor is not None:
-            super().hold()
+            super().stop_learning()
             self._reach()
 
     def _seen(self, calibrator: Calibrator) -> Iterable[Tensor]:
@@ -165,8 +165,8 @@ class AffineQuantizer(ActivationQuantizer):
         zero_point = torch.zeros((), dtype=torch.int32, device=device)
         self.register_buffer("zero_point", zero_point)
 
-    def settle(self, site: str) -> None:
-        super().settle(site)
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
         self.zero = int(self.zero_point)
         qmin, qmax = integer_range(self.bits)
         if not qmin <= self.zero <= qmax:

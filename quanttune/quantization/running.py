@@ -32,7 +32,7 @@ class Data:
         return self.batches if what is None else track(self.batches, what, self.progress)
 
 
-class SeenEnough(Exception):
+class StopForward(Exception):
     """Raised by a hook that needs no more of the forward that is under way."""
 
 
@@ -50,13 +50,13 @@ def forward_batches(
     batches = 0
     with evaluating(model):
         for batch in data:
-            with suppress(SeenEnough):
+            with suppress(StopForward):
                 forward_batch(model, batch, mask)
             batches += 1
     return batches
 
 
-def answer_of(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
     """Return what a model is asked for: its logits, its last hidden state, or what comes first."""
     if isinstance(output, Tensor):
         return output
@@ -91,7 +91,7 @@ def enable_weights(model: nn.Module, enabled: bool) -> None:
 @contextmanager
 def in_float(model: nn.Module) -> Iterator[None]:
     """Let a quantized model compute in float; a quantizer's own `forward` still rounds."""
-    sites = state_of(model)  # a dynamic model may not know yet which it has
+    sites = state_of(model)  # not its quantizers: a dynamic model may not have made all of them
     with ExitStack() as undo:
         sites.enabled = False
         undo.callback(setattr, sites, "enabled", True)

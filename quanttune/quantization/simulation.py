@@ -12,7 +12,7 @@ from torch import nn
 from ..masks import Mask
 from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
-from .convert import insert
+from .convert import convert
 from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
 from .product_counts import counting_products
@@ -44,7 +44,7 @@ def quantize(
 
     Grids are symmetric unless told otherwise, and there is one scale per activation. Linear,
     Conv1D, Conv1d to Conv3d, Embedding and MultiheadAttention modules and stacks of experts become
-    their quantized twins, under the same names and with the same parameters; attention's products
+    quantized ones, under the same names and with the same parameters; attention's products
     and residual sums are reached while the model runs. The ranges of activations come from one pass
     of `data` in evaluation mode.
 
@@ -96,7 +96,7 @@ def quantize(
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)
-        functional = insert(model, scheme, undo)
+        functional = convert(model, scheme, undo)
         if not scheme.dynamic:
             _calibrate(model, given)
             _check_overrides(model, scheme)

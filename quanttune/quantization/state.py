@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from .functional.sites import FunctionalSites
-from .modules import Twin, refresh
+from .modules import QuantizedModule, refresh
 from .parameters import Parameter, RoundsParameters
 from .quantizer import ActivationQuantizer, WeightQuantizer
 
@@ -14,7 +14,7 @@ STATE = "quantization_state"  # the attribute of a quantized model that holds it
 
 def is_quantized(model: nn.Module) -> bool:
     """Tell whether any module of a model is quantized."""
-    ours = (Twin, RoundsParameters, ActivationQuantizer)
+    ours = (QuantizedModule, RoundsParameters, ActivationQuantizer)
     return any(isinstance(module, ours) for module in model.modules())
 
 
@@ -51,14 +51,14 @@ def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[Any, WeightQuantizer]]:
     """Return what holds the weights that are rounded, and their quantizers, by quantizer.
 
-    A holder has `weight`, `output_axis` and `weight_quantizer`: a twin, or a `Parameter` of a
-    module that rounds several.
+    A holder has `weight`, `output_axis` and `weight_quantizer`: a quantized module, or a
+    `Parameter` of a module that rounds several.
     """
     found: dict[str, tuple[Any, WeightQuantizer]] = {}
     module: Any
     for name, module in model.named_modules():
         holders: dict[str, Any] = {}
-        if isinstance(module, Twin):
+        if isinstance(module, QuantizedModule):
             refresh(module)
             holders["weight"] = module
         elif isinstance(module, RoundsParameters):

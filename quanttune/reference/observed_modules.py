@@ -62,21 +62,21 @@ def observed_layer_norm_backward(
     rstd: Tensor,
     input_statistics: Tensor,
     output_statistics: Tensor,
-    input_share: Tensor,
-    output_share: Tensor,
+    input_ratio_grad: Tensor,
+    output_ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
     kernels: Any = reference,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias, where the loss has the terms
-    sum(input_share * r(x)) and sum(output_share * r(y)) besides `grad`, which is that of y.
+    sum(input_ratio_grad * r(x)) and sum(output_ratio_grad * r(y)) beside `grad`, that of y.
 
     They are rounded once. The gradient of a weight or bias that is None is empty.
     """
     y, _, _ = _normalize(x, weight, bias, eps)
     wide_x, wide_y = _widen(x, x), _widen(y.to(x.dtype), x)
     total = kernels.outlier_statistics_backward(
-        _widen(grad, x), wide_y, output_statistics, output_share, exact, detach_deviation
+        _widen(grad, x), wide_y, output_statistics, output_ratio_grad, exact, detach_deviation
     )
     parameters = weight, bias
     total, *gradients = _aten.native_layer_norm_backward(
@@ -89,7 +89,7 @@ def observed_layer_norm_backward(
         [True, weight is not None, bias is not None],
     )
     total = kernels.outlier_statistics_backward(
-        total, wide_x, input_statistics, input_share, exact, detach_deviation
+        total, wide_x, input_statistics, input_ratio_grad, exact, detach_deviation
     )
     weight_grad, bias_grad = (
         x.new_empty(0) if parameter is None else gradient.to(parameter.dtype)
@@ -118,8 +118,8 @@ def observed_activation_backward(
     kind: str,
     input_statistics: Tensor,
     output_statistics: Tensor,
-    input_share: Tensor,
-    output_share: Tensor,
+    input_ratio_grad: Tensor,
+    output_ratio_grad: Tensor,
     exact: bool,
     detach_deviation: bool,
     kernels: Any = reference,
@@ -129,13 +129,13 @@ def observed_activation_backward(
     wide_x = _widen(x, x)
     wide_y = _widen(activate(wide_x).to(x.dtype), x)
     total = kernels.outlier_statistics_backward(
-        _widen(grad, x), wide_y, output_statistics, output_share, exact, detach_deviation
+        _widen(grad, x), wide_y, output_statistics, output_ratio_grad, exact, detach_deviation
     )
     total = kernels.outlier_statistics_backward(
         activate_backward(total, wide_x),
         wide_x,
         input_statistics,
-        input_share,
+        input_ratio_grad,
         exact,
         detach_deviation,
     )

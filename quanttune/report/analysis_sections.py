@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .page import Best, Drawing, Section, Sheet, Words, facts_sheet
+from .page import Bold, Picture, Section, Table, Text, facts_table
 from .plots import (
     draw_blocks,
     draw_calibrators,
@@ -30,10 +30,10 @@ def analysis_sections(data: Data) -> list[Section]:
         _blocks(data),
         _calibrators(data),
         _ranges(data),
-        Section("Recipe", sheets=[facts_sheet({**data["facts"], **data["scheme"]})]),
+        Section("Recipe", tables=[facts_table({**data["facts"], **data["scheme"]})]),
         Section(
             "Environment",
-            sheets=[facts_sheet({**data["environment"], "seconds": data["seconds"]})],
+            tables=[facts_table({**data["environment"], "seconds": data["seconds"]})],
         ),
     ]
 
@@ -48,7 +48,7 @@ def _summary(data: Data, worst: Sequence[Data]) -> Section:
     return Section(
         f"{data['analysis']}: what hurts",
         points=_findings(data, worst),
-        sheets=[Sheet(columns, [(None, rows)])],
+        tables=[Table(columns, [(None, rows)])],
     )
 
 
@@ -95,7 +95,7 @@ def _sensitivity(data: Data, worst: Sequence[Data]) -> Section:
         ("activations alone", errors["activations"]),
         *sorted(rows, key=lambda row: row[1]),
     ]
-    sheet = Sheet(
+    sheet = Table(
         ("quantized", "error of the output"),
         [(None, [(name, _percent(value)) for name, value in rows])],
     )
@@ -106,14 +106,14 @@ def _sensitivity(data: Data, worst: Sequence[Data]) -> Section:
     )
     return Section(
         "Which tensors hurt",
-        sheets=[sheet],
-        drawings=[Drawing(draw_sensitivity(worst, NAMES), caption)],
+        tables=[sheet],
+        pictures=[Picture(draw_sensitivity(worst, NAMES), caption)],
     )
 
 
 def _outliers(worst: Sequence[Data]) -> Section:
     columns = (
-        Words("tensor"), "alone", "max |x|", "channel", "token", Words("largest at"), "median |x|",
+        Text("tensor"), "alone", "max |x|", "channel", "token", Text("largest at"), "median |x|",
         "outlier ratio",
     )  # fmt: skip
     groups = [
@@ -125,7 +125,7 @@ def _outliers(worst: Sequence[Data]) -> Section:
         "The channel and the token at which most samples have their largest magnitude, and how "
         "many of them do. The outlier ratio is (max - median) / deviation per sample: what tuning "
         "lowers.",
-        sheets=[Sheet(columns, groups)],
+        tables=[Table(columns, groups)],
     )
 
 
@@ -137,10 +137,10 @@ def _outlier_row(site: Data) -> Sequence[str]:
         where = (
             f"{found['channel']} ({_percent(found['channel_share'])})",
             f"{found['token']} ({_percent(found['token_share'])})",
-            Words(", ".join(dict.fromkeys(texts))),
+            Text(", ".join(dict.fromkeys(texts))),
         )
     return [
-        Words(short_site(site["site"])),
+        Text(short_site(site["site"])),
         _percent(site["sensitivity"]),
         f"{site['absmax']:.4g}",
         *where,
@@ -155,14 +155,14 @@ def _channels(data: Data) -> Section:
         models = {model["name"]: model["channels"][site] for model in data["models"]}
         every = [group for groups in models.values() for group in groups]
         drawings += [
-            Drawing(draw_channels(groups, every), f"{name}: {site}.")
+            Picture(draw_channels(groups, every), f"{name}: {site}.")
             for name, groups in models.items()
         ]
     return Section(
         "Spread of the channels (Fig. 2)",
         "Values of all rows and tokens, in groups of neighbouring channels. Boxes are quartiles, "
         "whiskers reach 1.5 interquartile ranges, dashes are the extremes.",
-        drawings=drawings,
+        pictures=drawings,
     )
 
 
@@ -180,8 +180,8 @@ def _sweep(data: Data) -> Section:
         "Saturation against precision (Fig. 3)",
         "Errors are shares of each tensor's variance, and means over the tensors; so is the share "
         "of precision loss in the error.",
-        sheets=[Sheet(columns, [(None, rows)])],
-        drawings=[Drawing(figure, caption)],
+        tables=[Table(columns, [(None, rows)])],
+        pictures=[Picture(figure, caption)],
     )
 
 
@@ -189,7 +189,7 @@ def _sweep_row(point: Data, best: bool) -> Sequence[str]:
     value = _number(point["value"])
     return (
         f"{point['percent']:.7g} %",
-        Best(value) if best else value,
+        Bold(value) if best else value,
         _percent(point["saturation"]),
         _percent(point["precision"]),
         _percent(point["precision_share"]),
@@ -217,7 +217,7 @@ def _blocks(data: Data) -> Section:
     )
     return Section(
         "Precision loss and range per block (Fig. 4)",
-        drawings=[Drawing(draw_blocks(divergences, ranges), caption)],
+        pictures=[Picture(draw_blocks(divergences, ranges), caption)],
     )
 
 
@@ -226,7 +226,7 @@ def _calibrators(data: Data) -> Section:
     figure = draw_calibrators(values, data["metric"], data["models"][0]["float"])
     return Section(
         "Calibrators (Fig. 5)",
-        drawings=[Drawing(figure, f"{data['metric']} at W{bits}A{bits}, weights per channel.")],
+        pictures=[Picture(figure, f"{data['metric']} at W{bits}A{bits}, weights per channel.")],
     )
 
 
@@ -241,9 +241,8 @@ def _ranges(data: Data) -> Section:
     caption = "Largest magnitude before the second norm of each block."
     if len(curves) == 1:
         caption += " `quanttune analyze --compare` draws another model beside it."
-    return Section(
-        title, drawings=[Drawing(draw_ranges(curves, "before the second norm"), caption)]
-    )
+    picture = Picture(draw_ranges(curves, "before the second norm"), caption)
+    return Section(title, pictures=[picture])
 
 
 def _absmax(extent: Data) -> float:

@@ -6,7 +6,7 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
-from .page import Best, Drawing, Section, Sheet, Words, facts_sheet
+from .page import Bold, Picture, Section, Table, Text, facts_table
 from .plots import draw_ranges
 from .results_table import DIGITS, tabulate
 
@@ -25,20 +25,20 @@ def demo_sections(results: Mapping[str, Any]) -> list[Section]:
             f"{results['task']}: {results['metric']} on the test rows",
             _lead(results),
             results["caveats"],
-            [results_sheet(results)],
+            [results_table(results)],
         ),
         Section(
             "Dynamic range per layer, before and after",
-            drawings=[Drawing(draw_ranges(ranges, "inputs of LayerNorm"), CAPTION)],
+            pictures=[Picture(draw_ranges(ranges, "inputs of LayerNorm"), CAPTION)],
         ),
         Section(
             "Recipe",
             f"{recipe['steps']} optimizer steps each. Settings were chosen on validation rows.",
-            sheets=[_arms_sheet(recipe["arms"])],
+            tables=[_arms_table(recipe["arms"])],
         ),
         Section(
             "Environment",
-            sheets=[facts_sheet({**results["environment"], "seconds": results["seconds"]})],
+            tables=[facts_table({**results["environment"], "seconds": results["seconds"]})],
         ),
     ]
 
@@ -52,7 +52,7 @@ def mean_ranges(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def results_sheet(results: Mapping[str, Any]) -> Sheet:
+def results_table(results: Mapping[str, Any]) -> Table:
     """Return the table with a row per way to quantize and a column per arm."""
     table = tabulate(SimpleNamespace(**row) for row in results["rows"])
     digits = DIGITS[results["metric"]]
@@ -61,9 +61,9 @@ def results_sheet(results: Mapping[str, Any]) -> Sheet:
         rows = []
         for way in ways:
             texts = [(cell.text(digits), cell.best) for cell in table.cells[way]]
-            rows.append((way.label, *(Best(text) if best else text for text, best in texts)))
+            rows.append((way.label, *(Bold(text) if best else text for text, best in texts)))
         groups.append((name, rows))
-    return Sheet(("", *table.arms), groups)
+    return Table(("", *table.arms), groups)
 
 
 def _lead(results: Mapping[str, Any]) -> str:
@@ -76,14 +76,14 @@ def _lead(results: Mapping[str, Any]) -> str:
     )
 
 
-def _arms_sheet(arms: list[Mapping[str, Any]]) -> Sheet:
+def _arms_table(arms: list[Mapping[str, Any]]) -> Table:
     rows = [
         (
             arm["name"],
-            Words(arm["summary"]),
+            Text(arm["summary"]),
             f"{arm['learning_rate']:g}" if arm["learning_rate"] else "-",
             str(arm["alpha"] or "-"),
         )
         for arm in arms
     ]
-    return Sheet((Words("arm"), Words("what it is"), "learning rate", "alpha"), [(None, rows)])
+    return Table((Text("arm"), Text("what it is"), "learning rate", "alpha"), [(None, rows)])

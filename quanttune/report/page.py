@@ -13,16 +13,16 @@ from .plots import svg
 Row = Sequence[str]
 
 
-class Best(str):
+class Bold(str):
     """A cell that is set in bold."""
 
 
-class Words(str):
+class Text(str):
     """A cell that is set as text: left-aligned, and broken where it is long."""
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """A table; its rows come in groups, with a heading or none."""
 
     columns: Row
@@ -30,7 +30,7 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Picture:
     """A figure, and in words what it shows."""
 
     figure: Figure
@@ -49,22 +49,22 @@ class Section:
     title: str
     text: str = ""
     points: Sequence[str] = ()
-    sheets: Sequence[Sheet] = ()
-    drawings: Sequence[Drawing] = field(default=(), repr=False)
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = field(default=(), repr=False)
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
     """Return the page."""
-    loader = PackageLoader("quanttune", "analysis")
+    loader = PackageLoader("quanttune", "report")
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page.tests["best"] = lambda cell: isinstance(cell, Best)
-    page.tests["words"] = lambda cell: isinstance(cell, Words)
+    page.tests["bold"] = lambda cell: isinstance(cell, Bold)
+    page.tests["text"] = lambda cell: isinstance(cell, Text)
     return page.get_template("page.html.jinja").render(title=title, sections=sections)
 
 
-def facts_sheet(facts: Mapping[str, Any]) -> Sheet:
+def facts_table(facts: Mapping[str, Any]) -> Table:
     """Return a table of names and what they are; what is nested becomes a list of words."""
-    return Sheet(("", ""), [(None, [(name, Words(_flat(v))) for name, v in facts.items()])])
+    return Table(("", ""), [(None, [(name, Text(_flat(v))) for name, v in facts.items()])])
 
 
 def _flat(value: Any) -> str:

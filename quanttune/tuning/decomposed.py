@@ -1,7 +1,7 @@
 """The outlier statistics in operations that torch.compile fuses with what makes the tensor.
 
 An op of our own is a wall to the compiler: it reads the tensor once more. These sums and maxima
-ride in the kernel of a LayerNorm or an activation. Only the median of the sample stays an op.
+are taken in the kernel of a LayerNorm or an activation. Only the median of the sample stays an op.
 Traced by torch.compile; run by Python they are slow, and right.
 """
 

@@ -1,6 +1,6 @@
 """LayerNorm and activation modules that observe themselves, in the kernel that they run anyway.
 
-Only a forward of their own can do that. While a module rides, its class is a subclass that hands
+Only a forward of their own can do that. While a module is fused, its class is a subclass that hands
 the call to the observers; a copy of the module, and what is pickled of it, has its class again.
 """
 
@@ -18,13 +18,13 @@ from .hooks import Hook
 from .observation import Context, Observation
 
 
-def rides_as_norm(module: nn.Module) -> bool:
+def is_plain_norm(module: nn.Module) -> bool:
     """Tell whether this is a LayerNorm of the last dimension that does nothing else."""
     return (
         isinstance(module, nn.LayerNorm)
         and type(module).forward in _plain_norms()
         and len(module.normalized_shape) == 1
-        and not getattr(module, "_fast_norm", False)  # timm's, where an option is set
+        and not getattr(module, "_fast_norm", False)  # timm.layers.set_fast_norm: another kernel
     )
 
 
@@ -53,16 +53,16 @@ def fits(module: nn.LayerNorm, x: Tensor) -> bool:
 
 
 class Activations:
-    """Which activations ride: those whose result is what a site reads, once that is known."""
+    """Which activations are fused: those whose result is what a site reads, once that is known."""
 
     def __init__(self) -> None:
-        self.riding: set[str] = set()
+        self.fused: set[str] = set()
         self.deferred: set[str] = set()  # the sites whose result only they observe
         self._fed_by: dict[str, set[str]] = {}
         self._made = WeakTensorKeyDictionary()
         self._feeding: set[str] = set()
 
-    def ride(self, model: nn.Module, forward: Any) -> list["Handle"]:
+    def fuse(self, model: nn.Module, forward: Any) -> list["Handle"]:
         """Hand the calls of all activations of a model to `forward`."""
         return [
             Handle(module, Hook(forward, name, kind))
@@ -82,9 +82,9 @@ class Activations:
             self._feeding.add(name)
 
     def start(self) -> None:
-        """Let those ride that were seen between two sites; nobody learns any more."""
-        for name in self._feeding - self.riding:
-            self.riding.add(name)
+        """Fuse those that were seen between two sites; nobody learns any more."""
+        for name in self._feeding - self.fused:
+            self.fused.add(name)
             self.deferred |= {s for s in self._fed_by[name] if s.endswith(".output")}
 
 
@@ -92,7 +92,7 @@ def _new(plain: type[nn.Module]) -> nn.Module:
     return plain.__new__(plain)
 
 
-class Riding:
+class FusedModule:
     """The forward of a module that observes itself. The hook gets what it would do otherwise."""
 
     _plain_class: type[nn.Module]
@@ -107,17 +107,17 @@ class Riding:
 
 
 @cache
-def _riding_class(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(plain.__name__, (Riding, plain), {"_plain_class": plain})
+def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(plain.__name__, (FusedModule, plain), {"_plain_class": plain})
 
 
 class Handle:
-    """Let a module ride; `remove` gives it its class back."""
+    """Fuse a module with its observation; `remove` gives it its class back."""
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
         self.module = module
         vars(module)["_observe_forward"] = hook
-        module.__class__ = _riding_class(type(module))  # type: ignore[arg-type]
+        module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
 
     def remove(self) -> None:
         self.module.__class__ = self.module._plain_class  # type: ignore[assignment]
@@ -135,18 +135,18 @@ def _note(ctx: Any, context: Context, observations: Any, statistics: Any) -> Non
 def _terms(ctx: Any) -> tuple[Any, ...]:
     """Return the last arguments of the backward ops."""
     context, observations, statistics = ctx.observed
-    shares = []
+    ratio_grads = []
     for observation, rows in zip(observations, statistics, strict=True):
         multiplicity = 0
         if observation is not None:
             observation.awaits_gradient = False
             multiplicity = observation.multiplicity
-        share = context.upstream.share(multiplicity, rows)
-        shares.append(context.loss.weigh(share, rows))
-    return (*statistics, *shares, context.loss.exact, context.loss.detach_deviation)
+        ratio_grad = context.upstream.ratio_grad(multiplicity, rows)
+        ratio_grads.append(context.loss.weigh(ratio_grad, rows))
+    return (*statistics, *ratio_grads, context.loss.exact, context.loss.detach_deviation)
 
 
-class RidingNorm(torch.autograd.Function):
+class FusedLayerNorm(torch.autograd.Function):
     """LayerNorm, which observes x where that has an observation, and y."""
 
     @staticmethod
@@ -179,7 +179,7 @@ class RidingNorm(torch.autograd.Function):
         return (*(gradient if needed else None for gradient, needed in wanted), *[None] * 4)
 
 
-class RidingActivation(torch.autograd.Function):
+class FusedActivation(torch.autograd.Function):
     """An activation, which observes x where that has an observation, and y."""
 
     @staticmethod

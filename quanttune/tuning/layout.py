@@ -82,7 +82,9 @@ class Layouts:
         self._samples = 1
         self._single = True
         self._padding: Padding | None = None  # of a single sequence
-        self._holes = False  # in a mask: seen before torch.compile, which cannot look
+        self._holes = (
+            False  # in a mask, seen in a forward that is not compiled: a trace knows no values
+        )
         # which mask the n-th tensor of a site belongs to, by the names of the model's arguments
         self._learned: dict[frozenset[str], dict[tuple[str, int], Source | None]] = {}
         self._kind: frozenset[str] = frozenset()

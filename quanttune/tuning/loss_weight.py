@@ -17,28 +17,32 @@ class Upstream:
 
     def __init__(self, like: Tensor) -> None:
         self.coefficient = torch.zeros((), device=like.device, dtype=result_dtype(like))
-        self._shares: dict[tuple[Any, ...], Tensor] = {}
+        self._ratio_grads: dict[tuple[Any, ...], Tensor] = {}
 
     def publish(self, coefficient: Tensor) -> None:
         """Set the weight of an instance in the backward pass that begins."""
         self.coefficient.data.copy_(coefficient)  # autograd need not know of it
-        self._shares.clear()
+        self._ratio_grads.clear()
 
     def clear(self) -> None:
         """Forget the weight of the loss whose backward has ended."""
         self.coefficient.data.zero_()
-        self._shares.clear()
+        self._ratio_grads.clear()
 
-    def share(self, multiplicity: int, statistics: Tensor) -> Tensor:
+    def ratio_grad(self, multiplicity: int, statistics: Tensor) -> Tensor:
         """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
         samples = len(statistics)
         key = multiplicity, samples, statistics.dtype, statistics.device
-        if key not in self._shares:  # few differ, and a tensor operation costs as much as a kernel
-            self._shares[key] = _share(self.coefficient, statistics, samples, multiplicity)
-        return self._shares[key]
+        if (
+            key not in self._ratio_grads
+        ):  # few differ, and a tensor operation costs as much as a kernel
+            self._ratio_grads[key] = _ratio_grad(
+                self.coefficient, statistics, samples, multiplicity
+            )
+        return self._ratio_grads[key]
 
 
-def _share(coefficient: Tensor, like: Tensor, samples: int, multiplicity: int) -> Tensor:
+def _ratio_grad(coefficient: Tensor, like: Tensor, samples: int, multiplicity: int) -> Tensor:
     weight = coefficient.to(like.device, result_dtype(like)) * (multiplicity / samples)
     return weight.repeat(samples)
 
@@ -46,10 +50,10 @@ def _share(coefficient: Tensor, like: Tensor, samples: int, multiplicity: int) -
 # An op, and one that wants the gradient: what depends on a forward's inputs alone a compiler may
 # compute in the forward, where the loss has not published its coefficient yet.
 torch.library.define(
-    "quanttune::share",
+    "quanttune::ratio_grad",
     "(Tensor coefficient, Tensor grad, SymInt samples, int multiplicity) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("quanttune::share", "CompositeExplicitAutograd")(_share)
-torch.library.register_fake("quanttune::share")(_share)
-traced_share = torch.ops.quanttune.share.default
+torch.library.impl("quanttune::ratio_grad", "CompositeExplicitAutograd")(_ratio_grad)
+torch.library.register_fake("quanttune::ratio_grad")(_ratio_grad)
+traced_ratio_grad = torch.ops.quanttune.ratio_grad.default

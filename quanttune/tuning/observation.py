@@ -41,7 +41,7 @@ class Forward:
 class Context:
     """What the backward of an observed tensor asks for: its loss, and how much that weighs."""
 
-    loss: Any  # an OutlierLoss; a Ratio, where modules ride
+    loss: Any  # an OutlierLoss; a Ratio, where modules are fused
     upstream: Upstream
     group: ops.StatisticsGroup | None = field(default=None)  # of the forward that is under way
 

@@ -6,8 +6,9 @@ much of it, the combined loss says when its own backward starts (loss.py). Nothi
 graph, so gradient accumulation, loss scaling and both kinds of activation checkpointing need no
 bookkeeping: a tap that a checkpoint recomputes finds the coefficient published already.
 
-Where modules ride (riding.py), LayerNorm and activations need no taps. Which activations stand
-between two sites, the forwards before the first backward tell.
+Modules that are fused (fused_modules.py) need no taps: they observe what they compute. LayerNorms
+are from the start; activations once the forwards before the first backward have told which of them
+stand between two sites.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class Observers:
         for name, module in sites.items():
             self._handles += self._hooks_on(name, module)
         if fuse:
-            self._handles += self._activations.ride(model, self._activation)
+            self._handles += self._activations.fuse(model, self._activation)
         # always, so that an exception in the middle of a forward closes it too
         leave = model.register_forward_hook(Hook(self._leave), always_call=True)
         self._handles.append(leave)
@@ -95,7 +96,7 @@ class Observers:
         return taken
 
     def end_first_backward(self) -> None:
-        """Let activations ride: no forward of those that taught which ones is recomputed now."""
+        """Fuse activations: no forward of those that taught which ones is recomputed now."""
         self._activations.start()
 
     def remove(self) -> None:
@@ -107,7 +108,7 @@ class Observers:
         self._plan.begin(follow=False)
 
     def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
-        if self.fuse and fused_modules.rides_as_norm(module):
+        if self.fuse and fused_modules.is_plain_norm(module):
             return [fused_modules.Handle(module, Hook(self._norm, name))]
         return [
             module.register_forward_pre_hook(Hook(self._before, name), with_kwargs=True),
@@ -176,7 +177,7 @@ class Observers:
         return None if y is output else y
 
     def _norm(self, name: str, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run a LayerNorm that rides."""
+        """Run a LayerNorm that is fused."""
         tracing = torch.compiler.is_compiling()
         if tracing or not (
             fused_modules.fits(module, x) and self._sees(x, f"{name}.input", whole=True)
@@ -188,24 +189,24 @@ class Observers:
         if after is None:
             return plain(x)
         parameters = module.weight, module.bias, module.eps
-        y = fused_modules.RidingNorm.apply(x, *parameters, before, after, self.context)
+        y = fused_modules.FusedLayerNorm.apply(x, *parameters, before, after, self.context)
         return self._know(y, after, x)
 
     def _activation(
         self, name: str, kind: str, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor
     ) -> Tensor:
-        """Run an activation that rides, or learn whether it could."""
+        """Run an activation that is fused, or learn whether it could."""
         if torch.compiler.is_compiling() or not self._sees(x, name, whole=True):
             return plain(x)
         known = self._find(x)
-        if name not in self._activations.riding:
+        if name not in self._activations.fused:
             return self._activations.learn(name, known.site if known else "", plain(x))
         after = self._new(x, "", module, name)
         if after is None:
             return plain(x)
         before = known if known and known.statistics is None else None
         return self._know(
-            fused_modules.RidingActivation.apply(x, kind, before, after, self.context), after, x
+            fused_modules.FusedActivation.apply(x, kind, before, after, self.context), after, x
         )
 
     # ------------------------------------------------------------------------------ tensors
@@ -262,7 +263,7 @@ class Observers:
             if self.fuse:
                 self._activations.meet(x)
             return self._new(x, site, module)
-        if not known.site:  # of an activation that rides: this is the site it is made for
+        if not known.site:  # of a fused activation: this is the site it is made for
             known.site, known.module, known.multiplicity = site, module, 1
             self._count(known)
             return None

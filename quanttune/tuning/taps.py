@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..losses import OutlierLoss
 from . import decomposed
-from .loss_weight import traced_share
+from .loss_weight import traced_ratio_grad
 from .observation import Context, Observation
 
 
@@ -33,8 +33,8 @@ class Tap(torch.autograd.Function):
         observation, context = ctx.observation, ctx.context
         statistics = observation.statistics
         observation.awaits_gradient = False
-        share = context.upstream.share(observation.multiplicity, statistics)
-        total = context.loss.backward(ops, grad, x, statistics, share, observation.ranges)
+        ratio_grad = context.upstream.ratio_grad(observation.multiplicity, statistics)
+        total = context.loss.backward(ops, grad, x, statistics, ratio_grad, observation.ranges)
         return total, None, None
 
 
@@ -94,6 +94,6 @@ class PlannedTap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient, ranges = ctx.saved_tensors
         multiplicity, loss, kernels = ctx.constants
-        share = traced_share(coefficient, grad, len(statistics), multiplicity)
-        total = loss.backward(kernels, grad, x, statistics, share, ranges)
+        ratio_grad = traced_ratio_grad(coefficient, grad, len(statistics), multiplicity)
+        total = loss.backward(kernels, grad, x, statistics, ratio_grad, ranges)
         return total, *[None] * 6

@@ -61,10 +61,10 @@ def check_statistics(actual, x, samples, exact):
     assert ((actual[:, MEAN] - mean).abs() <= gate * torch.maximum(mean.abs(), deviation)).all()
 
 
-def add_ratios(grad, x, statistics, share, options):
+def add_ratios(grad, x, statistics, ratio_grad, options):
     """Return in float64 what the gradient of a tensor is with that of its ratios."""
     return reference.outlier_statistics_backward(
-        grad.double(), x.double(), statistics.double(), share.double(), *options
+        grad.double(), x.double(), statistics.double(), ratio_grad.double(), *options
     )
 
 
@@ -77,10 +77,10 @@ def make_parameter(width, dtype, kind):
 def make_gradients(x):
     """Return that of y, and those of the ratios, of which some are not observed."""
     grad = (torch.randn(x.shape) * 1e-2).to(DEVICE, x.dtype)
-    shares = (torch.randn(2, len(x)) * 0.1).to(DEVICE)
+    ratio_grads = (torch.randn(2, len(x)) * 0.1).to(DEVICE)
     if len(x) > 1:
-        shares[0, 0], shares[1, -1] = 0, 0
-    return grad, shares
+        ratio_grads[0, 0], ratio_grads[1, -1] = 0, 0
+    return grad, ratio_grads
 
 
 def check_layer_norm(x, weight, bias, exact=False, detach_deviation=False):
@@ -104,16 +104,16 @@ def check_layer_norm(x, weight, bias, exact=False, detach_deviation=False):
     check_statistics(of_x, x, samples, exact)
     check_statistics(of_y, y, samples, exact)
 
-    grad, shares = make_gradients(x)
+    grad, ratio_grads = make_gradients(x)
     actual = triton_kernels.observed_layer_norm_backward(
-        grad, x, weight, bias, EPS, mean, rstd, of_x, of_y, *shares, *options
+        grad, x, weight, bias, EPS, mean, rstd, of_x, of_y, *ratio_grads, *options
     )
-    grad_y = add_ratios(grad, y, of_y, shares[1], options)
+    grad_y = add_ratios(grad, y, of_y, ratio_grads[1], options)
     present = [t for t in wide if t is not None]
     gradients = list(torch.autograd.grad(truth, present, grad_y))
     expected = [None if t is None else gradients.pop(0) for t in wide]
     plain = expected[0]
-    expected[0] = add_ratios(plain, x, of_x, shares[0], options)
+    expected[0] = add_ratios(plain, x, of_x, ratio_grads[0], options)
     normalized = (wide[0].detach() - wide[0].detach().mean(-1, keepdim=True)) * wide_rstd[..., None]
     terms = grad.double().abs() + (grad_y - grad).abs()
     scale = (terms * gain).amax(-1, keepdim=True) * wide_rstd[..., None] * (amplified + 1)
@@ -177,13 +177,13 @@ def check_activation(x, kind, exact=False, detach_deviation=False):
     check_statistics(of_x, x, samples, exact)
     check_statistics(of_y, y, samples, exact)
 
-    grad, shares = make_gradients(x)
+    grad, ratio_grads = make_gradients(x)
     actual = triton_kernels.observed_activation_backward(
-        grad, x, kind, of_x, of_y, *shares, *options
+        grad, x, kind, of_x, of_y, *ratio_grads, *options
     )
-    grad_y = add_ratios(grad, y, of_y, shares[1], options)
+    grad_y = add_ratios(grad, y, of_y, ratio_grads[1], options)
     (plain,) = torch.autograd.grad(truth, wide, grad_y)
-    expected = add_ratios(plain, x, of_x, shares[0], options)
+    expected = add_ratios(plain, x, of_x, ratio_grads[0], options)
     terms = grad.double().abs() + (grad_y - grad).abs() + (expected - plain).abs()
     assert_near(actual, expected, terms, 16)
 
@@ -238,18 +238,18 @@ def observe_all(x, weight):
     samples, width = len(x), x.shape[-1]
     grad = torch.linspace(-1, 1, width, device=DEVICE).to(x.dtype).expand(x.shape).contiguous()
     # nobody asks for the ratios of the second sample
-    share = torch.ones(samples, device=DEVICE)
-    share[1] = 0
+    ratio_grad = torch.ones(samples, device=DEVICE)
+    ratio_grad[1] = 0
     y, mean, rstd, *of_both = triton_kernels.observed_layer_norm(
         x, weight, None, EPS, samples, False
     )
     total, _, _ = triton_kernels.observed_layer_norm_backward(
-        grad, x, weight, None, EPS, mean, rstd, *of_both, share, share, False, False
+        grad, x, weight, None, EPS, mean, rstd, *of_both, ratio_grad, ratio_grad, False, False
     )
     results = [y, *of_both, total]
     y, *of_both = triton_kernels.observed_activation(x, "gelu", samples, False)
     total = triton_kernels.observed_activation_backward(
-        grad, x, "gelu", *of_both, share, share, False, False
+        grad, x, "gelu", *of_both, ratio_grad, ratio_grad, False, False
     )
     return [*results, y, *of_both, total]
 
@@ -276,15 +276,15 @@ def test_bad_samples_leave_others_alone(bad, dtype):
 
 def test_nothing_and_float64_and_wider_tokens_are_the_reference(monkeypatch):
     for module in (layer_norm_module, gradient_module):
-        monkeypatch.setattr(module, "WIDEST", 8)
-    share = torch.ones(2, device=DEVICE)
+        monkeypatch.setattr(module, "MAX_COLUMNS", 8)
+    ratio_grad = torch.ones(2, device=DEVICE)
     for x in (torch.randn(2, 5, 8).double(), torch.randn(2, 5, 9)):
         x, grad = x.to(DEVICE), torch.ones_like(x).to(DEVICE)
         forward = (x, None, None, EPS, 2, False)
         expected = observed_modules.observed_layer_norm(*forward)
         actual = triton_kernels.observed_layer_norm(*forward)
         assert all(map(torch.equal, actual, expected))
-        backward = (grad, x, None, None, EPS, *expected[1:], share, share, False, False)
+        backward = (grad, x, None, None, EPS, *expected[1:], ratio_grad, ratio_grad, False, False)
         expected = observed_modules.observed_layer_norm_backward(*backward)
         actual = triton_kernels.observed_layer_norm_backward(*backward)
         assert all(map(torch.equal, actual, expected))
@@ -292,7 +292,7 @@ def test_nothing_and_float64_and_wider_tokens_are_the_reference(monkeypatch):
     expected = observed_modules.observed_activation(x, "gelu", 2, False)
     actual = triton_kernels.observed_activation(x, "gelu", 2, False)
     assert all(map(torch.equal, actual, expected))
-    backward = (x, x, "gelu", *expected[1:], share, share, False, False)
+    backward = (x, x, "gelu", *expected[1:], ratio_grad, ratio_grad, False, False)
     expected = observed_modules.observed_activation_backward(*backward)
     assert torch.equal(triton_kernels.observed_activation_backward(*backward), expected)
     empty = torch.empty(0, 5, 8, device=DEVICE)

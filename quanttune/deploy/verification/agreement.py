@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WITHIN_ONE = 0.999  # of a layer's codes must be, when the codes before it are the same
-# of a layer's codes may, or three; at 4 bits 1.4 % do where ONNX Runtime rounds the bias of a Conv
+# of a layer that was given the same codes: the share of its codes that must be within one of the
+# simulation's, and the share (or three codes) that may differ at all. At 4 bits 1.4 % do where ONNX
+# Runtime rounds the bias of a Conv.
+WITHIN_ONE = 0.999
 DIFFER = 0.05
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...quantization.running import in_float
 from ..caches import without_caches
 from ..onnx_model import OnnxModel
-from ..tracing import named
+from ..tracing import outputs_by_name
 
 CLOSE = 1e-4  # of an output's mean: float kernels differ by less
 # what two roundings of one output are apart if their errors are independent, with a margin
@@ -33,9 +33,9 @@ def check_answers(
         ValueError: the first output that differs.
     """
     with without_caches(model), without_caches(quantized):
-        exact, simulated = named(model(**batch)), named(quantized(**batch))
+        exact, simulated = outputs_by_name(model(**batch)), outputs_by_name(quantized(**batch))
         with in_float(quantized):  # the model may lack what a method put there
-            unrounded = named(quantized(**batch))
+            unrounded = outputs_by_name(quantized(**batch))
     close = {name: CLOSE * x.abs().mean() for name, x in exact.items()}
     _check(floating, batch, exact, close, "the model")
     apart = {name: APART * (simulated[name] - x).abs().mean() for name, x in unrounded.items()}

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ...quantization.state import quantizers
 from ...quantization.token_mask import arguments_of
-from ..integer_weights import CENTERS, WIDEST
+from ..integer_weights import CENTERS, MAX_INTEGER_BITS
 from ..onnx_model import OnnxModel
-from ..tracing import named
+from ..tracing import outputs_by_name
 from .agreement import Distances, Layer, compare_codes
-from .graph_cut import CODES, Rounding, cut, fed, parsed, roundings, stored_tensors
+from .graph_cut import CODES, Rounding, cut, input_for, parsed, roundings, stored_tensors
 from .identity import check_shapes, tensors_of
 from .problems import wrong_grids, wrong_layers, wrong_output, wrong_tensors
 from .result import Output
-from .simulated_codes import noise, recording
+from .simulated_codes import perturbed, recording
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
     cut(file, sites)
     codes, simulated = _simulate(model, first, sites, center)
     threads = torch.get_num_threads()
-    parts, codes_fed = OnnxModel(file, threads=threads), {fed(n): x for n, x in codes.items()}
+    parts, codes_fed = OnnxModel(file, threads=threads), {input_for(n): x for n, x in codes.items()}
     found = _call(parts, first, model, codes_fed)
     for name, values in codes.items():
         _check_shape(name, found.get(name, values), values)
@@ -60,7 +60,9 @@ def compare(
     runs = chain([(first, simulated)], others)
     outputs = _outputs(OnnxModel(path, threads=threads), model, runs, found, layers)
     problems += chain.from_iterable(map(wrong_output, outputs))
-    floats = [site for site, quantizer in quantizers(model).items() if quantizer.bits > WIDEST]
+    floats = [
+        site for site, quantizer in quantizers(model).items() if quantizer.bits > MAX_INTEGER_BITS
+    ]
     return {
         "layers": tuple(layers),
         "outputs": tuple(outputs),
@@ -100,7 +102,7 @@ def _call(
 ) -> Any:
     """Call a model, or a file of it, with what the model takes of a batch."""
     args, kwargs = arguments_of(batch, model)
-    return named(called(*args, **kwargs, **more))
+    return outputs_by_name(called(*args, **kwargs, **more))
 
 
 def _check_shape(name: str, file: Tensor, simulation: Tensor) -> None:
@@ -170,7 +172,7 @@ def _outputs(
     distances: dict[str, list[Distances]] = {}
     largest: dict[str, float] = {}
     for seed, (batch, expected) in enumerate(runs):
-        with noise(model, seed, layers):
+        with perturbed(model, seed, layers):
             noisy = _call(model, batch, model)
         found = _call(file, batch, model)
         if missing := [name for name in found if name not in expected]:

@@ -59,7 +59,7 @@ def roundings(
             yield Rounding(codes, zero_point.dtype, grids, shape)
 
 
-def fed(codes: str) -> str:
+def input_for(codes: str) -> str:
     """Return the name of the input that stands for a site's codes in a graph that was cut."""
     return codes.replace(CODES, ".fed")
 
@@ -72,7 +72,7 @@ def cut(model: onnx.ModelProto, sites: list[Rounding]) -> None:
     readers = _readers(model)
     for rounding in sites:
         kind = helper.np_dtype_to_tensor_dtype(rounding.dtype)
-        other = fed(rounding.codes)
+        other = input_for(rounding.codes)
         for node in readers[rounding.codes]:
             names = [other if name == rounding.codes else name for name in node.input]
             del node.input[:]

@@ -11,8 +11,10 @@ from .agreement import Layer
 from .graph_cut import Rounding
 from .result import Output
 
-SAME_CODES = 1e-3  # an output may differ by when the codes before it are, of its largest value
-ROUNDING = 1e-5  # of its largest value: what is allowed an output that no code decides
+# how far an output may be off, in its largest value: computed from the same codes, and in
+# the mean where no code is rounded before it
+SAME_CODES = 1e-3
+ROUNDING = 1e-5
 
 
 def wrong_grids(sites: Sequence[Rounding], model: nn.Module, center: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quantization.state import quantizers
-from ..integer_weights import WIDEST
+from ..integer_weights import MAX_INTEGER_BITS
 from .agreement import Layer
 
 NOISE = 1e-5  # of what a grid covers; a hundred times what sums of 32-bit floats lose
@@ -36,7 +36,7 @@ def recording(model: nn.Module, dtype: torch.dtype, center: int) -> Iterator[dic
 
     with ExitStack() as undo:
         for site, quantizer in quantizers(model).items():
-            if quantizer.reached and quantizer.bits <= WIDEST:
+            if quantizer.reached and quantizer.bits <= MAX_INTEGER_BITS:
                 handle = quantizer.register_forward_hook(
                     lambda quantizer, _, output, site=site: record(site, quantizer, output)
                 )
@@ -45,7 +45,7 @@ def recording(model: nn.Module, dtype: torch.dtype, center: int) -> Iterator[dic
 
 
 @contextmanager
-def noise(model: nn.Module, seed: int, layers: Iterable[Layer] = ()) -> Iterator[None]:
+def perturbed(model: nn.Module, seed: int, layers: Iterable[Layer] = ()) -> Iterator[None]:
     """Change what a model rounds by a little, so that codes flip.
 
     By `NOISE` of what the grid covers, since the error of a sum is that of its largest terms; and

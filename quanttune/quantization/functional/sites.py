@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..modules import QuantizedLinear, Twin
+from ..modules import QuantizedLinear, QuantizedModule
 from ..parameters import RoundsParameters
 from ..product_counts import Product
 from ..scheme import Scheme
@@ -49,7 +49,7 @@ class FunctionalSites:
             prefix = f"{name}." if name else ""
             is_childless = not any(n != name and n.startswith(prefix) for n in names)
             is_known = type(module).forward.__module__.startswith("torch.nn.")
-            if isinstance(module, Twin) or (is_childless and is_known):
+            if isinstance(module, QuantizedModule) or (is_childless and is_known):
                 continue
             module.__dict__[CALLS] = Calls(name, is_childless)
             undo.callback(module.__dict__.pop, CALLS)
@@ -102,7 +102,7 @@ class FunctionalSites:
         operation.name, operation.kinds, operation.is_score = None, {}, True
 
     def owner_of(self, weight: Tensor, caller: nn.Module) -> str | None:
-        """Return the Linear twin that holds a parameter, as a name below the module that calls."""
+        """Return the name of the quantized Linear that holds a parameter, below who calls it."""
         for name, module in caller.named_modules():
             if isinstance(module, QuantizedLinear) and module.weight is weight:
                 return name

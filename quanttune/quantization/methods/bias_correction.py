@@ -7,7 +7,7 @@ from torch import nn
 from ..running import Data, in_float
 from ..scheme import Scheme
 from .method import Rounding
-from .rounding.layer_by_layer import in_turn
+from .rounding.layer_by_layer import run_layer_by_layer
 from .rounding.moments import Group, Means, groups_of, sums_of
 
 
@@ -40,8 +40,8 @@ class BiasCorrection(Rounding):
 
         def correct(group: Group, mean: Means) -> None:
             for layer in group.layers:
-                layer.settle(layer.rows, layer.grid(layer.rows))
+                layer.write(layer.rows, layer.grid(layer.rows))
                 if layer.module.bias is not None:
                     layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
-        in_turn(model, groups, data, Means, correct, self.name)
+        run_layer_by_layer(model, groups, data, Means, correct, self.name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..running import Data, in_float
 from ..scheme import Scheme
 from .method import Rounding
-from .rounding.flips import FLIPS, refine
+from .rounding.flips import FLIPS, choose_codes
 from .rounding.layers import Grid, Layer
 from .rounding.linear_systems import ridge
 from .rounding.moments import Moments, groups_of, passes, sums_of
@@ -61,8 +61,13 @@ class ERQ(Rounding):
                         data.progress(self.name, len(found), layers)
                         found.append((layer, *self._solve(layer, moments)))
         data.progress(self.name, layers, layers)
-        for layer, rows, grid, bias in found:  # not before: each pass is one of the float model
-            layer.settle(rows, grid)
+        for (
+            layer,
+            rows,
+            grid,
+            bias,
+        ) in found:  # all at the end: the passes above are of the float model
+            layer.write(rows, grid)
             if layer.module.bias is not None:
                 layer.module.bias.data.copy_(bias)
 
@@ -104,7 +109,7 @@ def round_columns(
         passed_on = ridge(gram[later, later], gram[later, now], damping).T
         for first in range(0, len(rows), ROWS):
             part = slice(first, first + ROWS)
-            rounded = refine(rows[part, now], grid.of(part), gram[now, now] / tokens, flip)
+            rounded = choose_codes(rows[part, now], grid.of(part), gram[now, now] / tokens, flip)
             rows[part, later] -= (rounded - rows[part, now]) @ passed_on
             rows[part, now] = rounded
         begin = end

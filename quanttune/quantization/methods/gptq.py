@@ -10,7 +10,7 @@ from ..running import Data
 from ..scheme import Scheme
 from .method import Rounding
 from .rounding.fisher import fishers_of
-from .rounding.layer_by_layer import in_turn
+from .rounding.layer_by_layer import run_layer_by_layer
 from .rounding.layers import Grid, Layer
 from .rounding.linear_systems import damped_factor
 from .rounding.moments import Group, Moments, groups_of, passes
@@ -53,7 +53,7 @@ class GPTQ(Rounding):
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         groups = groups_of(model, data, f"{self.name}: finding layers")
         if self.hessian == "inputs":
-            in_turn(model, groups, data, Moments, self._round_group, self.name)
+            run_layer_by_layer(model, groups, data, Moments, self._round_group, self.name)
             return
         layers, fishers = [layer for group in groups for layer in group.layers], []
         for chosen in passes(layers, matrices=1):
@@ -68,7 +68,7 @@ class GPTQ(Rounding):
 
     def _round_layer(self, layer: Layer, hessian: Tensor) -> None:
         rows, grid = layer.rows, layer.grid(layer.rows)
-        layer.settle(self.round(rows, grid, hessian), grid)
+        layer.write(self.round(rows, grid, hessian), grid)
 
     def round(self, rows: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
         """Return rows on their grid, float64 (outputs, inputs); hessian: (inputs, inputs)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert import insert
+from ..convert import convert
 from ..functional.operations import Operation
 from ..functional.sites import FunctionalSites
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
@@ -49,8 +49,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
-    """Put described quantizers into a float model; `settle` follows when scales are loaded.
+def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
+    """Put described quantizers into a float model; `check_loaded` follows when scales are loaded.
 
     Raises:
         ValueError: the description is not one, or is that of another model.
@@ -64,7 +64,7 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
         scheme = Scheme(**data["scheme"], **rules)
     except TypeError as error:
         raise ValueError(f"scheme holds a value of another type: {error}") from error
-    state = insert(model, scheme, undo)
+    state = convert(model, scheme, undo)
     undo.callback(drop_restorations, model)
     add_described(model, data["restorations"])
     state.frozen = not dynamic
@@ -89,14 +89,14 @@ def restore(model: nn.Module, data: Any, undo: ExitStack) -> None:
             weight.learn(module.weight)
 
 
-def settle(model: nn.Module) -> None:
+def check_loaded(model: nn.Module) -> None:
     """Check the scales of a restored model, and note which sites were calibrated.
 
     Raises:
         ValueError: a scale is not finite and positive, or a zero point is no code.
     """
     for name, quantizer in quantizers(model).items():
-        quantizer.settle(name)
+        quantizer.check_loaded(name)
     for name, (_, weight) in weight_quantizers(model).items():
         if weight.scale is not None:
             check_scale(name, weight.scale)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ...files import replacing
-from .description import describe, restore, settle
+from .description import check_loaded, describe, from_description
 from .hf_config import update_hf_config
 
 KEY = "quantization_config"  # of what a file holds beside tensors
@@ -45,12 +45,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """
     shapes, data = _read_header(Path(path))
     with ExitStack() as undo:
-        restore(model, data, undo)
+        from_description(model, data, undo)
         _compare(shapes, model.state_dict(), path)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         undo.callback(model.load_state_dict, before)
         model.load_state_dict(load_file(path), strict=False)
-        settle(model)
+        check_loaded(model)
         undo.pop_all()
     update_hf_config(model)
     return model

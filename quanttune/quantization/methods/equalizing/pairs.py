@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...modules import twin_of
+from ...modules import quantized_class_of
 from ...restoration import NAME, add_restoration
 
 
@@ -63,4 +63,4 @@ class Pair:
 
 def columns_of(module: Any) -> Tensor:
     """Return the weight of a Linear or Conv1D as (outputs, inputs), a view."""
-    return module.weight.movedim(twin_of(module).output_axis, 0)
+    return module.weight.movedim(quantized_class_of(module).output_axis, 0)

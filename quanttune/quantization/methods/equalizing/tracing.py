@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...modules import QuantizedConvolution, QuantizedEmbedding, holds, twin_of
+from ...modules import QuantizedConvolution, QuantizedEmbedding, holds, quantized_class_of
 from ...restoration import NAME
 from ...running import Data, forward_batches
 from .pairs import Pair
@@ -157,10 +157,10 @@ class _Watch(TorchFunctionMode):
 
 def _can_read(module: nn.Module) -> bool:
     """Tell whether a module multiplies its input with a weight of (outputs, channels)."""
-    twin = twin_of(module)
-    if twin is None or not holds(module):
+    quantized = quantized_class_of(module)
+    if quantized is None or not holds(module):
         return False
-    return not issubclass(twin, (QuantizedConvolution, QuantizedEmbedding))
+    return not issubclass(quantized, (QuantizedConvolution, QuantizedEmbedding))
 
 
 def _tells_facts(result: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...running import Data, answer_of, evaluating, in_float
+from ...running import Data, evaluating, in_float, main_output
 from ...token_mask import counting, inside
 from .layers import Layer
 
@@ -34,7 +34,7 @@ def fishers_of(
     with in_float(model), evaluating(model), torch.enable_grad(), _calls_of(layers) as calls:
         for batch in data.track(what):
             with counting(model, batch, data.mask) as (args, kwargs):
-                answer = _sum(answer_of(model(*args, **kwargs)), signs)
+                answer = _sum(main_output(model(*args, **kwargs)), signs)
             _add(sums, calls, answer)
             calls.clear()
     return list(sums.values())

@@ -15,7 +15,7 @@ STEPS = 100  # flips per row, as published
 Choose = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def refine(rows: Tensor, grid: Grid, moments: Tensor, flip: str) -> Tensor:
+def choose_codes(rows: Tensor, grid: Grid, moments: Tensor, flip: str) -> Tensor:
     """Round rows to a neighbouring code each, so that the squared error of their products falls.
 
     It begins with the nearest codes and takes the other one of one value per row and step, as long

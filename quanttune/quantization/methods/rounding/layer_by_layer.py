@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ....progress import track
-from ...running import Data, SeenEnough, evaluating, forward_batches
+from ...running import Data, StopForward, evaluating, forward_batches
 from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
-def in_turn(
+def run_layer_by_layer(
     model: nn.Module,
     groups: Sequence[Group],
     data: Data,
@@ -50,7 +50,7 @@ class _Walk:
         self._forwards = []
         for batch in data.batches:
             forward = _Forward(partial(forward_batches, model, [batch], data.mask))
-            undo.callback(forward.leave)
+            undo.callback(forward.stop)
             self._forwards.append(forward)
 
     def reach(self, leader: Any, sums: Means | Moments) -> bool:
@@ -58,7 +58,7 @@ class _Walk:
         self._leader, self._sums = leader, sums
         for forward in self._forwards:
             self._running = forward
-            if forward.go_on() is not leader:
+            if forward.advance() is not leader:
                 return False
         return True
 
@@ -66,11 +66,11 @@ class _Walk:
         """Stop the forward that is under way; a hook of leaders."""
         if module is self._leader:
             self._sums.add(x, module.input_quantizer.forward(x))
-        self._running.stop(module)
+        self._running.wait_at(module)
 
 
 class _Forward:
-    """A forward in a thread of its own, which runs only while `go_on` waits for it."""
+    """A forward in a thread of its own, which runs only while `advance` waits for it."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self._go, self._there = Semaphore(0), Semaphore(0)
@@ -80,7 +80,7 @@ class _Forward:
         self._end = self._thread.submit(self._main, run)
         self._end.add_done_callback(lambda _: self._there.release())
 
-    def go_on(self) -> nn.Module | None:
+    def advance(self) -> nn.Module | None:
         """Run to the next stop and return it, or to the end."""
         if not self._end.done():
             self._at = None
@@ -90,15 +90,15 @@ class _Forward:
             self._end.result()  # raises what was raised in the forward
         return self._at
 
-    def stop(self, at: nn.Module) -> None:
+    def wait_at(self, at: nn.Module) -> None:
         """Wait, within the forward, until it is to go on."""
         self._at = at
         self._there.release()
         self._go.acquire()
         if self._leaving:
-            raise SeenEnough
+            raise StopForward
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """End it, wherever it is."""
         self._leaving = True
         self._go.release()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....fake_quantizer import fake_quant, integer_range
-from ...modules import QuantizedConvolution, QuantizedEmbedding, Twin, holds
+from ...modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule, holds
 from ...quantizer import WeightQuantizer
 from ...state import weight_quantizers
 
@@ -64,7 +64,7 @@ class Layer:
         return Grid(self.quantizer.scale_of(self._swap(rows)), self.quantizer.bits)
 
     @torch.no_grad()
-    def settle(self, rows: Tensor, grid: Grid) -> None:
+    def write(self, rows: Tensor, grid: Grid) -> None:
         """Make rows the weight, each value the nearest on a grid that is constant from now on."""
         values = self._swap(rows).float()
         self.module.weight.copy_(fake_quant(values, grid.scale, grid.bits, self.quantizer.axis))
@@ -86,7 +86,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return [
         Layer(module, quantizer)
         for module, quantizer in weight_quantizers(model).values()
-        if isinstance(module, Twin)
+        if isinstance(module, QuantizedModule)
         and not isinstance(module, (QuantizedConvolution, QuantizedEmbedding))
         and holds(module)
         and owners[id(module.weight)] == 1  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...quantizer import ActivationQuantizer
-from ...running import Data, SeenEnough, forward_batches
+from ...running import Data, StopForward, forward_batches
 from ...token_mask import without_padding
 from .layers import Layer, layers_of
 
@@ -141,7 +141,7 @@ def sums_of(
         sums[module].add(x, module.input_quantizer.forward(x))
         remaining -= 1
         if remaining == 0:
-            raise SeenEnough
+            raise StopForward
 
     with watching(sums, see):
         for batch in data.track(what):
