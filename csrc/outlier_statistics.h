@@ -6,7 +6,7 @@
 
 namespace quanttune {
 
-// The columns of `statistics`; reference.py has the same.
+// The columns of `statistics`; the reference has the same.
 enum Column { kMaximum, kMedian, kMean, kDeviation, kRatio, kMaximumCount, kMedianCount };
 constexpr int kColumns = 7;
 constexpr std::int64_t kSerial = 1 << 15;  // elements up to which waking threads costs more

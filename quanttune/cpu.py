@@ -1,4 +1,4 @@
-"""The C++ kernels behind the signatures of reference.py. ops.py hands over dense CPU tensors."""
+"""The C++ kernels behind the signatures of reference/. ops.py hands over dense CPU tensors."""
 
 import ctypes
 import math

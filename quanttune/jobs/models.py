@@ -14,7 +14,6 @@ from transformers import logging, set_seed
 from transformers.models.auto import modeling_auto
 
 from ..quantization import pretrained as pretrained  # so that quantized models can be loaded
-from . import models
 from .settings import Settings
 
 # the class that loads a model for a task, and the architectures that are for it already
@@ -219,7 +218,7 @@ class ModelSource:
         if not quantized:
             logging.set_verbosity_error()  # that the scales are not used is no news
         try:
-            model, drawn = models.load_model(self.name, config, self.task)
+            model, drawn = load_model(self.name, config, self.task)
         finally:
             logging.set_verbosity(before)
         if drawn:
@@ -232,6 +231,6 @@ class ModelSource:
 
 def find_model(settings: Settings) -> ModelSource:
     """Return the model of a run, which is not loaded yet."""
-    name = models.resolve(settings.model)
-    config = models.load_config(name)
-    return ModelSource(name, config, models.task_of(config, settings.task))
+    name = resolve(settings.model)
+    config = load_config(name)
+    return ModelSource(name, config, task_of(config, settings.task))

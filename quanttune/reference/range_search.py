@@ -1,4 +1,4 @@
-"""The ops that search the range of a grid, in plain PyTorch: see reference.py.
+"""The ops that search the range of a grid, in plain PyTorch.
 
 The kernels read a tensor once for all candidates. They add in another order, so their sums differ
 from these in the last bits of float64; counts are equal.
