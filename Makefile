@@ -33,7 +33,7 @@ BRIEF := --benchmark-max-time 0.3 --benchmark-min-rounds 5 --benchmark-group-by 
 	--benchmark-columns median,iqr,rounds --benchmark-sort fullname
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BRIEF)
-	$(BIN)/python benchmarks/ratios.py --device cpu --runs 3 --json $(JSON) $(ARGS)
+	$(BIN)/python benchmarks/ratios.py --runs 3 --json $(JSON) $(ARGS)
 
 # other libraries' fake quantization, in an environment of its own
 peers:

@@ -1,6 +1,6 @@
 """Measure every row of the speed table in one run, and print it beside bar and goal.
 
-python benchmarks/ratios.py --device cpu --json cpu-ratios.json
+python benchmarks/ratios.py --json cpu-ratios.json
 
 Answers are checked before anything is timed. Ours and the rival take turns, a ratio is that of the
 median times, and what counts is the median of the ratios of all runs.
@@ -72,7 +72,7 @@ def main() -> None:
     _print(ratios, runs, others)
     if options.json:
         result = {
-            "device": options.device,
+            "device": "cpu",
             "environment": environment(),
             "allocator": {key: os.environ[key] for key in os.environ if "MALLOC_" in key},
             "commit": commit(),
@@ -95,7 +95,6 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is missed")

@@ -21,5 +21,5 @@ from .quantization.saving.safetensors_file import load as load
 from .quantization.saving.safetensors_file import save as save
 from .quantization.simulation import quantize as quantize
 from .quantization.summary import summary as summary
+from .tuning.attach import attach as attach
 from .tuning.tuner import Tuner as Tuner
-from .tuning.tuner import attach as attach

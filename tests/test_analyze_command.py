@@ -93,7 +93,7 @@ def test_a_model_and_its_data_are_analysed(case, tmp_path):
 
 
 def test_a_recipe_is_analysed_beside_an_arm(fewer_digits, tmp_path):
-    run("analyze", "--model", "digits", "--compare", "paper", "--out", tmp_path)
+    run("analyze", "digits", "--compare", "paper", "--out", tmp_path)
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert [model["name"] for model in found["models"]] == ["digits", "paper"]
     assert list(found["models"][0]["blocks"]) == [f"blocks.{i}" for i in range(4)]
@@ -133,7 +133,6 @@ def test_dry_run_loads_and_writes_nothing(fewer_digits, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digits", "--model", "digits"], "two models are given, digits and --model digits"),
         (["--data", "x.csv"], "--data needs a model: quanttune analyze MODEL --data DATA"),
         (["digits", "--compare", "best"], "compare digits with one of base, control, .*'best'"),
         (["digits", "--tokens", "5"], "--tokens has an effect with --data only"),

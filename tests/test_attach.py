@@ -19,7 +19,7 @@ from oracle import (
 from torch import nn
 
 import quanttune as qt
-from quanttune.tuning.tuner import is_attached
+from quanttune.tuning.hooks import is_attached
 
 HOOKS = [k for k, v in vars(nn.Module()).items() if "hook" in k and isinstance(v, dict)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from quanttune.quantization.functional.sites.scaled_dot_product import attention
+from quanttune.quantization.functional.scaled_dot_product import attention
 
 B, H, T, S, D = 2, 4, 5, 7, 8
 

@@ -96,7 +96,7 @@ def test_errors_blocks_and_outputs_are_those_of_the_samples_alone(name):
             assert actual[site].split[0].saturation == pytest.approx(saturation, 1e-3, 1e-6)
     blocks = block_ranges(model, [padded], 99.0)
     for block, one in block_ranges(model, alone, 100.0).items():
-        assert blocks[block].output.high == pytest.approx(one.output.high, rel=1e-5)
+        assert blocks[block].high == pytest.approx(one.high, rel=1e-5)
     sequences = [y for y in outputs_of(model, alone) if y.dim() == 3]
     (logits,) = outputs_of(model, [padded])
     if sequences:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quanttune as qt
 from quanttune.trainer import QuantTuneTask, QuantTuneTaskMixin
-from quanttune.tuning.tuner import is_attached
+from quanttune.tuning.hooks import is_attached
 
 STEPS = 4
 TUNING = {"alpha": 0.3, "total_steps": STEPS}

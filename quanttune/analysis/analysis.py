@@ -193,7 +193,7 @@ def _model(
         "name": name,
         "float": subject.evaluate(model),
         "minmax": trials["minmax"].value,
-        "blocks": {block: asdict(one) for block, one in ranges.items()},
+        "blocks": {block: {"norm_input": asdict(one)} for block, one in ranges.items()},
         "channels": {
             site: [asdict(group) for group in channel_groups(tensors)]
             for site, tensors in values.items()

@@ -53,47 +53,31 @@ class Range:
         return max(-self.low, self.high)
 
 
-@dataclass(frozen=True)
-class BlockRange:
-    """The range of what a block returns, and of what enters its second norm."""
-
-    output: Range
-    norm_input: Range
-
-
-def block_ranges(model: nn.Module, data: Iterable[Any], percent: float) -> dict[str, BlockRange]:
-    """Return the dynamic range of each block over `data` (Figs. 4 and 6 of the paper).
+def block_ranges(model: nn.Module, data: Iterable[Any], percent: float) -> dict[str, Range]:
+    """Return the range of what enters each block's second norm (Figs. 4 and 6 of the paper).
 
     percent: of the magnitudes, for `Range.quantile`. A block with one norm has that one.
     """
     modules = dict(model.named_modules())
-    outputs = {name: _Extent(percent) for name in find_blocks(model)}
-    inputs = {name: _Extent(percent) for name in outputs}
+    inputs = {name: _Extent(percent) for name in find_blocks(model)}
     handles = []
-    for name in outputs:
+    for name, extent in inputs.items():
         norm = norms_of(modules[name])[:2][-1]
-        handles.append(modules[name].register_forward_hook(outputs[name].see_output))
-        handles.append(norm.register_forward_pre_hook(inputs[name].see_input))
+        handles.append(norm.register_forward_pre_hook(extent.see))
     try:
         forward_batches(model, data)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: BlockRange(outputs[name].range(), inputs[name].range()) for name in outputs}
+    return {name: extent.range() for name, extent in inputs.items()}
 
 
 class _Extent:
     def __init__(self, percent: float) -> None:
         self._minmax, self._quantile = MinMax(), Percentile(percent)
 
-    def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._update(output[0] if isinstance(output, tuple) else output)
-
-    def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._update(args[0])
-
-    def _update(self, x: Tensor) -> None:
-        x = without_padding(x, "residual")
+    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = without_padding(args[0], "residual")
         self._minmax.update(x)
         self._quantile.update(x)
 

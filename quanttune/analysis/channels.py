@@ -26,10 +26,6 @@ class ChannelGroup:
     whisker_high: float
     high: float
 
-    @property
-    def range(self) -> float:
-        return self.high - self.low
-
 
 def channel_groups(values: Sequence[Tensor], groups: int = GROUPS) -> list[ChannelGroup]:
     """Split the channels, the last dimension of each tensor, into contiguous groups.

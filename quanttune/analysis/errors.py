@@ -2,7 +2,7 @@
 
 With [low, high] what the grid represents and c = clip(x, low, high), the error x - Q(x) is
 (x - c) + (c - Q(x)). A value that saturates lands on the grid, so one of the two is always zero:
-sums of squares and of magnitudes add exactly.
+sums of squares add exactly.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,11 @@ Quantize = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ErrorSplit:
-    """Sums over the elements: of squared errors, and of their magnitudes."""
+    """Sums of squared errors over the elements."""
 
     elements: int = 0
     saturation: float = 0.0
     precision: float = 0.0
-    saturation_magnitude: float = 0.0
-    precision_magnitude: float = 0.0
 
     def __add__(self, other: "ErrorSplit") -> "ErrorSplit":
         sums = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -41,23 +39,15 @@ class ErrorSplit:
 def split_error(x: Tensor, quantize: Quantize) -> ErrorSplit:
     """Split the error of `quantize(x)`; it may be any uniform grid that saturates.
 
-    Source: QuantTune, arXiv 2403.06497, section 3; squares and magnitudes are our choice.
+    Source: QuantTune, arXiv 2403.06497, section 3; squares are our choice.
     """
     x = x.float()
     low, high = quantize(x.new_tensor([-torch.inf, torch.inf])).tolist()
     clipped = x.clamp(low, high)
-    saturation = _sums(x - clipped)
-    precision = _sums(clipped.sub_(quantize(x)))
-    return ErrorSplit(x.numel(), saturation[0], precision[0], saturation[1], precision[1])
-
-
-def _sums(error: Tensor) -> tuple[float, float]:
-    """Return the sums of squares and of magnitudes, in the memory of the errors.
-
-    torch adds float32 in pairs: the rounding stays near 1e-7 of the sum.
-    """
-    mass = error.abs_().sum().item()
-    return error.square_().sum().item(), mass
+    # in the memory of the errors; torch adds float32 in pairs, which loses about 1e-7 of the sum
+    saturation = (x - clipped).square_().sum().item()
+    precision = clipped.sub_(quantize(x)).square_().sum().item()
+    return ErrorSplit(x.numel(), saturation, precision)
 
 
 BINS = 2048

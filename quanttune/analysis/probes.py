@@ -3,16 +3,15 @@
 A site is named like its quantizer: `blocks.0.attn.qkv.input` belongs to `input_quantizer`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization.quantizer import ActivationQuantizer
-from ..quantization.running import enable_weights, forward_batches, main_output
+from ..quantization.running import forward_batches, main_output, rounding_only
 from ..quantization.state import quantizers
 from ..quantization.token_mask import counting, inside, without_padding
 
@@ -28,33 +27,25 @@ def sites_of(quantized: nn.Module) -> dict[str, ActivationQuantizer]:
     }
 
 
-@contextmanager
-def rounding_only(
-    quantized: nn.Module, sites: Collection[str], weights: bool = False, see: See | None = None
-) -> Iterator[None]:
-    """Let all pass unrounded but what enters `sites`, and the weights if they are to be rounded.
-
-    `see` is called with the name and the tensor of every other site, and which of its elements are
-    no padding (`quantization.padding.inside`).
-    """
-    passing: list[nn.Module] = []
-    for site, quantizer in sites_of(quantized).items():
-        if site not in sites:
-            quantizer.forward = partial(_pass, see, site, quantizer.kind)  # type: ignore[method-assign]
-            passing.append(quantizer)
-    if not weights:
-        enable_weights(quantized, False)
-    try:
-        yield
-    finally:
-        enable_weights(quantized, True)
-        for module in passing:
-            del module.forward
+def rounding_sites(
+    quantized: nn.Module, sites: Collection[str], weights: bool = False
+) -> AbstractContextManager[None]:
+    """Let all pass unrounded but what enters `sites`, and the weights if they are to be rounded."""
+    return rounding_only(quantized, {f"{site}_quantizer" for site in sites}, weights)
 
 
 def watch(quantized: nn.Module, data: Iterable[Any], see: See) -> None:
-    """Run a quantized model in float, and show the tensor at each site to `see`."""
-    with rounding_only(quantized, (), see=see):
+    """Run a quantized model in float, and show the tensor at each site to `see`.
+
+    With the name of the site, and which of the elements are no padding (`token_mask.inside`).
+    """
+    with rounding_only(quantized), ExitStack() as undo:
+        for site, quantizer in sites_of(quantized).items():
+
+            def show(quantizer: Any, args: tuple[Tensor], site: str = site) -> None:
+                see(site, args[0], inside(args[0], quantizer.kind))
+
+            undo.callback(quantizer.register_forward_pre_hook(show).remove)
         forward_batches(quantized, data)
 
 
@@ -66,9 +57,3 @@ def outputs_of(model: nn.Module, data: Iterable[Any]) -> list[Tensor]:
         with counting(model, batch) as (args, kwargs):
             outputs.append(without_padding(main_output(model(*args, **kwargs)), "output"))
     return outputs
-
-
-def _pass(see: See | None, site: str, kind: str, x: Tensor) -> Tensor:
-    if see:
-        see(site, x, inside(x, kind))
-    return x

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .probes import outputs_of, rounding_only, sites_of
+from .probes import outputs_of, rounding_sites, sites_of
 from .survey import SiteSurvey
 
 
@@ -33,11 +33,11 @@ def sensitivity(
     kinds: of each surveyed site. `advance` is called for each of them.
     """
     every = set(sites_of(quantized))
-    with rounding_only(quantized, ()):
+    with rounding_sites(quantized, ()):
         expected = outputs_of(quantized, data)
 
     def error(sites: set[str], weights: bool = False) -> float:
-        with rounding_only(quantized, sites, weights):
+        with rounding_sites(quantized, sites, weights):
             result = relative_error(outputs_of(quantized, data), expected)
         advance()
         return result

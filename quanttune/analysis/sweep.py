@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantization.calibrators import Calibrator, MinMax, Percentile
+from ..quantization.calibrators import Calibrator, Percentile
 from ..quantization.simulation import quantize
 from ..quantization.token_mask import select
 from .errors import ErrorSplit, Quantize, divergence, histogram, split_error
@@ -18,33 +18,19 @@ from .survey import SiteSurvey
 THRESHOLDS = (99.9, 99.99, 99.994, 99.999, 99.9999, 100.0)
 
 
-class PartOfRange(MinMax):
-    """Cover `percent` of the largest magnitude."""
-
-    def __init__(self, percent: float) -> None:
-        super().__init__()
-        self.percent = percent
-
-    def absmax(self) -> Tensor:
-        return super().absmax() * (self.percent / 100)
-
-
 # thresholds that have a name among the calibrators, whose trial serves for both
-_NAMES = {("quantile", 99.9): "percentile", ("quantile", 100): "minmax", ("range", 100): "minmax"}
-_MODES: dict[str, Callable[[float], Calibrator]] = {"quantile": Percentile, "range": PartOfRange}
+_NAMES = {99.9: "percentile", 100: "minmax"}
 
 
-def threshold(percent: float, mode: str = "quantile") -> str | Callable[[], Calibrator]:
-    """Return a calibrator that leaves `percent` of the values, or of the range, untouched.
+def threshold(percent: float) -> str | Callable[[], Calibrator]:
+    """Return a calibrator that leaves `percent` of the values untouched.
 
     The paper speaks of the range, but its 99.999 % makes sense only as a quantile of the values: in
     each batch, the mean over the batches. 100 covers everything that was seen.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
     if not 0 < percent <= 100:
         raise ValueError(f"a threshold must be above 0 and at most 100 per cent, got {percent}")
-    return _NAMES.get((mode, percent)) or partial(_MODES[mode], percent)
+    return _NAMES.get(percent) or partial(Percentile, percent)
 
 
 @dataclass
@@ -56,7 +42,7 @@ class Trial:
 
     @classmethod
     def of(cls, quantized: nn.Module, evaluate: Callable[[nn.Module], float]) -> "Trial":
-        grids = {site: quantizer.forward for site, quantizer in sites_of(quantized).items()}
+        grids = {site: quantizer.round for site, quantizer in sites_of(quantized).items()}
         return cls(evaluate(quantized), grids)
 
 

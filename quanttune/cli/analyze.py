@@ -24,7 +24,6 @@ def run(
             show_default="minilm",
         ),
     ] = None,
-    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
     data: options.OptionalData = None,
     task: options.Task = None,
     subset: options.Subset = None,
@@ -60,9 +59,6 @@ def run(
     from ..analysis.survey import rows_of
     from ..report.report import write_report
 
-    if model and named:
-        raise ValueError(f"two models are given, {model} and --model {named}: give one")
-    model = model or named
     if (out / "analysis.json").exists():
         raise ValueError(f"{out} holds an analysis: choose another --out")
     options.one_of("--coverage", coverage, PRESETS)

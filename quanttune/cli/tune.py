@@ -14,7 +14,7 @@ import typer
 
 from ..losses import LOSSES
 from ..tuning import schedule
-from ..tuning.tuner import BALANCES
+from ..tuning.attach import BALANCES
 from . import options
 from .terminal import Json, progress_bar, say, write_numbers
 

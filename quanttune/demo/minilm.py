@@ -75,9 +75,6 @@ class MiniLM:
         embeddings = self._embed(model.eval(), rows)
         return F.cosine_similarity(embeddings, self._embeddings[split]).mean().item()
 
-    def _held_out(self) -> list[tuple[str, Tensor]]:
-        return [("test", self._rows.test), ("validation", self._rows.validation)]
-
     def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
         ids = self._rows.tuning[self._order[step]]
         if step not in self._targets:  # the arms of a seed see the same batches

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..quantization.simulation import quantize
-from ..tuning.tuner import attach
+from ..tuning.attach import attach
 
 if TYPE_CHECKING:
     from .experiment import Arm

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..quantization.state import quantizers, state_of, weight_quantizers
 from ..quantization.token_mask import arguments_of
-from ..tuning.tuner import is_attached
+from ..tuning.hooks import is_attached
 
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
 

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..trainer import QuantTuneTrainer
 from ..trainer.checkpoint import load_weights
-from ..tuning.tuner import attach
+from ..tuning.attach import attach
 from . import checkpoints, models
 from .dataset import Dataset, load_dataset
 from .publication import held

@@ -26,8 +26,12 @@ class KeepsFloat32(nn.Module):
 
 
 class _Quantizer(KeepsFloat32):
-    """A grid of constant scale; or of one that is learned, as a factor of where it began."""
+    """A grid of constant scale; or of one that is learned, as a factor of where it began.
 
+    It lets everything pass while it is not `enabled`; its `round` rounds all the same.
+    """
+
+    enabled = True
     bits: int
     scale: Tensor  # of a weight: None while it follows the weight
     factor: nn.Parameter | None
@@ -86,6 +90,14 @@ class ActivationQuantizer(_Quantizer):
                 self.calibrator.update(without_padding(x.detach(), self.kind))
                 self.reached = True
             return x
+        return self.round(x) if self.enabled else x
+
+    def round(self, x: Tensor) -> Tensor:
+        """Round x to the grid.
+
+        Raises:
+            RuntimeError: no calibration came by here.
+        """
         if self.dynamic:
             return dynamic_fake_quant(x, self.bits)
         if not self.reached:
@@ -196,20 +208,20 @@ class AffineQuantizer(ActivationQuantizer):
 class WeightQuantizer(_Quantizer):
     """Round a weight to grids: one per index of `axis`, or (None) one for the tensor.
 
-    Without a `scale` the grids are min-max, and follow the weight when it is trained. It is not
-    `enabled` while activations are calibrated: their ranges are those of the float model.
+    Without a `scale` the grids are min-max, and follow the weight when it is trained.
     """
 
     def __init__(self, bits: int, axis: int | None) -> None:
         super().__init__()
         self.bits, self.axis = bits, axis
-        self.enabled = True
         self.register_buffer("scale", None)
         self.register_parameter("factor", None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.enabled:
-            return weight
+        return self.round(weight) if self.enabled else weight
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Round a weight to its grids."""
         if self.scale is None:
             return dynamic_fake_quant(weight, self.bits, self.axis)
         return self._round(weight, self.axis)
@@ -258,10 +270,8 @@ class StackQuantizer(WeightQuantizer):
         """Return rows as the stack that they are of."""
         return rows.unflatten(0, (matrices, -1)).movedim(1, self.outputs)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.enabled:
-            return weight
-        return self.stack(super().forward(self.rows(weight)), len(weight))
+    def round(self, weight: Tensor) -> Tensor:
+        return self.stack(super().round(self.rows(weight)), len(weight))
 
     def scale_of(self, weight: Tensor) -> Tensor:
         return super().scale_of(self.rows(weight))

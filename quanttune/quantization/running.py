@@ -1,6 +1,6 @@
 """Run a model over batches of data, for its hooks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +80,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(was_training)
 
 
-def enable_weights(model: nn.Module, enabled: bool) -> None:
-    """Round the weights of a quantized model, or let them pass."""
+@contextmanager
+def rounding_only(
+    model: nn.Module, activations: Collection[str] = (), weights: bool = False
+) -> Iterator[None]:
+    """Let the quantizers of a model pass what they are given, but for those named, and weights if
+    they are to be rounded.
+    """
+    passing = [q for name, q in quantizers(model).items() if name not in activations]
+    with ExitStack() as undo:
+        if not weights:
+            undo.callback(_enable_weights, model, True)  # also those that are found meanwhile
+            _enable_weights(model, False)
+        for quantizer in passing:
+            undo.callback(setattr, quantizer, "enabled", quantizer.enabled)
+            quantizer.enabled = False
+        yield
+
+
+def _enable_weights(model: nn.Module, enabled: bool) -> None:
     state_of(model).round_weights = enabled
     for quantizer in model.modules():
         if isinstance(quantizer, WeightQuantizer):
@@ -90,17 +107,11 @@ def enable_weights(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def in_float(model: nn.Module) -> Iterator[None]:
-    """Let a quantized model compute in float; a quantizer's own `forward` still rounds."""
+    """Let a quantized model compute in float."""
     sites = state_of(model)  # not its quantizers: a dynamic model may not have made all of them
-    with ExitStack() as undo:
+    with rounding_only(model):
         sites.enabled = False
-        undo.callback(setattr, sites, "enabled", True)
-        for quantizer in quantizers(model).values():
-            undo.callback(quantizer.register_forward_hook(_pass).remove)
-        enable_weights(model, False)
-        undo.callback(enable_weights, model, True)
-        yield
-
-
-def _pass(_: nn.Module, args: Any, __: Any) -> Any:
-    return args[0]
+        try:
+            yield
+        finally:
+            sites.enabled = True

@@ -17,7 +17,7 @@ from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
 from .product_counts import counting_products
 from .restoration import drop_restorations
-from .running import Data, enable_weights, forward_batches
+from .running import Data, forward_batches, rounding_only
 from .saving.hf_config import update_hf_config
 from .scheme import Overrides, Scheme, matches
 from .state import quantizers, refuse_quantized, state_of, weight_quantizers
@@ -154,14 +154,13 @@ def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:
 
 
 def _calibrate(model: nn.Module, data: Data) -> None:
-    enable_weights(model, False)
     batches = iter(data.track("calibrating"))
-    with counting_products(model) as state_of(model).products:
-        first = forward_batches(model, islice(batches, 1), data.mask)
-    if not first:
-        raise ValueError("data is empty: calibration needs at least one batch of inputs")
-    forward_batches(model, batches, data.mask)
-    enable_weights(model, True)
+    with rounding_only(model):
+        with counting_products(model) as state_of(model).products:
+            first = forward_batches(model, islice(batches, 1), data.mask)
+        if not first:
+            raise ValueError("data is empty: calibration needs at least one batch of inputs")
+        forward_batches(model, batches, data.mask)
 
 
 def _check_overrides(model: nn.Module, scheme: Scheme) -> None:

@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from ..tuning.attach import attach
 from ..tuning.sites import observed_types
-from ..tuning.tuner import Tuner, attach
+from ..tuning.tuner import Tuner
 from .common import logs, plan
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from ..tuning.tuner import attach
+from ..tuning.attach import attach
 from .common import plan
 
 if TYPE_CHECKING:

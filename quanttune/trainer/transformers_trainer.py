@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..reference import result_dtype
-from ..tuning.tuner import Tuner, attach
+from ..tuning.attach import attach
+from ..tuning.tuner import Tuner
 from . import common
 from .checkpoint import has_weights, load_weights
 

@@ -46,3 +46,11 @@ def refuse_compiled_parts(model: nn.Module) -> None:
                 f"{name} of {type(model).__name__} is compiled by itself: what it observes cannot "
                 "be told from the others. Compile the whole model that is attached, or none of it"
             )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Tell whether the model, or a part of it, has a tuner."""
+    hooks: list[Any] = []
+    for module in model.modules():
+        hooks += module._forward_pre_hooks.values()
+    return any(isinstance(hook, Hook) and hook.method for hook in hooks)

@@ -1,26 +1,21 @@
-"""Attach outlier-driven tuning to a model, and mix its loss into the task's."""
+"""Mix the outlier loss of an attached model into the task's, step by step."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..losses import OutlierLoss, find_loss
-from ..masks import Mask
 from ..reference import MAXIMUM
 from . import schedule
-from .hooks import Hook, refuse_compiled_parts
 from .loss_weight import Upstream
 from .mixing import combine, instances, outlier_loss
 from .observers import Observers
-from .sites import PAPER, find_heads, find_sites, find_unobserved
 from .taps import Observation
 
-BALANCES = ("none", "initial")
-LOUD = 3.0  # warn when the outlier term's gradient is this many times the task's
+# warn when the norm of the outlier term's gradient is this many times the task's
+GRADIENT_RATIO_WARNING = 3.0
 
 
 class Tuner:
@@ -173,7 +168,7 @@ class Tuner:
                 return
             parts = [g.detach().float().norm() for g in gradients if g is not None]
             norms.append(torch.stack(parts).norm().item() if parts else 0.0)
-        if norms[1] > LOUD * norms[0]:
+        if norms[1] > GRADIENT_RATIO_WARNING * norms[0]:
             warnings.warn(
                 f"the outlier term's gradient norm is {norms[1]:.3g} at the first step, the task's "
                 f"{norms[0]:.3g}: the task may be lost. Lower alpha, or pass balance='initial'",
@@ -213,107 +208,3 @@ class Tuner:
                 )
 
         return report
-
-
-def attach(
-    model: nn.Module,
-    alpha: float = 0.5,
-    decay: str = "linear",
-    total_steps: int | None = None,
-    *,
-    balance: str = "none",
-    loss: str | OutlierLoss = "ratio",
-    detach_deviation: bool = False,
-    exact: bool = False,
-    observe_every: int = 1,
-    fuse: bool = False,
-    mask: Mask | None = "attention_mask",
-    sites: Sequence[str] = PAPER,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-) -> Tuner:
-    """Observe the inputs and outputs of every Linear and LayerNorm of a model while it trains.
-
-    Only hooks are added: no module is replaced and nothing enters the state_dict. The model is
-    observed when it is called in training mode with gradients enabled; a copy of it is not
-    attached. Samples are counted along the first dimension of its first input; all forwards between
-    two `combine` count. PyTorch refuses modules that
-    change an observed output in place, such as ReLU(inplace=True) after a Linear.
-
-    torch.compile: run one forward of the attached model in training mode before the first compiled
-    one. What was compiled already is compiled again, since torch.compile takes no notice of new
-    hooks.
-
-    Args:
-        model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm, or what `sites` says.
-        alpha: weight of the outlier loss, 0 to 1 (0.3, 0.5 and 0.7 in the paper). With 0
-            training is bit for bit what it is without quanttune.
-        decay: how alpha falls to 0 over `total_steps` optimizer steps: "linear", "cosine", or
-            "constant" for not at all.
-        balance: "none", as in the paper, or "initial": L_out counts relative to its first value,
-            times the first task loss. Use it where the two losses are far apart.
-        loss: what a tensor costs: "ratio" (eq. 2), another name of `quanttune.losses.LOSSES`, or an
-            object of a class there. The last two of them take several passes over each tensor.
-        detach_deviation: hold the deviation constant in the gradient of the ratio. It lowers large
-            outliers faster than the paper's form, which stays the default.
-        exact: take medians over all elements, not over a sample, of tensors with more than 65,536
-            elements per sample.
-        observe_every: observe at every k-th optimizer step only, and count L_out k times there.
-        fuse: let LayerNorm, GELU and ReLU modules observe themselves in the kernel that they run
-            (their class is another one meanwhile), and let torch.compile do as much: fewer passes
-            over memory on a GPU. On a CPU it costs more than it saves.
-        mask: which tokens are padding, and stay out of the statistics: the name of an argument of
-            the model's forward, (samples, tokens) with 0 for padding, or a function that gets all
-            arguments by name and returns such a tensor. It holds for what is computed of
-            the arguments of its shape: with the default, that of a decoder is
-            `decoder_attention_mask`, and submodules that are called with a mask use theirs. Of
-            observed tensors it holds for (samples, tokens, ...) and (samples * tokens, channels).
-            None: padding counts.
-        sites: the kinds of modules to observe: "linear" (Conv1D too), "layer_norm", "rms_norm".
-        include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
-            logits are left out in any case.
-
-    Raises:
-        ValueError: an argument is out of range, nothing matches, the model is attached already, or
-            parts of it are compiled each by itself.
-
-    Source: QuantTune, arXiv 2403.06497, eqs. 2 and 3; `balance` and `detach_deviation` are ours.
-    """
-    model = _unwrap(model)
-    schedule.check(alpha, decay, total_steps)
-    if balance not in BALANCES:
-        raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
-    if is_attached(model):
-        raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
-    if observe_every < 1:
-        raise ValueError(f"observe_every must be at least 1, got {observe_every}")
-    refuse_compiled_parts(model)
-    observers = Observers(
-        model,
-        find_sites(model, include, exclude, sites),
-        find_heads(model),
-        find_loss(loss, exact, detach_deviation, fuse),
-        fuse,
-        mask,
-        find_unobserved(model, include, exclude, sites),
-    )
-    return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model in what torch.compile or DistributedDataParallel returned."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # the wrapper hands out copies of the logits, unknown to the tuner
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Tell whether the model, or a part of it, has a tuner."""
-    hooks: list[Any] = []
-    for module in model.modules():
-        hooks += module._forward_pre_hooks.values()
-    return any(isinstance(hook, Hook) and hook.method for hook in hooks)

@@ -77,8 +77,7 @@ def _calls_of(layers: Iterable[Layer]) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def see(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # the quantizer's own forward: hooks let its input pass
-        calls.append((module, module.input_quantizer.forward(args[0].detach()), output))
+        calls.append((module, module.input_quantizer.round(args[0].detach()), output))
         return output.clone()  # which may be changed in place
 
     with ExitStack() as undo:

@@ -65,7 +65,7 @@ class _Walk:
     def see(self, module: Any, x: Tensor) -> None:
         """Stop the forward that is under way; a hook of leaders."""
         if module is self._leader:
-            self._sums.add(x, module.input_quantizer.forward(x))
+            self._sums.add(x, module.input_quantizer.round(x))
         self._running.wait_at(module)
 
 

@@ -137,8 +137,7 @@ def sums_of(
 
     def see(module: Any, x: Tensor) -> None:
         nonlocal remaining
-        # the quantizer's own forward: hooks may let its input pass
-        sums[module].add(x, module.input_quantizer.forward(x))
+        sums[module].add(x, module.input_quantizer.round(x))
         remaining -= 1
         if remaining == 0:
             raise StopForward
