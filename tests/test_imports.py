@@ -2,6 +2,7 @@
 
 import ast
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from importlib.util import resolve_name
 
 import pytest
@@ -75,3 +76,18 @@ def test_circles_are_seen_in_functions_too(tmp_path, monkeypatch):
     assert graph["quanttune.late"] == {"quanttune.ops"}
     with pytest.raises(CycleError):
         TopologicalSorter({**graph, "quanttune.ops": {"quanttune.late"}}).prepare()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("quanttune.analysis.report", "quanttune.report.report", "write_report"),
+        ("quanttune.inference.products", "quanttune.deploy.products", "explain"),
+    ],
+)
+def test_names_that_were_documented_work_with_a_warning(old, new, name):
+    with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+        found = getattr(import_module(old), name)
+    assert found is getattr(import_module(new), name)
+    with pytest.raises(AttributeError):
+        _ = import_module(old).no_such_name
