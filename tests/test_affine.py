@@ -16,7 +16,7 @@ from quanttune.analysis.errors import split_error
 from quanttune.analysis.probes import watch
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.calibrators import AFFINE, AffineOMSE, MinMax, Range
-from quanttune.quantization.calibrators.search import affine_grid
+from quanttune.quantization.calibrators.search import affine_qparams
 from quanttune.quantization.learned_scale import learned_fake_quant
 from quanttune.quantization.quantizer import AffineQuantizer
 from quanttune.quantization.saving.description import describe
@@ -223,7 +223,7 @@ def test_the_search_loses_no_more_than_minmax():
 
 def test_the_range_of_everything_that_float32_holds():
     top = torch.tensor(torch.finfo(torch.float32).max)
-    scale, zero_point = affine_grid(Range(-top, top), 8)
+    scale, zero_point = affine_qparams(Range(-top, top), 8)
     assert scale.item() == pytest.approx(2 * top.item() / 255)
     assert zero_point == 0
 

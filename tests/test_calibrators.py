@@ -19,7 +19,7 @@ from quanttune.quantization.calibrators import (
     entropy,
     make_calibrator,
 )
-from quanttune.quantization.calibrators.search import affine_grid
+from quanttune.quantization.calibrators.search import affine_qparams
 from quanttune.quantization.simulation import quantize, quantizers
 
 ALL = {**CALIBRATORS, "omse_affine": AffineOMSE}
@@ -229,7 +229,7 @@ def test_affine_omse_agrees_with_a_slow_search(kind, bits):
 def test_affine_omse_covers_zero(offset):
     x = torch.rand(500) * 2 + offset
     covered = updated(AffineOMSE(8), x).range()
-    scale, zero_point = affine_grid(covered, 8)
+    scale, zero_point = affine_qparams(covered, 8)
     ends = sorted((0.0, offset + (2 if offset > 0 else 0)))
     np.testing.assert_allclose([covered.low, covered.high], ends, rtol=2e-2, atol=1e-6)
     assert zero_point == (-128 if offset > 0 else 127)
@@ -237,11 +237,11 @@ def test_affine_omse_covers_zero(offset):
     assert ((code - zero_point) * scale - x).abs().max() <= 0.51 * scale
 
 
-def test_affine_grid_by_hand():
-    scale, zero_point = affine_grid(updated(MinMax(), torch.tensor([-1.0, 3.0])).range(), 3)
+def test_affine_qparams_by_hand():
+    scale, zero_point = affine_qparams(updated(MinMax(), torch.tensor([-1.0, 3.0])).range(), 3)
     assert scale.item() == pytest.approx(4 / 7)
     assert zero_point == -2  # of -4 .. 3: -1.75 steps below zero round to two
-    assert affine_grid(updated(MinMax(), torch.zeros(3)).range(), 8) == (1, -128)
+    assert affine_qparams(updated(MinMax(), torch.zeros(3)).range(), 8) == (1, -128)
 
 
 @pytest.mark.parametrize("bits", [3, 8])

@@ -153,7 +153,7 @@ def test_rounds_its_projections(name, weights):
             parameter.data = fake_quant(parameter.detach(), scale, 4, axis)
     qt.quantize(model, weight_bits=4, weights=weights, data=[(inputs,)])
     with in_float(model):
-        for _, quantizer in qt.quantization.insertion.weight_quantizers(model).values():
+        for _, quantizer in qt.quantization.state.weight_quantizers(model).values():
             quantizer.enabled = True
         torch.testing.assert_close(model(inputs)[0], expected(inputs)[0], rtol=1e-6, atol=1e-6)
 

@@ -23,7 +23,7 @@ def sites_of(quantized: nn.Module) -> dict[str, ActivationQuantizer]:
     return {
         name.removesuffix("_quantizer"): quantizer
         for name, quantizer in quantizers(quantized).items()
-        if quantizer.reached
+        if quantizer.calibrated
     }
 
 

@@ -52,7 +52,7 @@ def _decomposed(model: nn.Module) -> Iterator[None]:
     """Let activations be rounded by the ops that compilers look for."""
     with ExitStack() as undo:
         for quantizer in quantizers(model).values():
-            if quantizer.reached and quantizer.bits <= MAX_INTEGER_BITS:
+            if quantizer.calibrated and quantizer.bits <= MAX_INTEGER_BITS:
                 quantizer.round = _rounding(quantizer)  # type: ignore[method-assign, assignment]
                 undo.callback(delattr, quantizer, "round")
         yield

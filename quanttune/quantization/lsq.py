@@ -26,7 +26,7 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     """
     if state_of(model).scheme.dynamic:
         raise ValueError("a dynamic model has no scales to learn: quantize it with data")
-    learned = [q.learn() for q in quantizers(model).values() if q.reached]
+    learned = [q.learn() for q in quantizers(model).values() if q.calibrated]
     for module, quantizer in weight_quantizers(model).values():
         if not isinstance(module, QuantizedEmbedding):
             learned.append(quantizer.learn(module.weight))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..fake_quantizer import dynamic_fake_quant, fake_quant, integer_range, scale_of
 from ..reference import absmax
-from .calibrators import Calibrator, Range, TwoSided
-from .calibrators.search import affine_grid
+from .calibrators import AffineCalibrator, Calibrator, Range
+from .calibrators.search import affine_qparams
 from .learned_scale import learned_fake_quant, positive
 from .token_mask import without_padding
 
@@ -65,7 +65,7 @@ class ActivationQuantizer(_Quantizer):
     `dynamic` quantizer takes the range of each tensor from itself.
     """
 
-    covered: tuple[str, ...] = ("absmax",)  # buffers: what the grid covers; NaN while unknown
+    range_names: tuple[str, ...] = ("absmax",)  # buffers: the ends of the range; NaN while unknown
     absmax: Tensor
 
     def __init__(
@@ -76,10 +76,10 @@ class ActivationQuantizer(_Quantizer):
         self.calibrator = calibrator
         self.observer: str | None = None  # the calibrator's name
         self.dynamic = calibrator is None
-        self.reached = False
+        self.calibrated = False
         # float32 whatever the default type is
         options = {"dtype": torch.float32, "device": device}
-        for name in self.covered:
+        for name in self.range_names:
             self.register_buffer(name, torch.full((), torch.nan, **options))  # type: ignore[call-overload]
         self.register_buffer("scale", torch.ones((), **options))  # type: ignore[call-overload]
         self.register_parameter("factor", None)
@@ -88,7 +88,7 @@ class ActivationQuantizer(_Quantizer):
         if self.calibrator is not None:
             if x.numel():
                 self.calibrator.update(without_padding(x.detach(), self.kind))
-                self.reached = True
+                self.calibrated = True
             return x
         return self.round(x) if self.enabled else x
 
@@ -100,14 +100,14 @@ class ActivationQuantizer(_Quantizer):
         """
         if self.dynamic:
             return dynamic_fake_quant(x, self.bits)
-        if not self.reached:
+        if not self.calibrated:
             raise RuntimeError("this tensor was never reached during calibration: give more data")
         return self._round(x)
 
     def freeze(self, site: str) -> None:
         """Compute the scale from what the calibrator saw, and quantize from now on."""
-        if self.reached and self.calibrator is not None:
-            for name, seen in zip(self.covered, self._seen(self.calibrator), strict=True):
+        if self.calibrated and self.calibrator is not None:
+            for name, seen in zip(self.range_names, self._observed(self.calibrator), strict=True):
                 if not seen.isfinite():
                     raise ValueError(f"{site} held NaN or inf during calibration: {name} {seen}")
                 setattr(self, name, seen.to(self.scale))
@@ -122,16 +122,16 @@ class ActivationQuantizer(_Quantizer):
         """
         check_scale(site, self.scale)
         check_scale(site, self.step)
-        known = all(getattr(self, name).isfinite() for name in self.covered)
-        self.reached = known and not self.dynamic
+        known = all(getattr(self, name).isfinite() for name in self.range_names)
+        self.calibrated = known and not self.dynamic
 
     def set_bits(self, bits: int) -> None:
         """Cover the same range with integers of another width."""
         if self.factor is not None:
             raise ValueError("the scales are being learned: call freeze_scales(model) first")
         self.bits = bits
-        if self.reached:
-            self._fit()
+        if self.calibrated:
+            self._set_grid()
 
     def learn(self) -> nn.Parameter:
         """Begin to learn the scale, and return the parameter that does."""
@@ -140,18 +140,18 @@ class ActivationQuantizer(_Quantizer):
     def stop_learning(self) -> None:
         if self.factor is not None:
             super().stop_learning()
-            self._reach()
+            self._set_range()
 
-    def _seen(self, calibrator: Calibrator) -> Iterable[Tensor]:
-        """Return what is to be `covered`."""
+    def _observed(self, calibrator: Calibrator) -> Iterable[Tensor]:
+        """Return the ends of the range that is to be covered."""
         return (calibrator.absmax(),)
 
-    def _fit(self) -> None:
-        """Compute the grid of what is `covered`."""
+    def _set_grid(self) -> None:
+        """Compute the grid that covers the range."""
         self.scale = scale_of(self.absmax, self.bits)
 
-    def _reach(self) -> None:
-        """Cover what the grid reaches."""
+    def _set_range(self) -> None:
+        """Take the range that the grid covers."""
         self.absmax = self.scale * integer_range(self.bits)[1]
 
     def extra_repr(self) -> str:
@@ -164,7 +164,7 @@ class AffineQuantizer(ActivationQuantizer):
     Zero lies between them.
     """
 
-    covered = ("low", "high")
+    range_names = ("low", "high")
     symmetric = False
     low: Tensor
     high: Tensor
@@ -188,15 +188,15 @@ class AffineQuantizer(ActivationQuantizer):
         super()._load_from_state_dict(*args, **kwargs)
         self.zero = int(self.zero_point)
 
-    def _seen(self, calibrator: Calibrator) -> Iterable[Tensor]:
-        return cast(TwoSided, calibrator).range().with_zero()
+    def _observed(self, calibrator: Calibrator) -> Iterable[Tensor]:
+        return cast(AffineCalibrator, calibrator).range().with_zero()
 
-    def _fit(self) -> None:
-        self.scale, zero_point = affine_grid(Range(self.low, self.high), self.bits)
+    def _set_grid(self) -> None:
+        self.scale, zero_point = affine_qparams(Range(self.low, self.high), self.bits)
         self.zero_point = zero_point.to(torch.int32)
         self.zero = int(zero_point)
 
-    def _reach(self) -> None:
+    def _set_range(self) -> None:
         qmin, qmax = integer_range(self.bits)
         self.low = self.scale * (qmin - self.zero)
         self.high = self.scale * (qmax - self.zero)

@@ -178,7 +178,7 @@ def _freeze(model: nn.Module) -> None:
     sites = quantizers(model)
     for name, quantizer in sites.items():
         quantizer.freeze(name)
-    unreached = [name for name, quantizer in sites.items() if not quantizer.reached]
+    unreached = [name for name, quantizer in sites.items() if not quantizer.calibrated]
     if unreached:
         warnings.warn(
             f"{len(unreached)} site(s) were not reached during calibration and are not quantized: "

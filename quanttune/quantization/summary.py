@@ -141,7 +141,7 @@ def _shares(model: nn.Module) -> tuple[float, float | None, tuple[Float, ...]]:
 
 
 def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, int | None]:
-    if quantizer.dynamic or not quantizer.reached:
+    if quantizer.dynamic or not quantizer.calibrated:
         return None, None, None
     scale = quantizer.step.item()
     qmin, qmax = integer_range(quantizer.bits)

@@ -36,7 +36,7 @@ def recording(model: nn.Module, dtype: torch.dtype, center: int) -> Iterator[dic
 
     with ExitStack() as undo:
         for site, quantizer in quantizers(model).items():
-            if quantizer.reached and quantizer.bits <= MAX_INTEGER_BITS:
+            if quantizer.calibrated and quantizer.bits <= MAX_INTEGER_BITS:
                 handle = quantizer.register_forward_hook(
                     lambda quantizer, _, output, site=site: record(site, quantizer, output)
                 )

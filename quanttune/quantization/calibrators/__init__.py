@@ -10,18 +10,18 @@ from types import MappingProxyType
 
 from .entropy import Entropy as Entropy
 from .percentile import Percentile as Percentile
+from .ranges import AffineCalibrator as AffineCalibrator
 from .ranges import Calibrator as Calibrator
 from .ranges import MinMax as MinMax
 from .ranges import MovingAverage as MovingAverage
 from .ranges import Range as Range
 from .ranges import RangeCalibrator as RangeCalibrator
-from .ranges import TwoSided as TwoSided
 from .search import AffineOMSE as AffineOMSE
 from .search import MeanSquaredError as MeanSquaredError
 from .search import SymmetricOMSE as SymmetricOMSE
 
 # what these cover depends on the data alone, so a range serves any number of bits
-RANGES: Mapping[str, Callable[[], TwoSided]] = MappingProxyType(
+RANGES: Mapping[str, Callable[[], AffineCalibrator]] = MappingProxyType(
     {
         "minmax": MinMax,
         "ema": MovingAverage,
@@ -35,7 +35,7 @@ SEARCHES: Mapping[str, Callable[[int], Calibrator]] = MappingProxyType(
 )
 CALIBRATORS: Mapping[str, Callable[..., Calibrator]] = MappingProxyType({**RANGES, **SEARCHES})
 # those that have an affine form: a percentile of magnitudes has one end, so it is that of values
-AFFINE: Mapping[str, Callable[..., TwoSided]] = MappingProxyType(
+AFFINE: Mapping[str, Callable[..., AffineCalibrator]] = MappingProxyType(
     {**RANGES, "percentile": partial(Percentile, two_sided=True), "omse": AffineOMSE}
 )
 
@@ -47,13 +47,13 @@ def make_calibrator(
 
     Args:
         kind: a name in CALIBRATORS, or if not `symmetric` in AFFINE, or a function that makes a
-            calibrator, which then has to be `TwoSided`.
+            calibrator, which then has to be `AffineCalibrator`.
     """
     if isinstance(kind, str):
         table = CALIBRATORS if symmetric else AFFINE
         return table[kind](bits) if kind in SEARCHES else table[kind]()
     calibrator = kind()
-    if not (symmetric or isinstance(calibrator, TwoSided)):
+    if not (symmetric or isinstance(calibrator, AffineCalibrator)):
         raise TypeError(
             "symmetric=False needs a calibrator that has range() beside update() and absmax(), "
             f"got {type(calibrator).__name__}"

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ... import ops
 from ...fake_quantizer import integer_range
-from .ranges import Cumulative
+from .ranges import SearchCalibrator
 
 BINS = 2048  # of the first batch
 MOST_BINS = 8 * BINS
 ROUNDING = 1e-9  # nats: far above that of the running sums, far below what tells ranges apart
 
 
-class Entropy(Cumulative):
+class Entropy(SearchCalibrator):
     """Cover the range whose clipped, coarser histogram of magnitudes diverges the least.
 
     The rule of TensorRT: of all ranges that end at a bin's edge, that of the smallest KL divergence

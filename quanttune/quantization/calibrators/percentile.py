@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranges import Range, Smoothed
+from .ranges import AveragedCalibrator, Range
 
 GROUP = 64  # elements of which the largest is looked at first
 
 
-class Percentile(Smoothed):
+class Percentile(AveragedCalibrator):
     """Cover `percent` of the magnitudes of each batch, on average over the batches.
 
     Linear interpolation between the two neighbouring values, like numpy.percentile. The default

@@ -36,7 +36,7 @@ class Calibrator(Protocol):
 
 
 @runtime_checkable
-class TwoSided(Calibrator, Protocol):
+class AffineCalibrator(Calibrator, Protocol):
     """A calibrator that an affine grid can take its range from."""
 
     def range(self) -> Range:
@@ -89,7 +89,7 @@ class MinMax(RangeCalibrator):
         return Range(torch.minimum(self._range.low, low), torch.maximum(self._range.high, high))
 
 
-class Smoothed(RangeCalibrator):
+class AveragedCalibrator(RangeCalibrator):
     """Cover the moving average of each batch's range, or (sigma=None) the plain one.
 
     With sigma, the first batch counts in full: of ten, at sigma = 0.01, with a weight of 0.91. The
@@ -116,7 +116,7 @@ class Smoothed(RangeCalibrator):
         return Range(low + share * (new.low - low), high + share * (new.high - high))
 
 
-class MovingAverage(Smoothed):
+class MovingAverage(AveragedCalibrator):
     """Cover the exponential moving average of each batch's lowest and highest value.
 
     sigma = 0.01 is FQ-ViT's, 0.1 the momentum of 0.9 elsewhere.
@@ -129,7 +129,7 @@ class MovingAverage(Smoothed):
         return extremes(x)
 
 
-class Cumulative(ABC):
+class SearchCalibrator(ABC):
     """A calibrator that adds up what each range would lose, over all batches.
 
     Its ranges end within what was seen. Zeros lose nothing, and what is not finite has no range.

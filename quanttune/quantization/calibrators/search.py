@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import ops
 from ...fake_quantizer import integer_range, scale_of
-from .ranges import Cumulative, MinMax, Range, RangeCalibrator
+from .ranges import MinMax, Range, RangeCalibrator, SearchCalibrator
 
 CANDIDATES = 100  # of "mse"
 
@@ -34,14 +34,14 @@ class SymmetricOMSE(RangeCalibrator):
 class AffineOMSE(SymmetricOMSE):
     """The same on a grid with a zero point, as FQ-ViT has it for any type.
 
-    `affine_grid` tells the grid of the range that is found. Zero is always inside of it, which
+    `affine_qparams` tells the grid of the range that is found. Zero is always inside of it, which
     FQ-ViT does not ask for: its grid of values from 5 to 10 ends at 5.
     """
 
     def _next(self, x: Tensor) -> Range:
         self._minmax.update(x)
         low, high = covered = self._minmax.range().with_zero()
-        scale, zero_point = affine_grid(covered, self.bits)
+        scale, zero_point = affine_qparams(covered, self.bits)
         factors = _shrinking(x.device)
         zero = int(zero_point)
         errors = ops.quantization_errors(x, scale * factors, self.qmin - zero, self.qmax - zero)
@@ -49,7 +49,7 @@ class AffineOMSE(SymmetricOMSE):
         return Range(low * factor, high * factor)
 
 
-def affine_grid(covered: Range, bits: int) -> tuple[Tensor, Tensor]:
+def affine_qparams(covered: Range, bits: int) -> tuple[Tensor, Tensor]:
     """Return the step and the zero point of the grid that covers a range, which holds zero.
 
     What it stands for is fake_quant with the bounds qmin - zero_point and qmax - zero_point.
@@ -71,7 +71,7 @@ def _shrinking(device: torch.device) -> Tensor:
     return (1 - 0.01 * torch.arange(90, dtype=torch.float64)).float().to(device)
 
 
-class MeanSquaredError(Cumulative):
+class MeanSquaredError(SearchCalibrator):
     """Cover the one of 100 ranges, evenly spaced, that loses the least over all batches.
 
     They end at the largest magnitude of the first batch. When a later one exceeds it, their spacing
