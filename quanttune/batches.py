@@ -91,7 +91,7 @@ def _wanted(model: nn.Module | None) -> _Wanted:
     except ValueError:  # of a script module
         return _Wanted(1, 1, (), True)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p for p in by_position if p.default is p.empty and p.name not in _LABELS]
+    needed = [p for p in by_position if p.default is p.empty]
     star = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     return _Wanted(
         len(needed),

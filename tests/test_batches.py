@@ -37,6 +37,10 @@ class Labelled(nn.Module):
     def forward(self, x, labels=None): ...
 
 
+class Plane(nn.Module):
+    def forward(self, x, y): ...
+
+
 class Star(nn.Module):
     def forward(self, *inputs, **more): ...
 
@@ -74,6 +78,7 @@ class Named(NamedTuple):
         (Two(), Named(A, B), (), "ab"),
         (One(), Named(A, LABELS), (A,), ""),  # names that the forward does not know
         (Optional(), (A, LABELS), (A,), ""),
+        (Plane(), (A, B), (A, B), ""),  # without y it would not run
         (Labelled(), (A, B), (A,), ""),  # one that the forward itself calls labels
     ],
 )
