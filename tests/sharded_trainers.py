@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
-import test_lightning
+import test_lightning_callback
 import test_trainer
 import torch
 from lightning.pytorch import LightningModule
@@ -88,7 +88,7 @@ def lightning_trainer(model: nn.Module, data: Rows) -> None:
             return torch.optim.SGD(self.parameters(), 0.1)
 
     with TemporaryDirectory() as folder:
-        run = test_lightning.make_trainer(
+        run = test_lightning_callback.make_trainer(
             folder,
             QuantTuneCallback({"alpha": ALPHA}),
             max_steps=2,

@@ -1,6 +1,7 @@
-"""Imports of the package run one way: between files, and between folders."""
+"""Imports of the package run one way, between files and between folders; tests have its names."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.util import resolve_name
@@ -91,3 +92,12 @@ def test_names_that_were_documented_work_with_a_warning(old, new, name):
     assert found is getattr(import_module(new), name)
     with pytest.raises(AttributeError):
         _ = import_module(old).no_such_name
+
+
+def test_test_files_are_named_after_what_they_test():
+    """A source file, a folder, a verb, or a topic that tests/README.md explains."""
+    sources = [*(ROOT / "quanttune").rglob("*"), *(ROOT / "triton_kernels").rglob("*")]
+    verbs = {f"{path.stem}_command" for path in (ROOT / "quanttune" / "cli").glob("*.py")}
+    topics = set(re.findall(r"\w+", (ROOT / "tests" / "README.md").read_text()))
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert names - {path.stem for path in sources} - verbs - topics == set()
