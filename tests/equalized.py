@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
-from quanttune.quantization.methods.equalizing.tracing import find_pairs
+from quanttune.quantization.methods.equalizing.readers import find_pairs
 from quanttune.quantization.methods.rounding.layers import layers_of
 from quanttune.quantization.running import Data
 

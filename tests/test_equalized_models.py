@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quanttune as qt
 from quanttune.deploy.onnx_model import OnnxModel
 from quanttune.quantization.methods import OutlierSuppression, SmoothQuant
-from quanttune.quantization.methods.equalizing.tracing import find_pairs
+from quanttune.quantization.methods.equalizing.readers import find_pairs
 from quanttune.quantization.restoration import restorations
 from quanttune.quantization.running import Data
 from quanttune.quantization.saving.description import describe

@@ -17,9 +17,9 @@ from equalized import (
 from torch import Tensor, nn
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
-from quanttune.quantization.methods.equalizing.channels import Channels
+from quanttune.quantization.methods.equalizing.channel_factors import Channels
 from quanttune.quantization.methods.equalizing.pairs import columns_of
-from quanttune.quantization.methods.equalizing.tracing import find_pairs
+from quanttune.quantization.methods.equalizing.readers import find_pairs
 from quanttune.quantization.running import Data
 from quanttune.quantization.scheme import Scheme
 
@@ -109,7 +109,7 @@ def block(monkeypatch) -> Block:
     block.norm.bias.zero_()
     block.norm.__class__ = Fixed
     monkeypatch.setattr(
-        "quanttune.quantization.methods.equalizing.tracing._scales_last_dimension", lambda *_: True
+        "quanttune.quantization.methods.equalizing.readers._scales_last_dimension", lambda *_: True
     )
     return block
 

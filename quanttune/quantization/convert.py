@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .functional.sites import FunctionalSites
+from .functional.functional_sites import FunctionalSites
 from .modules import QuantizedConvolution, QuantizedEmbedding, become, quantized_class_of
 from .parameters import RoundsParameters, parameter_quantizer, rounding_class_of
 from .placement import free_forwards

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .functional.sites import FunctionalSites
+from .functional.functional_sites import FunctionalSites
 from .modules import QuantizedModule, refresh
 from .parameters import Parameter, RoundsParameters
 from .quantizer import ActivationQuantizer, WeightQuantizer

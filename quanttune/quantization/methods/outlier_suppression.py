@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...fake_quantizer import dynamic_fake_quant
 from ..scheme import Scheme
-from .equalizing.channels import ChannelEqualization, Channels
+from .equalizing.channel_factors import ChannelEqualization, Channels
 from .equalizing.pairs import Pair
 
 

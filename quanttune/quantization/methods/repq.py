@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..scheme import Scheme
-from .equalizing.channels import SMALLEST, ChannelEqualization, Channels
+from .equalizing.channel_factors import SMALLEST, ChannelEqualization, Channels
 from .equalizing.pairs import Pair
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..convert import convert
+from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
-from ..functional.sites import FunctionalSites
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
 from ..scheme import DYNAMIC, Scheme

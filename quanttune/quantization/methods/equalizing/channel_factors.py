@@ -14,7 +14,7 @@ from ...scheme import Scheme
 from ...token_mask import inside
 from ..method import Equalization
 from .pairs import Pair
-from .tracing import find_pairs
+from .readers import find_pairs
 
 SMALLEST = 1e-5  # factor of a channel, as in SmoothQuant
 
