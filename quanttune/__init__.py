@@ -1,6 +1,6 @@
 """Outlier-driven fine-tuning that makes Transformers ready for plain integer quantization.
 
-observe (kernels) -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
+observe (kernels) -> refit -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
 -> export (ONNX) -> verify
 """
 
@@ -21,5 +21,6 @@ from .quantization.saving.safetensors_file import load as load
 from .quantization.saving.safetensors_file import save as save
 from .quantization.simulation import quantize as quantize
 from .quantization.summary import summary as summary
+from .refitting.refit import refit as refit
 from .tuning.attach import attach as attach
 from .tuning.tuner import Tuner as Tuner

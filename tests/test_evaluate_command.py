@@ -381,7 +381,7 @@ def test_tasks_of_lm_eval_that_do_not_fit_are_refused(lambada, task, tmp_path, m
     [("lm_eval", "--lm-eval", "eval"), ("sklearn.metrics", "--data", "tune")],
 )
 def test_what_is_missing_is_named_with_its_extra(missing, option, extra, tmp_path, monkeypatch):
-    for name in ("evaluation", "language_harness", "metrics"):
+    for name in ("evaluate", "lm_eval_tasks", "metrics"):
         monkeypatch.delitem(sys.modules, f"quanttune.jobs.{name}", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "quanttune\[{extra}\]"'):

@@ -28,7 +28,7 @@ from .operations import CALLS, Call, Calls, Operation, call_under_way
 from .provenance import ACTIVATION, Made, Provenance, tensors_in
 from .scaled_dot_product import attention
 
-_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 
 
 class FunctionalSites:
@@ -129,7 +129,7 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func in _SUMS and _adds_matrices(args):
+        if func in SUMS and _adds_matrices(args):
             return self._sum(func, args, kwargs)
         found = contraction(func, args, kwargs)
         if found is not None:

@@ -1,17 +1,16 @@
 """Go through a model layer by layer, each rounded before the next one is given its inputs."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from threading import Semaphore
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ....progress import track
-from ...running import Data, StopForward, evaluating, forward_batches
+from ...running import Data, evaluating, forward_batches
+from ...stepped_forward import SteppedForward
 from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
@@ -49,7 +48,7 @@ class _Walk:
     def __init__(self, model: nn.Module, data: Data, undo: ExitStack) -> None:
         self._forwards = []
         for batch in data.batches:
-            forward = _Forward(partial(forward_batches, model, [batch], data.mask))
+            forward = SteppedForward[nn.Module](partial(forward_batches, model, [batch], data.mask))
             undo.callback(forward.stop)
             self._forwards.append(forward)
 
@@ -67,44 +66,3 @@ class _Walk:
         if module is self._leader:
             self._sums.add(x, module.input_quantizer.round(x))
         self._running.wait_at(module)
-
-
-class _Forward:
-    """A forward in a thread of its own, which runs only while `advance` waits for it."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._go, self._there = Semaphore(0), Semaphore(0)
-        self._at: nn.Module | None = None  # where it waits; None once it has ended
-        self._leaving = False
-        self._thread = ThreadPoolExecutor(1)
-        self._end = self._thread.submit(self._main, run)
-        self._end.add_done_callback(lambda _: self._there.release())
-
-    def advance(self) -> nn.Module | None:
-        """Run to the next stop and return it, or to the end."""
-        if not self._end.done():
-            self._at = None
-            self._go.release()
-            self._there.acquire()
-        if self._end.done():
-            self._end.result()  # raises what was raised in the forward
-        return self._at
-
-    def wait_at(self, at: nn.Module) -> None:
-        """Wait, within the forward, until it is to go on."""
-        self._at = at
-        self._there.release()
-        self._go.acquire()
-        if self._leaving:
-            raise StopForward
-
-    def stop(self) -> None:
-        """End it, wherever it is."""
-        self._leaving = True
-        self._go.release()
-        self._thread.shutdown()
-
-    def _main(self, run: Callable[[], Any]) -> None:
-        self._go.acquire()
-        if not self._leaving:
-            run()
