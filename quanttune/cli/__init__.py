@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from . import analyze, bench, calibrate, demo, doctor, evaluate, export, report, tune, verify
+from . import (
+    analyze,
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    refit,
+    report,
+    tune,
+    verify,
+)  # fmt: skip
 from .language import learn
 from .terminal import quiet, say, written
 
@@ -20,6 +32,7 @@ def about() -> None:
 
 
 app.command("demo")(demo.run)
+app.command("refit")(refit.run)
 app.command("tune")(tune.run)
 app.command("calibrate")(calibrate.run)
 app.command("evaluate")(evaluate.run)
