@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BATCH, CLASSES, MODELS, TOKENS, WORDS, Example
+from models import BATCH, CLASSES, DEEP, TOKENS, WORDS, Example
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
@@ -37,7 +37,7 @@ def opt_after() -> Example:
     return Example(OPTForCausalLM(config), words, words, ("lm_head",))
 
 
-EXAMPLES = {**MODELS, "deit": deit, "gpt2": gpt2, "opt after": opt_after}
+EXAMPLES = {**DEEP, "deit": deit, "gpt2": gpt2, "opt after": opt_after}
 METHODS = (SmoothQuant(), OutlierSuppression(), RepQ(), AWEQ())
 POST = ("bert", "opt after")
 each_model = pytest.mark.parametrize("name", EXAMPLES)

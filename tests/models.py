@@ -1,7 +1,11 @@
-"""Small Transformers with random weights and no dropout, each with a batch and a loss."""
+"""Small Transformers with random weights and no dropout, each with a batch and a loss.
+
+They have one block, unless a test is about several: what is done to a block is done to each.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +31,6 @@ _VIT: dict[str, Any] = {
     "img_size": 16,
     "patch_size": 4,
     "embed_dim": 24,
-    "depth": 2,
     "num_heads": 2,
     "num_classes": CLASSES,
 }
@@ -60,25 +63,29 @@ class Example:
         return F.cross_entropy(logits.flatten(0, -2), self.labels[rows].flatten())
 
 
-def vit() -> Example:
-    return Example(VisionTransformer(**_VIT), torch.randn(BATCH, 3, 16, 16), _classes(), ("head",))
+def vit(blocks: int = 1) -> Example:
+    model = VisionTransformer(**_VIT, depth=blocks)
+    return Example(model, torch.randn(BATCH, 3, 16, 16), _classes(), ("head",))
 
 
-def deit() -> Example:
+def deit(blocks: int = 1) -> Example:
     """Return a DeiT with the token and the head of distillation."""
-    model = VisionTransformerDistilled(**_VIT)
+    model = VisionTransformerDistilled(**_VIT, depth=blocks)
     heads = ("head", "head_dist")
     return Example(model, torch.randn(BATCH, 3, 16, 16), _classes(), heads)
 
 
-def swin() -> Example:
-    """Return a Swin whose Linear modules see (windows * BATCH, tokens, channels)."""
+def swin(blocks: int = 2) -> Example:
+    """Return a Swin whose Linear modules see (windows * BATCH, tokens, channels).
+
+    The windows of the second block are shifted.
+    """
     model = SwinTransformer(
         img_size=32,
         patch_size=4,
         window_size=4,
         embed_dim=12,
-        depths=(2, 1),
+        depths=(blocks, 1),
         num_heads=(1, 2),
         num_classes=CLASSES,
         drop_path_rate=0.0,
@@ -86,11 +93,11 @@ def swin() -> Example:
     return Example(model, torch.randn(BATCH, 3, 32, 32), _classes(), ("head.fc",))
 
 
-def bert() -> Example:
+def bert(blocks: int = 1) -> Example:
     config = BertConfig(
         vocab_size=WORDS,
         hidden_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=16,
@@ -103,13 +110,13 @@ def bert() -> Example:
     )
 
 
-def opt() -> Example:
+def opt(blocks: int = 1) -> Example:
     """Return an OPT, whose feed-forward modules see (BATCH * TOKENS, channels)."""
     config = OPTConfig(
         vocab_size=WORDS,
         hidden_size=24,
         word_embed_proj_dim=24,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=2,
         ffn_dim=48,
         max_position_embeddings=16,
@@ -121,9 +128,9 @@ def opt() -> Example:
     return Example(OPTForCausalLM(config).train(), words, words.roll(-1, 1), ("lm_head",))
 
 
-def gpt2() -> Example:
+def gpt2(blocks: int = 1) -> Example:
     """Return a model of Conv1D modules, whose head is tied to the embeddings."""
-    sizes = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    sizes = {"vocab_size": WORDS, "n_embd": 24, "n_layer": blocks, "n_head": 2, "n_positions": 16}
     words = _words()
     model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False))
     return Example(model, words, words.roll(-1, 1), ("lm_head",))
@@ -145,12 +152,13 @@ class Shared(nn.Module):
         return self.head(self.norm(x))
 
 
-MODELS: dict[str, Callable[[], Example]] = {"vit": vit, "swin": swin, "bert": bert, "opt": opt}
+MODELS: dict[str, Callable[..., Example]] = {"vit": vit, "swin": swin, "bert": bert, "opt": opt}
+DEEP = {name: partial(make, 2) for name, make in MODELS.items()}
 
 
 def shallow(name: str) -> Example:
     """Return a model of one block in evaluation mode, whose weights are large enough to matter."""
-    example = {**MODELS, "deit": deit}[name]()
+    example = {**MODELS, "deit": deit}[name](2)
     del example.model.eval().get_submodule(BLOCKS[name])[1:]
     for parameter in example.model.parameters():
         if parameter.dim() > 1:  # those of a fresh model are small: all rounds to little

@@ -161,7 +161,7 @@ def test_bad_thresholds_are_refused(arguments, message):
 
 
 def test_site_errors_are_those_of_the_float_tensors():
-    example = vit()
+    example = vit(2)
     model, batches = example.model.eval(), [example.inputs[:2], example.inputs[2:]]
     seen: list[torch.Tensor] = []
     hook = model.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

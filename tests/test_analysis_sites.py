@@ -119,7 +119,7 @@ def test_outlier_tokens_are_named():
     for peak in describe_outliers(found, batches, Tokenizer())["largest"]:
         assert peak["text"] == f"word {example.inputs[peak['sample'], peak['token']]}"
     # heads have no channels in common
-    score = survey(quantized, batches)["bert.encoder.layer.1.attention.self.attention0_score"]
+    score = survey(quantized, batches)["bert.encoder.layer.0.attention.self.attention0_score"]
     assert describe_outliers(score, batches) is None
 
 
@@ -140,7 +140,7 @@ def test_channels_of_a_convolution_are_its_second_dimension():
     ],
 )
 def test_blocks_are_the_innermost_repeated_ones(make, expected):
-    blocks = find_blocks(make().model)
+    blocks = find_blocks(make(2).model)
     assert blocks == expected
     assert block_of(f"{blocks[0]}.attn.qkv.input", blocks) == blocks[0]
     assert block_of("patch_embed.proj.input", blocks) == OUTSIDE
@@ -149,7 +149,7 @@ def test_blocks_are_the_innermost_repeated_ones(make, expected):
 
 @pytest.mark.parametrize(("make", "second"), [(vit, "norm2"), (bert, "output.LayerNorm")])
 def test_block_ranges_are_those_of_plain_hooks(make, second):
-    example = make()
+    example = make(2)
     model = example.model.eval()
     batches = list(example.inputs.split(2))
     seen: list[torch.Tensor] = []

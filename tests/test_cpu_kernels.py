@@ -72,9 +72,9 @@ def every_op(x, rows):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "repeats"),
-    [((3, 33343), dtype, 80) for dtype in DTYPES]
-    + [((1, 1000003), torch.float32, 20), ((7, 40961), torch.bfloat16, 40)]
-    + [((1, 32767), torch.float32, 40), ((1, 32769), torch.float32, 40)],
+    [((3, 33343), dtype, 30) for dtype in DTYPES]
+    + [((1, 1000003), torch.float32, 10), ((7, 40961), torch.bfloat16, 15)]
+    + [((1, 32767), torch.float32, 30), ((1, 32769), torch.float32, 30)],
 )
 def test_any_number_of_threads_gives_the_same_bits_every_time(shape, dtype, repeats, with_threads):
     x = torch.randn(shape).to(dtype)
@@ -210,12 +210,12 @@ def row_by_hand(tiles, tile, tail):
 
 
 @linux_memory
-@pytest.mark.parametrize("tiles", [1024, 2048])  # 2^31 elements and more, 2^32 and more
-def test_statistics_of_a_row_of_billions(tiles):
+def test_statistics_of_a_row_of_billions():
+    tiles = 2048  # 2^32 elements and more
     x, tile, tail = huge(tiles, 1_000_003)
     fill(tile, tail)
     expected, positions = row_by_hand(tiles, tile, tail)
-    assert positions[-1] > 2**31
+    assert positions[-1] > 2**32
     (columns,) = statistics(x[None]).tolist()
     for column in EXACT_COLUMNS:
         assert columns[column] == expected[column]
@@ -257,9 +257,7 @@ def test_the_gradient_of_a_row_of_billions(monkeypatch):
 
 
 @linux_memory
-@pytest.mark.parametrize(
-    ("name", "axis"), [("fake_quant", None), ("fake_quant", 1), ("fake_quant_backward", 0)]
-)
+@pytest.mark.parametrize(("name", "axis"), [("fake_quant", None), ("fake_quant_backward", 0)])
 def test_fake_quant_beyond_two_to_the_31(name, axis, monkeypatch):
     (x, *parts), (y, *results) = huge(1024, WIDTH), huge(1024, WIDTH)
     fill(*parts)
@@ -452,7 +450,11 @@ def test_structured_rows_with_a_bad_value_have_no_statistics(dtype, bad):
 
 # --------------------------------------------------------------------------- every instruction set
 
-VARIANTS = {"portable": "-DQUANTTUNE_PORTABLE", "AVX2": "-DQUANTTUNE_PORTABLE -march=x86-64-v3"}
+# optimised less, for the compiler takes longer than the test: bits do not depend on it
+VARIANTS = {
+    "portable": "-DQUANTTUNE_PORTABLE -O1",
+    "AVX2": "-DQUANTTUNE_PORTABLE -march=x86-64-v3 -O1",
+}
 
 
 @functools.cache

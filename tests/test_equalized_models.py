@@ -125,7 +125,6 @@ def test_readers_round_to_the_codes_that_the_layer_norm_was_rounded_to(name):
 
 def test_an_equalized_model_is_exported(tmp_path):
     example = grown("bert")
-    del example.model.bert.encoder.layer[1:]
     options = {"methods": [OutlierSuppression()], "coverage": "full", "data": [example.inputs]}
     qt.quantize(example.model, **options)
     qt.export_onnx(example.model, example.inputs, tmp_path / "model.onnx")

@@ -24,7 +24,7 @@ def exported(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         x = torch.randn(4, 8)
         model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[x])
-        qt.export_onnx(model, x, tmp_path / name)
+        qt.export_onnx(model, x, tmp_path / name, dynamic={})
         return sorted(path.name for path in tmp_path.iterdir())
 
     return write

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import BATCH, MODELS, Example
+from models import BATCH, DEEP, MODELS, Example
 from oracle import assert_near, constant, each_model, expected_step, gradients, quiet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,7 @@ def test_gradient(name, detach_deviation):
 @quiet
 @each_model
 def test_norms_are_fused_at_once_and_activations_once_they_are_known(name):
-    example = MODELS[name]()
+    example = DEEP[name]()
     tuner = constant(example.model, fuse=True)
     observers = tuner._observers
     norms = {n for n, m in example.model.named_modules() if isinstance(m, nn.LayerNorm)}

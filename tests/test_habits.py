@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from models import gpt2
+from spawned import answer
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -146,21 +147,17 @@ def test_a_model_of_conv1d_can_be_copied(copied):
     assert torch.equal(example.logits(copied(example.model)), example.logits())
 
 
-def _answer(model, queue):
-    queue.put(model(torch.arange(2, 7)[None]).logits.detach().numpy())
-
-
 def test_a_spawned_process_gets_a_quantized_model():
     example = gpt2()
     qt.quantize(example.model.eval(), data=[example.inputs])
     expected = example.model(torch.arange(2, 7)[None]).logits
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_answer, args=(example.model, queue))
+    process = context.Process(target=answer, args=(example.model, queue))
     process.start()
-    answer = torch.from_numpy(queue.get(timeout=300))
+    found = torch.from_numpy(queue.get(timeout=300))
     process.join()
-    torch.testing.assert_close(answer, expected.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +255,7 @@ class Frozen(nn.Module):
         return self.head(self.drop(self.norm(self.conv(x)).mean((2, 3))))
 
 
-@pytest.mark.parametrize("frozen", ["norm", "drop", "conv"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("frozen", "training"), [("norm", True), ("drop", True), ("conv", False)])
 def test_each_module_keeps_its_mode(frozen, training, tmp_path):
     model, x = Frozen().train(training), torch.randn(4, 3, 8, 8)
     getattr(model, frozen).train(not training)

@@ -115,11 +115,11 @@ def test_a_line_of_a_text_file_is_a_row(tmp_path, cache):
 
 def test_weights_that_a_file_lacks_are_not_random(command, bert):
     state = load_file(bert / "model.safetensors")
-    del state["bert.encoder.layer.1.output.dense.weight"]
+    del state["bert.encoder.layer.0.output.dense.weight"]
     save_file(state, bert / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights of BertFor.*layer\.1\.output\.dense\.w"):
+    with pytest.raises(ValueError, match=r"lacks weights of BertFor.*layer\.0\.output\.dense\.w"):
         run("evaluate", bert, *command[1:3])
-    assert "drawn at random: bert.encoder.layer.1.output" in tune(*command, "--dry-run").output
+    assert "drawn at random: bert.encoder.layer.0.output" in tune(*command, "--dry-run").output
 
 
 def test_the_options_of_attach_reach_it(command, tmp_path):

@@ -29,7 +29,7 @@ def alone(model, groups, data, make, visit, what):
 def test_equals_a_pass_for_each_layer(name, method, monkeypatch):
     example = EXAMPLES[name]()
     model = example.model.train()
-    data = example.inputs.split(1)
+    data = example.inputs.split(2)
     models = []
     for walk in (layer_by_layer.run_layer_by_layer, alone):
         for module in ("gptq", "bias_correction"):

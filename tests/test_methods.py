@@ -58,7 +58,7 @@ def test_weights_end_on_a_constant_grid_and_outputs_are_nearer(name, width, meth
     ours = rounded(example.model, data, method, **options)
     nearest = rounded(example.model, data, None, **options)
     layers = rounded_names(ours)
-    assert len(layers) >= 8
+    assert len(layers) >= 4
     for name in layers:
         weight, quantizer = ours.get_submodule(name).weight, weight_quantizer(ours, name)
         assert torch.equal(quantizer(weight), weight)

@@ -135,7 +135,7 @@ def test_grids_that_were_changed_one_by_one_are_kept(tmp_path):
     example, other = pair("vit")
     quantizers(example.model)["blocks.0.norm1.input_quantizer"].set_bits(3)
     example.model.blocks[0].mlp.fc1.weight_quantizer.bits = 3
-    example.model.blocks[1].mlp.fc1.weight_quantizer.axis = None
+    example.model.blocks[0].mlp.fc2.weight_quantizer.axis = None
     qt.save(example.model, tmp_path / "model.safetensors")
     assert_same(example, qt.load(other, tmp_path / "model.safetensors"))
 
@@ -274,14 +274,14 @@ def test_models_of_something_else(saved):
     with pytest.raises(ValueError, match="that of another model than this SwinTransformer"):
         qt.load(MODELS["swin"]().model, path)
     options = {"img_size": 16, "patch_size": 4, "num_heads": 2, "num_classes": CLASSES}
-    deeper = VisionTransformer(**options, embed_dim=24, depth=3).eval()
-    refuse(deeper, path, r"another model than this VisionTransformer: it does not say blocks\.2")
-    shallower = VisionTransformer(**options, embed_dim=24, depth=1).eval()
-    refuse(shallower, path, r"the model has no blocks\.1")
-    wider = VisionTransformer(**options, embed_dim=32, depth=2).eval()
+    deeper = VisionTransformer(**options, embed_dim=24, depth=2).eval()
+    refuse(deeper, path, r"another model than this VisionTransformer: it does not say blocks\.1")
+    shallower = VisionTransformer(**options, embed_dim=24, depth=0).eval()
+    refuse(shallower, path, r"the model has no blocks\.0")
+    wider = VisionTransformer(**options, embed_dim=32, depth=1).eval()
     refuse(wider, path, r"is float32 \[.*\] in the file, float32 \[.*\] in the model")
-    refuse(VisionTransformer(**options, embed_dim=24, depth=2, pre_norm=True).eval(), path, "more")
-    half = VisionTransformer(**options, embed_dim=24, depth=2).eval().double()
+    refuse(VisionTransformer(**options, embed_dim=24, depth=1, pre_norm=True).eval(), path, "more")
+    half = VisionTransformer(**options, embed_dim=24, depth=1).eval().double()
     with pytest.raises(ValueError, match=r"is float32 \[.*\] in the file, float64"):
         qt.load(half, path)
 

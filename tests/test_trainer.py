@@ -171,7 +171,7 @@ def test_tensorboard_is_told_the_terms_and_the_ranges(tmp_path):
     settings = {"max_steps": 2, "per_device_train_batch_size": BATCH, "report_to": "tensorboard"}
     run = trainer(tmp_path, model, data, **settings)
     seen: list[float] = []
-    model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(
+    model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].abs().max().item())
     )
     run.train()
@@ -186,7 +186,7 @@ def test_tensorboard_is_told_the_terms_and_the_ranges(tmp_path):
         alpha = 0.3 * (1 - step / 2)
         terms = series("loss_task")[step], series("loss_out")[step]
         assert loss == pytest.approx((1 - alpha) * terms[0] + alpha * terms[1], rel=1e-5)
-    assert series("range/bert.encoder.layer.1.output.dense.input") == pytest.approx(seen)
+    assert series("range/bert.encoder.layer.0.output.dense.input") == pytest.approx(seen)
 
 
 def test_evaluation_is_not_tuned(tmp_path):

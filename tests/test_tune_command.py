@@ -22,22 +22,22 @@ from quanttune.jobs.models import match_labels, resolve
 pytestmark = quiet
 # ------------------------------------------------------------------ killed and resumed
 
-STEPS = ["--steps", "30", "--batch-size", "4", "--save-steps", "6", "--learning-rate", "1e-3"]
+STEPS = ["--steps", "15", "--batch-size", "4", "--save-steps", "3", "--learning-rate", "1e-3"]
 OTHERS = [
     *("--balance", "initial", "--detach-deviation", "--decay", "cosine"),
-    *("--trainer", "gradient_accumulation_steps=2", "--trainer", "warmup_steps=5"),
+    *("--trainer", "gradient_accumulation_steps=2", "--trainer", "warmup_steps=3"),
 ]
-# where the processes of a run die, one after the other; the last one ends. An epoch has 9 steps.
+# where the processes of a run die, one after the other; the last one ends. An epoch has 5 steps.
 LANES = {
     "not at all": [None],
-    "before the first checkpoint": [["step", 3], None],
-    "between two checkpoints": [["step", 14], None],
-    "with a checkpoint half written": [["writing", 24], None],
-    "with a checkpoint not marked": [["mark", 18], None],
-    "before the model has its name": [["publish", 30], None],
-    "three times": [["begin", 0], ["interrupt", 8], ["step", 20], None],
+    "before the first checkpoint": [["step", 2], None],
+    "between two checkpoints": [["step", 7], None],
+    "with a checkpoint half written": [["writing", 12], None],
+    "with a checkpoint not marked": [["mark", 9], None],
+    "before the model has its name": [["publish", 15], None],
+    "three times": [["begin", 0], ["interrupt", 4], ["step", 10], None],
     "not at all, otherwise": [None],
-    "between two checkpoints, otherwise": [["step", 14], None],
+    "between two checkpoints, otherwise": [["step", 7], None],
 }
 
 
@@ -49,12 +49,12 @@ def lanes(tmp_path_factory):
     root = tmp_path_factory.mktemp("lanes")
     torch.manual_seed(0)
     config = BertConfig(  # with dropout
-        vocab_size=WORDS, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=WORDS, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=48, max_position_embeddings=16,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(root / "bert")
     save_tokenizer(root / "bert")
-    lengths = torch.randint(3, 9, (34,)).tolist()
+    lengths = torch.randint(3, 9, (18,)).tolist()
     rows = [(" ".join(some_words(n)), ["bad", "good", "so"][n % 3]) for n in lengths]
     write_csv(root / "data.csv", ("text", "label"), rows)
     plan = []
@@ -99,18 +99,18 @@ def test_an_uninterrupted_run_writes_what_it_is_made_of(lanes):
     run = lanes["not at all"]
     assert run.codes == [0], run.log
     assert {path.name for path in run.folder.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "checkpoint-24", "checkpoint-30",
+        "config.json", "environment.json", "metrics.jsonl", "checkpoint-12", "checkpoint-15",
         "model",
     }  # fmt: skip
     config = json.loads((run.folder / "config.json").read_text())
     assert config["settings"]["learning_rate"] == 1e-3
-    assert config["data"]["rows"] == 34
-    assert config["training_arguments"]["max_steps"] == 30
+    assert config["data"]["rows"] == 18
+    assert config["training_arguments"]["max_steps"] == 15
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     logs = [json.loads(line) for line in lines]
-    assert [log["step"] for log in logs] == list(range(1, 31))
+    assert [log["step"] for log in logs] == list(range(1, 16))
     assert [log["alpha"] for log in logs] == pytest.approx(
-        [0.5 * (1 - s / 30) for s in range(1, 31)]
+        [0.5 * (1 - s / 15) for s in range(1, 16)]
     )
     assert all(after["learning_rate"] < before["learning_rate"] for before, after in pairwise(logs))
     moved = load_file(run.folder / "model" / "model.safetensors")
@@ -122,11 +122,11 @@ def test_an_uninterrupted_run_writes_what_it_is_made_of(lanes):
     ("name", "text"),
     [
         ("before the first checkpoint", "going on from the start"),
-        ("between two checkpoints", "going on from checkpoint-12"),
-        ("with a checkpoint half written", "checkpoint-24 is not complete: skipped and removed"),
-        ("with a checkpoint not marked", "checkpoint-18 is not complete: skipped and removed"),
-        ("with a checkpoint not marked", "going on from checkpoint-12"),
-        ("before the model has its name", "going on from checkpoint-30"),
+        ("between two checkpoints", "going on from checkpoint-6"),
+        ("with a checkpoint half written", "checkpoint-12 is not complete: skipped and removed"),
+        ("with a checkpoint not marked", "checkpoint-9 is not complete: skipped and removed"),
+        ("with a checkpoint not marked", "going on from checkpoint-6"),
+        ("before the model has its name", "going on from checkpoint-15"),
         ("three times", "interrupted. To go on from the newest checkpoint: quanttune tune"),
     ],
 )

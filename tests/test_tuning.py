@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from models import BATCH, MODELS, TOKENS, Example, Shared
+from models import BATCH, DEEP, MODELS, TOKENS, Example, Shared
 from oracle import (
     Oracle,
     assert_near,
@@ -31,7 +31,7 @@ from quanttune.tuning.sites import find_sites
 @pytest.mark.parametrize("alpha", [0.3, 0.9])
 @pytest.mark.parametrize("detach_deviation", [False, True])
 def test_loss_and_every_gradient_are_those_of_plain_pytorch(name, alpha, detach_deviation):
-    example = MODELS[name]()
+    example = DEEP[name]()
     loss, expected = expected_step(example, alpha, detach_deviation=detach_deviation)
     tuner = constant(example.model, alpha, detach_deviation=detach_deviation)
     for _ in range(2):  # the first step also compares gradients
@@ -115,7 +115,7 @@ def test_every_input_and_output_counts_but_each_tensor_is_computed_once(name):
 
 
 def test_a_layer_norm_that_feeds_query_key_and_value_counts_four_times():
-    example = MODELS["bert"]()
+    example = DEEP["bert"]()
     with observing(example.model) as observers:
         example.task_loss()
         counts = {o.site: o.multiplicity for o in observers.take()}
@@ -213,7 +213,7 @@ def test_a_call_without_a_tensor_is_refused():
 
 
 def test_include_and_exclude_are_patterns_of_qualified_names():
-    model = MODELS["vit"]().model
+    model = DEEP["vit"]().model
     everything = set(find_sites(model))
     assert len(everything) == 2 * 6 + 2  # two blocks of four Linear and two LayerNorm, norm, head
     mlps = {f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)}
