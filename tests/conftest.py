@@ -82,8 +82,17 @@ def _poison_uninitialized_memory(monkeypatch):
 
 @pytest.fixture
 def short_digits(monkeypatch):
-    """Return Digits with a model that is hardly trained, few rows and few ways to quantize."""
+    """Return Digits with a small model, hardly trained, few rows and few ways to quantize."""
     from quanttune.demo import digits
+
+    whole = digits._vit
+
+    def of_two_blocks():
+        model = whole()
+        del model.blocks[2:]
+        return model
+
+    monkeypatch.setattr(digits, "_vit", of_two_blocks)
 
     for name in ("PRETRAIN_STEPS", "INFLATE_STEPS"):
         monkeypatch.setattr(digits, name, 3)

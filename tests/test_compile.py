@@ -36,9 +36,10 @@ def planned(example: Example, backend: str = "aot_eager") -> tuple[qt.Tuner, nn.
 
 
 @quiet
-@pytest.mark.parametrize("name", ["vit", "opt"])  # a BERT follows below, and in test_trainer
-def test_one_graph_has_the_gradient_of_every_alpha(name):
-    example = MODELS[name]()
+# a BERT follows below, and in test_trainer
+@pytest.mark.parametrize(("name", "blocks"), [("vit", 2), ("opt", 1)])
+def test_one_graph_has_the_gradient_of_every_alpha(name, blocks):
+    example = MODELS[name](blocks)
     expected = [expected_step(example, alpha) for alpha in (0.4, 0.2)]
     tuner = qt.attach(example.model, 0.4, "linear", total_steps=2)
     tuner.combine(example.task_loss())  # the plan
@@ -192,7 +193,7 @@ class BrokenBlock(nn.Module):
 
 
 @quiet
-@pytest.mark.parametrize("blocks", [2, 12])
+@pytest.mark.parametrize("blocks", [2, 4])
 def test_a_forward_in_several_graphs_is_right_or_refused(blocks):
     model = Broken(blocks)
     example = Example(model, torch.randn(BATCH, 5, 8), torch.randint(3, (BATCH, 5)), ("head",))
@@ -200,10 +201,11 @@ def test_a_forward_in_several_graphs_is_right_or_refused(blocks):
     tuner = constant(model)
     tuner.combine(example.task_loss())
     broken = torch.compile(model, backend="aot_eager")
-    if blocks == 2:
-        assert_near(gradients(model, tuner.combine(example.task_loss(broken))), expected)
-        assert len(counters["graph_break"]) > 0
-    else:  # more than the times that Dynamo compiles the forward of a block
-        with pytest.raises(RuntimeError, match="several graphs"):
-            example.task_loss(broken)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        if blocks == 2:
+            assert_near(gradients(model, tuner.combine(example.task_loss(broken))), expected)
+            assert len(counters["graph_break"]) > 0
+        else:  # more than the times that Dynamo compiles the forward of a block
+            with pytest.raises(RuntimeError, match="several graphs"):
+                example.task_loss(broken)
     assert_near(gradients(model, tuner.combine(example.task_loss())), expected)

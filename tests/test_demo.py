@@ -149,7 +149,7 @@ def tiny_encoder(tmp_path_factory):
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=5 + len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=5 + len(words), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=48,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -1,11 +1,15 @@
 """Fixtures for the tests that run the Triton kernels."""
 
+import importlib
+
 import numpy as np
 import pytest
 from interpreted import HAS_GPU
 from scripts import need_triton_interpreter
 
 from quanttune import reference
+
+definition = importlib.import_module("quanttune.reference.outlier_statistics")
 
 
 @pytest.fixture(autouse=True)
@@ -24,4 +28,6 @@ def _let_numpy_meet_nan():
 @pytest.fixture
 def small_sample(monkeypatch):
     """Let small rows have strata of several elements."""
-    monkeypatch.setattr(reference, "SAMPLE_SIZE", 512)
+    # the launchers read it of the package, the reference of the file that defines it
+    for module in (reference, definition):
+        monkeypatch.setattr(module, "SAMPLE_SIZE", 512)

@@ -91,8 +91,9 @@ def test_a_module_s_two_tensors_are_merged_together(monkeypatch, launches, small
 
 
 @quiet
-@pytest.mark.parametrize("keep", [torch.Tensor.clone, lambda x: x], ids=["copied", "as it is"])
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    ("fuse", "keep"), [(True, torch.Tensor.clone), (False, lambda x: x)], ids=["copied", "as it is"]
+)
 def test_a_model_s_sites_are_merged_at_the_end_of_its_forward(fuse, keep, monkeypatch, launches):
     """A copy of what autograd saves, as activation offloading makes, comes before the merge."""
     model = MODELS["vit"]().model.to(DEVICE)
