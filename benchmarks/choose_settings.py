@@ -6,8 +6,11 @@ python benchmarks/choose_settings.py minilm --json benchmarks/results/settings-m
 
 import argparse
 import copy
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from quanttune.demo import recipe
@@ -38,6 +41,27 @@ def main() -> None:
     write_json(options.json, result)
 
 
+def best_of(candidates: Iterable[Arm], job: Any, path: Path) -> list[Arm]:
+    """Return the best arm of each name, by the mean over a job's widths on its validation rows.
+
+    What was measured is kept in a file, by summary, and not measured again.
+    """
+    settings = {"task": job.name, "seed": 0, "rows": [], "environment": environment()}
+    if path.exists():  # of a comparison that was interrupted
+        settings["rows"] = json.loads(path.read_text())["rows"]
+    known = {row["arm"]: row for row in settings["rows"]}
+    best: dict[str, tuple[float, Arm]] = {}
+    for arm in candidates:
+        if arm.summary not in known:
+            known[arm.summary] = validation_row(job, arm) | {"arm": arm.summary}
+            settings["rows"].append(known[arm.summary])
+            write_json(path, settings)
+        score = mean(known[arm.summary][f"W{bits}A{bits}"] for bits in job.bits)
+        if arm.name not in best or score > best[arm.name][0]:
+            best[arm.name] = score, arm
+    return [arm for _, arm in best.values()]
+
+
 def validation_row(job: Any, arm: Arm) -> dict[str, Any]:
     """Tune an arm and return its metric on the validation rows: float, then min-max."""
     model = job.prepare(arm, lambda: None)
@@ -52,6 +76,11 @@ def validation_row(job: Any, arm: Arm) -> dict[str, Any]:
         requantize(quantized, bits, "channel")
         row[f"W{bits}A{bits}"] = job.evaluate(quantized, "validation")
     return row
+
+
+def with_arms(make: Any, arms: list[Arm]) -> Any:
+    """Return a job that compares these arms."""
+    return type(make.__name__, (make,), {"arms": tuple(arms)})
 
 
 if __name__ == "__main__":

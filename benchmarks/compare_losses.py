@@ -9,19 +9,14 @@ demo's widths (min-max, weights per channel, seed 0) are measured with all seeds
 demo's control, the paper's loss and its detached variant, whose settings were chosen alike.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from statistics import mean
-from typing import Any
 
 import arguments
-from choose_settings import validation_row
+from choose_settings import best_of, with_arms
 
 from quanttune.demo import recipe
 from quanttune.demo.experiment import Arm, run
-from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.losses import HingeRatio, Kurtosis, LogRatio, OutlierLoss, Tweo
 
@@ -53,28 +48,10 @@ def main() -> None:
             arms.append(replace(detached, name=f"every {k}", summary=summary, observe_every=k))
     else:
         path = options.out / f"settings-losses-{options.task}.json"
-        arms += _best(make(seed=0), RATES[options.task], path)
-    results = run(_with_arms(make, arms), options.seeds, lambda text, units: None)
+        arms += best_of(_candidates(RATES[options.task]), make(seed=0), path)
+    results = run(with_arms(make, arms), options.seeds, lambda text, units: None)
     name = "every" if options.every else "losses"
     write_json(options.out / f"{name}-{options.task}.json", results.as_dict())
-
-
-def _best(job: Any, rates: tuple[float, ...], path: Path) -> list[Arm]:
-    """Return the best arm of each name; what was measured is kept in a file."""
-    settings = {"task": job.name, "seed": 0, "rows": [], "environment": environment()}
-    if path.exists():  # of a comparison that was interrupted
-        settings["rows"] = json.loads(path.read_text())["rows"]
-    known = {row["arm"]: row for row in settings["rows"]}
-    best: dict[str, tuple[float, Arm]] = {}
-    for arm in _candidates(rates):
-        if arm.summary not in known:
-            known[arm.summary] = validation_row(job, arm) | {"arm": arm.summary}
-            settings["rows"].append(known[arm.summary])
-            write_json(path, settings)
-        score = mean(known[arm.summary][f"W{bits}A{bits}"] for bits in job.bits)
-        if arm.name not in best or score > best[arm.name][0]:
-            best[arm.name] = score, arm
-    return [arm for _, arm in best.values()]
 
 
 def _candidates(rates: tuple[float, ...]) -> Iterator[Arm]:
@@ -83,10 +60,6 @@ def _candidates(rates: tuple[float, ...]) -> Iterator[Arm]:
             for rate in rates:
                 summary = f"{loss}, alpha {alpha:g}, learning rate {rate:g}"
                 yield Arm(name, summary, rate, alpha, loss=loss, **options)
-
-
-def _with_arms(make: Any, arms: list[Arm]) -> Any:
-    return type(make.__name__, (make,), {"arms": tuple(arms)})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from quanttune.report.results_table import Cell, cells_of, tabulate
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
+REFIT, REFITTING = RESULTS.with_name("epyc-2-cores"), ("refit", "settings-refit")
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
 COSINES = {
@@ -60,14 +61,21 @@ def main() -> None:
         title = f"Losses on {name}"
         sections += [_demo_section(title, _read(f"losses-{name}.json"))]
         sections += [_settings_section(_read(f"settings-losses-{name}.json"))]
+    for name in demos:
+        if (REFIT / f"refit-{name}.json").exists():
+            refit, settings_of_it = (_read(f"{file}-{name}.json", REFIT) for file in REFITTING)
+            sections += [
+                _demo_section(f"Refit on {name}", refit),
+                _settings_section(settings_of_it),
+            ]
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))
 
 
-def _read(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text())
+def _read(name: str, folder: Path = RESULTS) -> Any:
+    return json.loads((folder / name).read_text())
 
 
 def _replace(page: Path, mark: str, end: str, table: str) -> None:

@@ -186,7 +186,7 @@ def test_experts_are_exported_as_integers(tmp_path):
     model, batch = moe("Mixtral", "batched_mm")
     qt.quantize(model, data=[batch])
     example = {"input_ids": batch["input_ids"]}
-    qt.export_onnx(model, example, tmp_path / "m.onnx", dynamic={})
+    qt.export_onnx(model, example, tmp_path / "m.onnx", dynamic={0: "batch"})
     sizes = {
         i.name: tuple(i.dims)
         for i in onnx.load(tmp_path / "m.onnx").graph.initializer

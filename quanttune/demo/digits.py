@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..refitting.refit import refit
 from .experiment import Arm
 from .training import train
 
@@ -56,6 +57,8 @@ class Digits:
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
         model = copy.deepcopy(self._base)
+        if arm.refit:
+            refit(model, list(self._images["tuning"].split(BATCH)))
         if not arm.learning_rate:
             return model
         return self._train(model, arm, self.steps, self._seed + 100, on_step=on_step)

@@ -30,6 +30,7 @@ class Arm:
     detach_deviation: bool = False
     observe_every: int = 1
     qat_bits: int | None = None  # fake quantization in the loop
+    refit: bool = False  # before the first step
     same_as: str | None = None  # an arm whose result this one has by construction
 
 

@@ -6,7 +6,7 @@ alpha = 0 the loss is zero, so the control is the base model itself.
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..refitting.refit import refit
 from . import docstrings
 from .experiment import Arm
 from .training import train
@@ -23,6 +24,7 @@ TOKENS = 24
 BATCH = 16
 TASK_WEIGHT = 20.0  # lifts the distillation loss to the size of the outlier loss
 CALIBRATION_ROWS, EVALUATION_BATCH = 160, 256
+REFIT_ROWS = 640
 
 
 class MiniLM:
@@ -60,10 +62,15 @@ class MiniLM:
         self._embeddings: dict[str, Tensor] = {}
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
-        model = copy.deepcopy(self._teacher)
+        model = copy.deepcopy(self._refitted if arm.refit else self._teacher)
         if not arm.learning_rate:
             return model
         return train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
+
+    @cached_property
+    def _refitted(self) -> nn.Module:
+        rows = self._rows.tuning[:REFIT_ROWS].split(BATCH)
+        return refit(copy.deepcopy(self._teacher), [{"input_ids": ids} for ids in rows])
 
     def calibration(self) -> list[Any]:
         return [{"input_ids": rows} for rows in self._calibration.split(32)]
