@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 # a file of tests per process, each of one thread: two that share two cores wait for each other. Where a
 # test takes more, those that wait sleep: by default they spin, on a core that another test could use.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # dist/: the sources, and a wheel for every Linux that its name tells
 wheel: $(VENV)/.wheel

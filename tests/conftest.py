@@ -45,6 +45,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
+# these take longest, and are begun first: else one process would be left with them at the end
+LONGEST = ("wheel", "ahead_of_time", "sharded", "cpu_kernels", "export_sizes", "bench_command")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
+
 def pytest_collection_finish():
     """Keep the garbage collector from going again and again through all that was imported."""
     gc.freeze()

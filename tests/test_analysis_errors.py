@@ -32,7 +32,7 @@ def slow_split(x: torch.Tensor, absmax: float, bits: int, narrow: bool) -> Error
     qmax = 2 ** (bits - 1) - 1
     scale = float(np.float32(absmax) / np.float32(qmax))
     low, high = -(qmax + (not narrow)) * scale, qmax * scale
-    sums = [0.0] * 4
+    sums = [0.0] * 2
     for value in x.tolist():
         clipped = min(max(value, low), high)
         code = min(max(round(value / scale), -qmax - (not narrow)), qmax)

@@ -113,3 +113,8 @@ def test_short_names_keep_what_differs():
     assert short_site("encoder.layer.3.output.dense.input") == "3.output.dense.input"
     assert short_site("bert.encoder.layer.0.output.add0") == "0.output.add0"
     assert short_site("head.input") == "head.input"
+
+
+def test_a_model_that_knows_nothing_is_drawn():
+    (axes,) = draw_calibrators({"minmax": 0.0, "percentile": 0.0}, "accuracy", 0.0).axes
+    assert axes.get_xlim() == (0, 1)

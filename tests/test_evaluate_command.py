@@ -66,12 +66,12 @@ def test_a_model_is_quantized_and_measured_as_by_hand(made, tmp_path):
     out = tmp_path / "deep" / "quantized"
     options = ["--bits", 6, "--weight-bits", 4, "--batch-size", rows, "--no-residual"]
     options += ["--no-symmetric"]
-    options += ["--override", "*0*=8", "--override", "*1.*output_quantizer=float"]
+    options += ["--override", "*0*=8", "--override", "*0.*output_quantizer=float"]
     result = run("calibrate", tmp_path / "model", *data, *options, "--out", out)
     assert f"ranges of {rows} rows" in result.output
     model = loader.from_pretrained(tmp_path / "model").eval()
     expected = [measured(model, batch)]
-    overrides = {"*0*": {"bits": 8}, "*1.*output_quantizer": None}
+    overrides = {"*0*": {"bits": 8}, "*0.*output_quantizer": None}
     scheme = {"weight_bits": 4, "residual": False, "symmetric": False, "overrides": overrides}
     qt.quantize(model, 6, data=[batch], **scheme)
     expected.append(measured(model, batch))

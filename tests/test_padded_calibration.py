@@ -45,9 +45,9 @@ def test_ranges_are_those_of_the_samples_alone(name, attention):
     model, padded, alone = prepared(name, attention)
     expected, actual = ranges(model, alone), ranges(model, [padded])
     assert actual == pytest.approx(expected, rel=1e-5)
-    assert sum(site.endswith("probability") for site in actual) == (attention == "sdpa") * 2
+    assert sum(site.endswith("probability") for site in actual) == (attention == "sdpa")
     counted_in = ranges(model, [padded], mask=None)
-    assert sum(counted_in[site] > 1.01 * expected[site] for site in actual) > 5
+    assert sum(counted_in[site] > 1.01 * expected[site] for site in actual) > 2
 
 
 def test_the_mask_may_be_positional_or_a_function_or_in_an_encoding():

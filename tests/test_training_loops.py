@@ -265,7 +265,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(exception):
     def fail(*_: object) -> None:
         raise exception("stop here")
 
-    handle = example.model.blocks[1].mlp.register_forward_pre_hook(fail)
+    handle = example.model.blocks[0].mlp.register_forward_pre_hook(fail)
     with pytest.raises(exception, match="stop here"):
         example.task_loss()
     handle.remove()
@@ -322,7 +322,7 @@ def test_a_step_leaves_no_activation_in_memory(name):
     try:
         for _ in range(2):
             gradients(example.model, tuner.combine(example.task_loss()))
-            assert len(activations) > 50
+            assert len(activations) > 25
             assert not [reference for reference in activations if reference() is not None]
     finally:
         gc.enable()
