@@ -16,7 +16,7 @@ from .stops import Stop, Stops, stopping_modules
 Clamp = float | Mapping[str, float] | None  # of all sums; by patterns; measured
 
 STEP = 2**0.25  # between two multiples that are tried
-WIDEST, NARROWEST = 2.0**10, 1.0
+NARROWEST = 1.0
 
 
 def clamps_of(
@@ -33,18 +33,18 @@ def clamps_of(
     if isinstance(clamp, Mapping):
         matches = {
             name: limit
-            for name in route.summed
+            for name in route.scales
             for pattern, limit in clamp.items()
             if fnmatchcase(name, pattern)
         }
         if not matches:
             raise ValueError(
                 f"clamp: no sum is one of {', '.join(clamp)}: there are "
-                f"{', '.join(sorted(route.summed)[:3]) or 'none'}"
+                f"{', '.join(sorted(route.scales)[:3]) or 'none'}"
             )
         return matches
     if clamp is not None:
-        return dict.fromkeys(route.summed, float(clamp))
+        return dict.fromkeys(route.scales, float(clamp))
     multiple = narrowest(model, batch, mask, route, tolerance)
     return {name: multiple * scale for name, scale in route.scales.items()}
 
@@ -57,7 +57,7 @@ def narrowest(
 
     Within `tolerance`: the norm of the difference over that of the output.
     """
-    expected, multiple = _output(model, batch, mask, route, torch.inf), WIDEST
+    expected, multiple = _output(model, batch, mask, route, torch.inf), route.reach
     while multiple > NARROWEST:
         difference = _output(model, batch, mask, route, multiple / STEP) - expected
         if not difference.norm() <= tolerance * expected.norm():
@@ -75,6 +75,6 @@ def _output(
         limit = multiple * route.scales[stop.name]
         return (stop.output + stop.other).clamp(-limit, limit) - stop.other
 
-    names = {key: name for key, name in stopping_modules(model).items() if name in route.summed}
-    with Stops(names, route.summed, clamp), counting(model, batch, mask) as (args, kwargs):
+    names = {key: name for key, name in stopping_modules(model).items() if name in route.scales}
+    with Stops(names, route.scales, clamp), counting(model, batch, mask) as (args, kwargs):
         return without_padding(main_output(model(*args, **kwargs)), "output").double()

@@ -113,7 +113,7 @@ def _stepped(
 
     @torch.no_grad()
     def run() -> None:
-        with Stops(names, route.summed, at):
+        with Stops(names, route.scales, at):
             forward_batch(model, batch, mask)
 
     forward: SteppedForward[Stop] = SteppedForward(run)

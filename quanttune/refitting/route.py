@@ -15,11 +15,14 @@ from .stops import Stop, Stops, stopping_modules
 
 @dataclass(frozen=True)
 class Route:
-    """What a forward comes by; `scales` are the root mean squares of the sums, by module."""
+    """What a forward comes by: modules in their order, and those whose output goes into a sum.
+
+    scales: the root mean square of each sum. reach: the largest value of any, in units of its own.
+    """
 
     names: tuple[str, ...]
-    summed: frozenset[str]
     scales: Mapping[str, float]
+    reach: float
 
 
 @torch.no_grad()
@@ -36,10 +39,14 @@ def route_of(model: nn.Module, batch: Any, mask: Mask | None) -> Route:
         forward_batch(model, batch, mask)
     once = {key: name for key, name in names.items() if calls[name] == 1}
     scales: dict[str, float] = {}
+    reaches = [1.0]
 
     def measure(stop: Stop) -> Tensor:
         if stop.other is not None:
-            scales[stop.name] = rms(stop.output + stop.other, stop.counted)
+            total = (stop.output + stop.other).flatten(0, -2).float()
+            total = total if stop.counted is None else total[stop.counted]
+            scales[stop.name] = scale = total.square().mean().sqrt().item()
+            reaches.append(total.abs().max().item() / (scale or 1.0))
         return stop.output
 
     with Stops(once, once.values(), measure):
@@ -52,11 +59,4 @@ def route_of(model: nn.Module, batch: Any, mask: Mask | None) -> Route:
 
     with Stops(once, scales, note):
         forward_batch(model, batch, mask)
-    return Route(tuple(order), frozenset(scales), scales)
-
-
-def rms(x: Tensor, counted: Tensor | None) -> float:
-    """Return the root mean square of the tokens that count."""
-    rows = x.flatten(0, -2).float()
-    rows = rows if counted is None else rows[counted]
-    return rows.square().mean().sqrt().item()
+    return Route(tuple(order), scales, max(reaches))

@@ -44,7 +44,7 @@ class Stops(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
-            return self._linear(func(*args, **kwargs), *args)
+            return self._linear(func(*args, **kwargs), **_named(*args, **kwargs))
         if func in SUMS and not kwargs:
             args = self._with_stop(args)
         result = func(*args, **kwargs)
@@ -53,7 +53,7 @@ class Stops(TorchFunctionMode):
             self._made[result] = self._made[first]  # such as dropout, while it is evaluated
         return result
 
-    def _linear(self, y: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    def _linear(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         name = self._names.get(id(weight))
         if name is None:
             return y
@@ -85,6 +85,11 @@ def stopping_modules(model: nn.Module) -> dict[int, str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight".lstrip(".") in alone
     }
+
+
+def _named(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+    """Return what F.linear was given, by position or by name."""
+    return {"x": input, "weight": weight}
 
 
 def _is_same(result: Any, x: Tensor) -> bool:
