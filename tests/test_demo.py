@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import assert_same_bits
 from torch import nn
 
 from quanttune.demo import docstrings, experiment, recipe
@@ -15,6 +16,7 @@ from quanttune.demo.experiment import Arm
 from quanttune.demo.minilm import MiniLM
 from quanttune.demo.training import train
 from quanttune.quantization.simulation import quantize
+from quanttune.refitting.refit import refit
 
 CONTROL = Arm("control", "", 1e-2)
 
@@ -171,6 +173,13 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
     # the base is the teacher: no arm may have changed it, and the table of words is frozen
     assert job.evaluate(job.prepare(arms["base"], lambda: None)) == pytest.approx(1, abs=1e-6)
     assert torch.equal(base.get_input_embeddings().weight, tuned.get_input_embeddings().weight)
+    untrained = job.prepare(Arm("refit", "no training", refit=True), lambda: None)
+    rows = [{"input_ids": ids} for ids in job._rows.tuning[:640].split(16)]
+    by_hand = refit(job.prepare(arms["base"], lambda: None), rows)
+    assert_same_bits(untrained.state_dict(), by_hand.state_dict())
+    assert not torch.equal(
+        untrained.encoder.layer[0].output.dense.weight, base.encoder.layer[0].output.dense.weight
+    )
     # at alpha = 0 self-distillation is exactly zero: the control is the base
     loss = job._distillation_loss(base, 0)
     assert loss.item() == pytest.approx(0, abs=1e-5)
