@@ -19,7 +19,7 @@ from . import (
     report,
     tune,
     verify,
-)  # fmt: skip
+)
 from .language import learn
 from .terminal import quiet, say, written
 

@@ -26,9 +26,7 @@ def integer_weights(model: nn.Module, dtype: str = "int8") -> Iterator[None]:
     with ExitStack() as undo:
         for module, quantizer in weight_quantizers(model).values():
             undo.callback(setattr, module, "weight_quantizer", quantizer)
-            if not isinstance(
-                module, QuantizedModule
-            ):  # a parameter of a module that computes by itself
+            if not isinstance(module, QuantizedModule):  # one parameter of several
                 module.weight_quantizer = IntegerParameter(module.weight, quantizer, dtype)
                 continue
             undo.callback(setattr, module, "__class__", type(module))

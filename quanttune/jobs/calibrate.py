@@ -12,7 +12,6 @@ from ..progress import Progress, silent
 from ..quantization.saving.description import describe
 from ..quantization.scheme import DYNAMIC
 from ..quantization.simulation import quantize
-from ..quantization.state import is_quantized
 from ..quantization.summary import summary
 from .dataset import load_dataset
 from .publication import check_empty, publish, reserved
@@ -60,9 +59,7 @@ def _calibrate(
     inputs = load_dataset(settings, limit=limit)
     for line in inputs.said:
         say(line)
-    model = inputs.load(settings.seed)
-    if is_quantized(model):
-        raise ValueError(f"{settings.model} is quantized already: give the float model")
+    model = inputs.load_float(settings.seed)
     dynamic = quantization.get("calibrator") == DYNAMIC
     if quantization.get("overrides"):
         _check_overrides(model, inputs.batches(settings, model), quantization)

@@ -14,6 +14,7 @@ from transformers import logging, set_seed
 from transformers.models.auto import modeling_auto
 
 from ..quantization import pretrained as pretrained  # so that quantized models can be loaded
+from ..quantization.state import is_quantized
 from .settings import Settings
 
 # the class that loads a model for a task, and the architectures that are for it already
@@ -227,6 +228,17 @@ class ModelSource:
                 f"{', '.join(drawn[:3])}, {len(drawn)} in all"
             )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def load_float(self, seed: int) -> nn.Module:
+        """Return the model as `load` does, which must not be quantized yet.
+
+        Raises:
+            ValueError: it is, or its files lack some of its weights.
+        """
+        model = self.load(seed)
+        if is_quantized(model):
+            raise ValueError(f"{self.name} is quantized already: give the float model")
+        return model
 
 
 def find_model(settings: Settings) -> ModelSource:

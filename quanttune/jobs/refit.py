@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import Progress, silent
-from ..quantization.state import is_quantized
 from ..refitting.refit import refit as refit_model
 from .dataset import Dataset, load_dataset
 from .publication import check_empty, publish, reserved
@@ -56,9 +55,7 @@ def _refit(
     dry_run: bool,
     progress: Progress,
 ) -> str:
-    model = inputs.load(settings.seed)
-    if is_quantized(model):
-        raise ValueError(f"{settings.model} is quantized already: give the float model")
+    model = inputs.load_float(settings.seed)
     if not dry_run:
         batches = inputs.batches(settings, model)
         refit_model(model, batches, clamp=clamp, tolerance=tolerance, progress=progress)

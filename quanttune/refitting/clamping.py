@@ -75,6 +75,6 @@ def _output(
         limit = multiple * route.scales[stop.name]
         return (stop.output + stop.other).clamp(-limit, limit) - stop.other
 
-    names = {key: name for key, name in stopping_modules(model).items() if name in route.scales}
+    names = stopping_modules(model, route.scales)
     with Stops(names, route.scales, clamp), counting(model, batch, mask) as (args, kwargs):
         return without_padding(main_output(model(*args, **kwargs)), "output").double()

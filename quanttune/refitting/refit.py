@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,47 +67,45 @@ def refit(
         route = route_of(original, batches[0], mask)
         clamps = clamps_of(original, batches[0], mask, route, clamp, tolerance)
         with ExitStack() as undo:
-            pairs = [_pair(model, original, batch, mask, route, undo) for batch in batches]
+            students = _forwards(model, batches, mask, route, partial(_refitted, model))
+            teachers = _forwards(original, batches, mask, route, lambda stop: stop.output)
+            for forward in (*students, *teachers):
+                undo.callback(forward.stop)
             for name in track(route.names, "refitting", progress):
                 module: Any = model.get_submodule(name)
                 equations = _Equations(module)
-                for student, teacher in pairs:
+                for student, teacher in zip(students, teachers, strict=True):
                     equations.add(_reach(student, name), _reach(teacher, name), clamps.get(name))
                 equations.solve(ridge)
     return model
 
 
-def _pair(
+def _refitted(model: nn.Module, stop: Stop) -> Tensor:
+    """Return what a Linear gives by now."""
+    module: Any = model.get_submodule(stop.name)
+    return nn.functional.linear(stop.x, module.weight, module.bias)
+
+
+def _forwards(
     model: nn.Module,
-    original: nn.Module,
-    batch: Any,
+    batches: Iterable[Any],
     mask: Mask | None,
     route: Route,
-    undo: ExitStack,
+    goes_on: Callable[[Stop], Tensor],
 ) -> list[SteppedForward[Stop]]:
-    """Return the forwards of a batch in the model that is refitted and in the original."""
-    modules: Mapping[str, Any] = dict(model.named_modules())
-
-    def refitted(stop: Stop) -> Tensor:
-        module = modules[stop.name]
-        return nn.functional.linear(stop.x, module.weight, module.bias)
-
-    pair = []
-    for one, goes_on in ((model, refitted), (original, lambda stop: stop.output)):
-        pair.append(_stepped(one, batch, mask, route, goes_on))
-        undo.callback(pair[-1].stop)
-    return pair
+    """Return the forwards of all batches, which go on with the outputs that `goes_on` returns."""
+    names = stopping_modules(model, route.names)
+    return [_stepped(model, batch, mask, names, route, goes_on) for batch in batches]
 
 
 def _stepped(
     model: nn.Module,
     batch: Any,
     mask: Mask | None,
+    names: Mapping[int, str],
     route: Route,
     goes_on: Callable[[Stop], Tensor],
 ) -> SteppedForward[Stop]:
-    names = {key: name for key, name in stopping_modules(model).items() if name in route.names}
-
     def at(stop: Stop) -> Tensor:
         forward.wait_at(stop)
         return goes_on(stop)

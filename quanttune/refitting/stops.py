@@ -74,8 +74,11 @@ class Stops(TorchFunctionMode):
         return args
 
 
-def stopping_modules(model: nn.Module) -> dict[int, str]:
-    """Return the Linear modules whose weight is theirs alone, by the `id` of the weight."""
+def stopping_modules(model: nn.Module, among: Container[str] | None = None) -> dict[int, str]:
+    """Return the Linear modules whose weight is theirs alone, by the `id` of the weight.
+
+    among: the names of those that are wanted; None for all.
+    """
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)
@@ -83,7 +86,9 @@ def stopping_modules(model: nn.Module) -> dict[int, str]:
     return {
         id(module.weight): name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight".lstrip(".") in alone
+        if isinstance(module, nn.Linear)
+        and f"{name}.weight".lstrip(".") in alone
+        and (among is None or name in among)
     }
 
 
