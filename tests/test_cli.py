@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from quanttune import cli
+from quanttune.cli.options import grouped
 from quanttune.quantization.methods import METHODS
 
 runner = CliRunner()
@@ -51,6 +53,26 @@ def test_every_verb_has_help_with_an_example():
 def test_the_help_of_calibrate_names_every_method():
     output = runner.invoke(cli.app, ["calibrate", "--help"], env={"COLUMNS": "300"}).output
     assert f"{', '.join(METHODS)}. Repeat for several." in output
+
+
+def test_a_verb_gets_what_functions_make_of_their_options():
+    def area(width: int, height: int = 2):
+        return width * height
+
+    made = []
+
+    @grouped(size=area)
+    def run(size: int, name: str, height: int = 3, loud: bool = False):
+        """Paint."""
+        made.append((size, name, height, loud))
+
+    app = typer.Typer(add_completion=False)
+    app.command()(run)
+    names = [option.name for option in typer.main.get_command(app).params]
+    assert names == ["width", "name", "height", "loud"]
+    runner.invoke(app, ["5", "a wall"])
+    runner.invoke(app, ["5", "a wall", "--height", "7", "--loud"])
+    assert made == [(15, "a wall", 3, False), (35, "a wall", 7, True)]
 
 
 def test_a_wrong_task_is_one_line_and_status_two():

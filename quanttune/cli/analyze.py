@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..jobs.settings import Settings
 from ..quantization.coverage import PRESETS
 from . import options
 from .terminal import Json, progress_bar, say, write_numbers, written
@@ -14,8 +15,10 @@ OF_DATA = (
 )  # fmt: skip
 
 
+@options.grouped(settings=options.dataset)
 def run(
     context: typer.Context,
+    settings: Settings | None,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -24,16 +27,9 @@ def run(
             show_default="minilm",
         ),
     ] = None,
-    data: options.OptionalData = None,
-    task: options.Task = None,
-    subset: options.Subset = None,
-    split: options.Split = "train",
-    text: options.Columns = None,
-    label: options.Label = None,
-    tokens: options.Tokens = 128,
+    data: options.Data = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that ranges are taken from.")] = 100,
     limit: Annotated[int, typer.Option(min=1, help="Rows that quality is measured on.")] = 400,
-    batch_size: options.BatchSize = 32,
     compare: Annotated[
         list[str] | None,
         typer.Option(help="Another model, such as the tuned one; or an arm of the recipe."),
@@ -63,7 +59,7 @@ def run(
         raise ValueError(f"{out} holds an analysis: choose another --out")
     options.one_of("--coverage", coverage, PRESETS)
     request = Request(bits=bits, coverage=coverage, sites=site or ())
-    if data is None:
+    if settings is None:
         options.refuse_given(context, OF_DATA, "with --data")
         from ..demo.analyze import recipe_subject
 
@@ -71,10 +67,6 @@ def run(
     else:
         if model is None:
             raise ValueError("--data needs a model: quanttune analyze MODEL --data DATA")
-        settings = options.settings_of(
-            model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
-            tokens=tokens, batch_size=batch_size, seed=seed,
-        )  # fmt: skip
         from ..jobs.analyze import load_subject
 
         subject, others = load_subject(settings, compare or [], rows=rows, limit=limit, say=say)

@@ -30,9 +30,7 @@ def run(
 
     Example: quanttune bench sst2-w8a8 --onnx sst2.onnx --threads 1 --json latency.json
     """
-    settings = options.settings_of(
-        model=model, data="", task=task, text=None, tokens=tokens, batch_size=batch_size, seed=seed
-    )
+    settings = options.dataset(model, "", task, tokens=tokens, batch_size=batch_size, seed=seed)
     with options.of_extra("deploy"):
         from ..jobs.bench import bench
 

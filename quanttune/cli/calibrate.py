@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..jobs.settings import Settings
+
 # quanttune itself has imported them
 from ..quantization.calibrators import AFFINE, CALIBRATORS
 from ..quantization.coverage import PRESETS
@@ -14,16 +16,7 @@ from . import options
 from .terminal import Json, say, showing, write_numbers
 
 
-def run(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[Path, typer.Option(help="Folder of the quantized model.")],
-    task: options.Task = None,
-    subset: options.Subset = None,
-    split: options.Split = "train",
-    text: options.Columns = None,
-    label: options.Label = None,
-    tokens: options.Tokens = 128,
+def _quantization(
     bits: Annotated[int, typer.Option(help="Of activations and weights, 2 to 16.")] = 8,
     weight_bits: Annotated[int | None, typer.Option(help="Of weights, if others.")] = None,
     calibrator: Annotated[
@@ -48,9 +41,29 @@ def run(
             help=f"Makes rounding cost less: {', '.join(METHODS)}. Repeat for several.",
         ),
     ] = None,
+) -> dict[str, Any]:
+    """Check the arguments of `quanttune.quantize`, and return them."""
+    names = (*CALIBRATORS, DYNAMIC) if symmetric else AFFINE
+    options.one_of("--calibrator", calibrator, names, "" if symmetric else " with --no-symmetric")
+    options.one_of("--coverage", coverage, PRESETS)
+    options.one_of("--weights", weights, ("channel", "tensor"))
+    for name in method or ():
+        options.one_of("--method", name, METHODS)
+    quantization: dict[str, Any] = {
+        "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
+        "weights": weights, "residual": residual, "symmetric": symmetric,
+        "overrides": _overrides(override or []), "methods": method or (),
+    }  # fmt: skip
+    Scheme(**quantization)  # checks the widths
+    return quantization
+
+
+@options.grouped(settings=options.dataset, quantization=_quantization)
+def run(
+    settings: Settings,
+    quantization: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model.")],
     limit: Annotated[int, typer.Option(min=1, help="Rows, drawn by the seed.")] = 320,
-    batch_size: options.BatchSize = 32,
-    seed: options.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but write.")] = False,
     json: Json = None,
 ) -> None:
@@ -59,24 +72,8 @@ def run(
     Example: quanttune calibrate sst2/model --data nyu-mll/glue --subset sst2 --bits 8
     --calibrator percentile --override classifier=float --out sst2-w8a8
     """
-    settings = options.settings_of(
-        model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
-        tokens=tokens, batch_size=batch_size, seed=seed,
-    )  # fmt: skip
-    names = (*CALIBRATORS, DYNAMIC) if symmetric else AFFINE
-    options.one_of("--calibrator", calibrator, names, "" if symmetric else " with --no-symmetric")
-    options.one_of("--coverage", coverage, PRESETS)
-    options.one_of("--weights", weights, ("channel", "tensor"))
-    for name in method or ():
-        options.one_of("--method", name, METHODS)
     from ..jobs.calibrate import calibrate
 
-    quantization: dict[str, Any] = {
-        "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
-        "weights": weights, "residual": residual, "symmetric": symmetric,
-        "overrides": _overrides(override or []), "methods": method or (),
-    }  # fmt: skip
-    Scheme(**quantization)  # checks the widths
     with showing() as progress:
         outcome = calibrate(
             settings, quantization, out, limit=limit, dry_run=dry_run, say=say, progress=progress

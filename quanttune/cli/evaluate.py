@@ -4,16 +4,17 @@ from typing import Annotated, Any
 
 import typer
 
+from ..jobs.settings import Settings
 from . import options
 from .terminal import Json, say, showing, write_numbers
 
 OF_DATA = ("subset", "split", "text", "label", "metric", "tokens", "seed")
 
 
+@options.grouped(settings=options.measured_dataset)
 def run(
     context: typer.Context,
-    model: options.Model,
-    data: options.OptionalData = None,
+    settings: Settings,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option(
@@ -21,19 +22,11 @@ def run(
             help="Instead of data, a task of lm_eval, or a YAML file of one. Repeat for several.",
         ),
     ] = None,
-    task: options.Task = None,
-    subset: options.Subset = None,
-    split: options.MeasuredSplit = None,
-    text: options.Columns = None,
-    label: options.Label = None,
     metric: options.Metrics = None,
-    tokens: options.MeasuredTokens = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Rows, drawn by the seed; of lm_eval's tasks the first."),
     ] = None,
-    batch_size: options.BatchSize = 32,
-    seed: options.Seed = 0,
     json: Json = None,
 ) -> None:
     """Measure a model on your data; one that is quantized beside its own weights in float.
@@ -47,12 +40,8 @@ def run(
 
     Example: quanttune evaluate sst2-w8a8 --data nyu-mll/glue --subset sst2 --limit 500
     """
-    if bool(data) == bool(lm_eval):
+    if bool(settings.data) == bool(lm_eval):
         raise ValueError("give what the model is measured on: either --data or --lm-eval")
-    settings = options.measured_settings(
-        data, split, tokens, metric, model=model, task=task, subset=subset, text=text,
-        label=label, batch_size=batch_size, seed=seed,
-    )  # fmt: skip
     if lm_eval:
         options.refuse_given(context, OF_DATA, "with --data")
         with options.of_extra("eval"):

@@ -23,7 +23,7 @@ def run(
 
     Example: quanttune export sst2-w8a8 --out sst2.onnx
     """
-    settings = options.settings_of(model=model, data="", task=task, text=None)
+    settings = options.dataset(model, "", task)
     with options.of_extra("deploy"):
         from ..jobs.export import export
 

@@ -1,23 +1,28 @@
 """The options that several verbs have."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
 import typer
 
+from ..jobs.settings import Settings
+
 Model = Annotated[str, typer.Argument(help="A folder, a Hugging Face id or a timm name.")]
-_DATA = typer.Option(
-    help="A folder of images or data files, a csv, json, parquet or txt file, a name."
-)
-Data = Annotated[str, _DATA]
-OptionalData = Annotated[str | None, _DATA]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder of images or data files, a csv, json, parquet or txt file, a name."
+    ),
+]
 Task = Annotated[
     str | None,
     typer.Option(help="text-classification, text-generation or image-classification."),
 ]
 Subset = Annotated[str | None, typer.Option(help="Of the dataset, such as sst2.")]
-Split = Annotated[str, typer.Option(help="Of the dataset.")]
+Split = Annotated[str | None, typer.Option(help="Of the dataset.")]
 Columns = Annotated[list[str] | None, typer.Option(help="A column; twice for pairs of texts.")]
 Label = Annotated[str | None, typer.Option(help="The column of labels.")]
 Tokens = Annotated[int, typer.Option(help="Length to which texts are cut.")]
@@ -72,20 +77,75 @@ def of_extra(name: str) -> Iterator[None]:
         raise ModuleNotFoundError(f'{error}: pip install "quanttune[{name}]"') from error
 
 
-def settings_of(**options: Any) -> Any:
-    """Return the Settings of options, and say what to install if it is missing."""
+def grouped(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb the options that functions take, and hand it what they make of them, by name.
+
+    In --help those that must be given stand first. Where the verb states one of a function's
+    options itself, its default and help count, and both get it.
+    """
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        groups = {name: signature(make, eval_str=True).parameters for name, make in makers.items()}
+        own = dict(signature(run, eval_str=True).parameters)
+        for name in makers:
+            del own[name]
+
+        @wraps(run)
+        def verb(**given: Any) -> None:
+            made = {
+                name: makers[name](**{option: given[option] for option in group})
+                for name, group in groups.items()
+            }
+            run(**made, **{option: given[option] for option in own})
+
+        options: dict[str, Parameter] = {}
+        for group in (*groups.values(), own):
+            options.update(group)
+        ordered = sorted(options.values(), key=lambda option: option.default is not option.empty)
+        verb.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
+        return verb
+
+    return decorate
+
+
+def dataset(
+    model: Model,
+    data: Data,
+    task: Task = None,
+    subset: Subset = None,
+    split: Split = "train",
+    text: Columns = None,
+    label: Label = None,
+    tokens: Tokens = 128,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+) -> Any:
+    """Return the Settings of a model and its rows; None for a verb that was given no data."""
+    if data is None:
+        return None
     with of_extra("tune"):
         from transformers.utils.logging import disable_progress_bar
-
-        from ..jobs.settings import Settings
     disable_progress_bar()  # one for every model that is loaded or written
-    return Settings(**{**options, "text": tuple(options["text"] or ())})
+    return Settings(
+        model, data, task, subset, split, tuple(text or ()), label, tokens,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
 
 
-def measured_settings(
-    data: str | None, split: str | None, tokens: int | None, metric: list[str] | None, **others: Any
+def measured_dataset(
+    model: Model,
+    data: Data = None,
+    task: Task = None,
+    subset: Subset = None,
+    split: MeasuredSplit = None,
+    text: Columns = None,
+    label: Label = None,
+    metric: Metrics = None,
+    tokens: MeasuredTokens = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
 ) -> Any:
-    """Return the Settings of what is measured."""
+    """Return the Settings of a model and rows that it is measured on."""
     if tokens is None:
         tokens = 512 if {"last_word", "last_token"} & {*(metric or ())} else 128
-    return settings_of(data=data or "", split=split, tokens=tokens, **others)
+    return dataset(model, data or "", task, subset, split, text, label, tokens, batch_size, seed)

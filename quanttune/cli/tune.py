@@ -6,12 +6,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from ..jobs.settings import Settings
 from ..losses import LOSSES
 from ..tuning import schedule
 from ..tuning.attach import BALANCES
@@ -25,16 +27,7 @@ Fields = Annotated[
 ]
 
 
-def run(
-    model: options.Model,
-    data: options.Data,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    task: options.Task = None,
-    subset: options.Subset = None,
-    split: options.Split = "train",
-    text: options.Columns = None,
-    label: options.Label = None,
-    tokens: options.Tokens = 128,
+def _tuning(
     alpha: Annotated[float, typer.Option(help="Weight of the outlier loss, 0 to 1.")] = 0.5,
     decay: Annotated[str, typer.Option(help="Of alpha: linear, cosine or constant.")] = "linear",
     balance: Annotated[str, typer.Option(help="none, or initial.")] = "none",
@@ -52,12 +45,26 @@ def run(
     ] = False,
     include: Patterns = None,
     exclude: Patterns = None,
+) -> dict[str, Any]:
+    """Check the arguments of `quanttune.attach`, and return them."""
+    options.one_of("--balance", balance, BALANCES)
+    options.one_of("--loss", loss, LOSSES)
+    return {
+        "alpha": alpha, "decay": decay, "balance": balance, "detach_deviation": detach_deviation,
+        "loss": loss, "observe_every": observe_every, "fuse": fuse, "include": include or ["*"],
+        "exclude": exclude or [],
+    }  # fmt: skip
+
+
+@options.grouped(settings=options.dataset, tuning=_tuning)
+def run(
+    settings: Settings,
+    tuning: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
-    batch_size: options.BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Its largest value.")] = 2e-5,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     trainer: Fields = None,
-    seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
     json: Json = None,
@@ -67,25 +74,11 @@ def run(
     Example: quanttune tune google-bert/bert-base-uncased --task text-classification
     --data nyu-mll/glue --subset sst2 --steps 2000 --trainer warmup_steps=100 --out sst2
     """
-    tuning: dict[str, Any] = {
-        "alpha": alpha,
-        "decay": decay,
-        "balance": balance,
-        "detach_deviation": detach_deviation,
-        "loss": loss,
-        "observe_every": observe_every,
-        "fuse": fuse,
-        "include": include or ["*"],
-        "exclude": exclude or [],
-    }
-    options.one_of("--balance", balance, BALANCES)
-    options.one_of("--loss", loss, LOSSES)
-    settings = options.settings_of(
-        model=model, data=data, task=task, subset=subset, split=split, text=text, label=label,
-        tokens=tokens, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
-        save_steps=save_steps, seed=seed, tuning=tuning, trainer=_fields(trainer or []),
+    settings = replace(
+        settings, steps=steps, learning_rate=learning_rate, save_steps=save_steps, tuning=tuning,
+        trainer=_fields(trainer or []),
     )  # fmt: skip
-    schedule.check(alpha, decay, steps)
+    schedule.check(tuning["alpha"], tuning["decay"], steps)
     from ..jobs.tune import tune
 
     try:

@@ -5,31 +5,25 @@ from typing import Annotated
 
 import typer
 
+from ..jobs.settings import Settings
 from . import options
 from .terminal import Json, say, showing, write_numbers
 
 OF_DATA = ("subset", "split", "text", "label", "metric", "tokens", "limit", "tolerance")
 
 
+@options.grouped(settings=options.measured_dataset)
 def run(
     context: typer.Context,
+    settings: Settings,
     model: Annotated[str, typer.Argument(help="The folder that the file was made from.")],
     onnx: Annotated[Path, typer.Option(help="A file of quanttune export.")],
-    data: options.OptionalData = None,
-    task: options.Task = None,
-    subset: options.Subset = None,
-    split: options.MeasuredSplit = None,
-    text: options.Columns = None,
-    label: options.Label = None,
     metric: options.Metrics = None,
-    tokens: options.MeasuredTokens = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows, drawn by the seed.")] = None,
     tolerance: Annotated[
         float,
         typer.Option(min=0, help="Per cent points of a metric, or per cent of a perplexity."),
     ] = 1.0,
-    batch_size: options.BatchSize = 32,
-    seed: options.Seed = 0,
     json: Json = None,
 ) -> None:
     """Check that an ONNX file computes what the quantized model of a folder simulates.
@@ -40,12 +34,8 @@ def run(
 
     Example: quanttune verify sst2-w8a8 --onnx sst2.onnx --data nyu-mll/glue --subset sst2
     """
-    if not data:
+    if not settings.data:
         options.refuse_given(context, OF_DATA, "with --data")
-    settings = options.measured_settings(
-        data, split, tokens, metric, model=model, task=task, subset=subset, text=text,
-        label=label, batch_size=batch_size, seed=seed,
-    )  # fmt: skip
     with options.of_extra("deploy"):
         from ..jobs.verify import verify
 
