@@ -101,3 +101,39 @@ def test_test_files_are_named_after_what_they_test():
     topics = set(re.findall(r"\w+", (ROOT / "tests" / "README.md").read_text()))
     names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert names - {path.stem for path in sources} - verbs - topics == set()
+
+
+def too_long(path, lines=300, of_function=60):
+    """Return what of a file is longer than that, docstrings of functions apart.
+
+    A function whose docstring says why it is one function may be.
+    """
+    text = path.read_text()
+    found = [path.name] if text.count("\n") > lines else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = ast.get_docstring(node) or ""
+            documented = node.body[0].end_lineno - node.body[0].lineno + 1 if said else 0
+            length = node.end_lineno - node.lineno + 1 - documented
+            if length > of_function and "One function, since" not in said:
+                found.append(node.name)
+    return found
+
+
+def test_files_and_functions_are_short():
+    folders = (ROOT / name for name in ("quanttune", "triton_kernels", "benchmarks"))
+    found = {str(path): too_long(path) for folder in folders for path in folder.rglob("*.py")}
+    assert len(found) > 200
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_what_is_too_long_is_seen(tmp_path):
+    path = tmp_path / "long.py"
+    body = "    x = 1\n" * 60
+    doc = '    """Do it.\n\n    {}\n    """\n'
+    path.write_text(f"def run():\n{doc.format('Much is said.')}{body}")
+    assert too_long(path) == ["run"]
+    path.write_text(f"def run():\n{doc.format('One function, since it is.')}{body}")
+    assert too_long(path) == []
+    path.write_text(f"def run():\n{doc.format('Much is said.')}{body[:-10]}" + "\n" * 250)
+    assert too_long(path) == ["long.py"]

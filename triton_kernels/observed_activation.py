@@ -8,6 +8,7 @@ from torch import Tensor
 from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
+from ._partials import leave_partials
 from .observed_statistics import (
     add_terms,
     fold,
@@ -18,7 +19,7 @@ from .observed_statistics import (
 )
 from .outlier_statistics import LONGEST_PART, MOST_PARTS, PROGRAMS
 from .sampling import position
-from .statistics_group import StatisticsGroup, leave_entry, leave_partials
+from .statistics_group import StatisticsGroup, leave_entry
 
 BLOCK = 1024
 LOADS = 2
@@ -130,6 +131,8 @@ def _forward_kernel(
     row_ptr = x_ptr + sample * size
     length = tl.minimum(size - start, part_size)
     offsets = tl.arange(0, LOADS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    sampled_from = sample * sample_pitch
+    rows = row_ptr, x_sample_ptr + sampled_from, y_sample_ptr + sampled_from
 
     x_partials = start_partials(BLOCK)
     y_partials = start_partials(BLOCK)
@@ -144,16 +147,7 @@ def _forward_kernel(
         y_partials = fold(y_partials, y.to(tl.float32), inside, elements, tile == 0)
         if STRATA > 0:
             # right after their neighbours were read, so that they come from the cache
-            _gather(
-                row_ptr,
-                x_sample_ptr + sample * sample_pitch,
-                y_sample_ptr + sample * sample_pitch,
-                first,
-                first + elements,
-                stride,
-                KIND,
-                STRATA,
-            )
+            _gather(*rows, first, first + elements, stride, KIND, STRATA)
 
     leave_partials(x_partial_ptr, sample, parts, part, x_partials)
     leave_partials(y_partial_ptr, sample, parts, part, y_partials)

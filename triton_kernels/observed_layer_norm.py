@@ -12,10 +12,11 @@ from torch import Tensor
 from quanttune.reference import observed_modules
 
 from ._launch import on_device_of, options
+from ._partials import leave_partials
 from .observed_statistics import fold, start_partials
 from .outlier_statistics import LONGEST_PART, MOST_PARTS, PROGRAMS
 from .sampling import position
-from .statistics_group import StatisticsGroup, leave_entry, leave_partials
+from .statistics_group import StatisticsGroup, leave_entry
 
 MAX_COLUMNS = 16384  # of one token: a program holds them all in registers
 ELEMENTS = 16  # of a thread
@@ -103,6 +104,10 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     STRATA: tl.constexpr,
 ):
+    """Compute y of the tokens of one part, and what x and y leave for their statistics.
+
+    One function, since a tile of x is loaded once for all of it.
+    """
     # backwards: what the producer of x wrote last may still be in the cache
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample = (program // parts).to(tl.int64)

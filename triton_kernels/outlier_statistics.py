@@ -15,8 +15,9 @@ from torch import Tensor
 from quanttune import reference
 
 from ._launch import on_device_of, options
+from ._partials import leave_partials
 from .sampling import gather, load_range, unit_of
-from .statistics_group import StatisticsGroup, leave_entry, leave_partials
+from .statistics_group import StatisticsGroup, leave_entry
 
 BLOCK = 1024  # elements of one load of the forward pass: 16 bytes from every thread
 LOADS = 4  # in flight at once

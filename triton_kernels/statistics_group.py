@@ -19,6 +19,7 @@ from quanttune import reference
 from ._columns import COLUMNS, DEVIATION, MAXIMUM, MAXIMUM_COUNT, MEAN, MEDIAN, MEDIAN_COUNT, RATIO
 from ._launch import on_device_of, options
 from ._math import magnitude_of_bits
+from ._partials import PARTIALS, merge_partials
 from ._selection import median_bits
 from .sampling import load_range, strata, unit_of
 
@@ -29,10 +30,6 @@ MOST_SITES = 256  # of one launch
 MOST_PENDING = 2**28  # bytes of samples that wait for it
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-# what each program of the stage before leaves, where the sums are of a - pivot and its square
-PIVOT, SUM, SQUARES, MAXIMUM_OF_PART, COUNT_OF_PART = (tl.constexpr(index) for index in range(5))
-PARTIALS = tl.constexpr(5)
 
 # an entry of the table; its width keeps entries on boundaries of 16 bytes, as Triton assumes
 _SAMPLE, _PARTIALS, _STATISTICS, _RANGES = (tl.constexpr(index) for index in range(4))
@@ -63,18 +60,6 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def leave_partials(partial_ptr, sample, parts, part, partials):
-    """Store what a part adds to the statistics of its sample."""
-    pivot, sums, squares, maximum, count = partials
-    column_ptr = partial_ptr + sample * PARTIALS * parts + part
-    tl.store(column_ptr + PIVOT * parts, pivot)
-    tl.store(column_ptr + SUM * parts, tl.sum(sums))
-    tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
-    tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
-    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
-
-
-@triton.jit
 def leave_entry(
     entry_ptr,
     sample_ptr,
@@ -102,34 +87,6 @@ def leave_entry(
     tl.store(entry_ptr + _PART_SIZE, tl.cast(part_size, tl.int64))
     tl.store(entry_ptr + _STRIDE, tl.cast(stride, tl.int64))
     tl.store(entry_ptr + _PITCH, tl.cast(sample_pitch, tl.int64))
-
-
-@triton.jit
-def _merge(partial_row_ptr, size, parts, part_size, PARTS: tl.constexpr):
-    """Return mean and deviation in float64, the maximum and how many elements attain it."""
-    part = tl.arange(0, PARTS)
-    inside = part < parts
-    column_ptr = partial_row_ptr + part
-    pivot = tl.load(column_ptr + PIVOT * parts, mask=inside, other=0.0).to(tl.float64)
-    sums = tl.load(column_ptr + SUM * parts, mask=inside, other=0.0).to(tl.float64)
-    squares = tl.load(column_ptr + SQUARES * parts, mask=inside, other=0.0).to(tl.float64)
-    maxima = tl.load(column_ptr + MAXIMUM_OF_PART * parts, mask=inside, other=-1.0)
-    counts = tl.load(column_ptr + COUNT_OF_PART * parts, mask=inside, other=0.0)
-
-    length = tl.minimum(size - part * part_size, part_size)
-    length = tl.where(inside, tl.maximum(length, 0), 0).to(tl.float64)
-    total = tl.maximum(size, 1).to(tl.float64)
-    excess = sums / tl.maximum(length, 1.0)
-    part_mean = pivot + excess
-    mean = tl.sum(part_mean * length) / total
-    distance = part_mean - mean
-    # Chan et al.: what the parts deviate in themselves, and what their means deviate
-    within = tl.maximum(squares - sums * excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    variance = tl.sum(within + length * distance * distance) / tl.maximum(total - 1.0, 1.0)
-    maximum = tl.max(maxima)
-    # as integers: a sum of floats stops counting at 2**24
-    count = tl.sum(tl.where(maxima == maximum, counts, 0.0).to(tl.int32))
-    return mean, tl.sqrt(variance), maximum, count
 
 
 @triton.jit
@@ -165,7 +122,7 @@ def _merge_kernel(
     parts = tl.load(entry_ptr + _PARTS).to(tl.int32)
     part_size = tl.load(entry_ptr + _PART_SIZE).to(tl.int32)
     partial_ptr = tl.load(entry_ptr + _PARTIALS).to(tl.pointer_type(tl.float32))
-    mean, deviation, maximum, maximum_count = _merge(
+    mean, deviation, maximum, maximum_count = merge_partials(
         partial_ptr + row * PARTIALS * parts, size, parts, part_size, PARTS
     )
     spread = maximum.to(tl.float64) - median.to(tl.float64)

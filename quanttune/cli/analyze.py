@@ -1,7 +1,7 @@
 """`quanttune analyze`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,24 @@ OF_DATA = (
 )  # fmt: skip
 
 
-@options.grouped(settings=options.dataset)
+def _request(
+    bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
+    coverage: Annotated[str, typer.Option(help="What is quantized.")] = "full_no_softmax",
+    site: Annotated[
+        list[str] | None, typer.Option(help="A tensor whose channels are drawn (Fig. 2).")
+    ] = None,
+) -> Any:
+    from ..analysis.subject import Request
+
+    options.one_of("--coverage", coverage, PRESETS)
+    return Request(bits=bits, coverage=coverage, sites=site or ())
+
+
+@options.grouped(settings=options.dataset, request=_request)
 def run(
     context: typer.Context,
     settings: Settings | None,
+    request: Any,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -34,11 +48,6 @@ def run(
         list[str] | None,
         typer.Option(help="Another model, such as the tuned one; or an arm of the recipe."),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
-    coverage: Annotated[str, typer.Option(help="What is quantized.")] = "full_no_softmax",
-    site: Annotated[
-        list[str] | None, typer.Option(help="A tensor whose channels are drawn (Fig. 2).")
-    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("analysis"),
     seed: options.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
@@ -51,22 +60,19 @@ def run(
     Example: quanttune analyze minilm --compare detached --out analysis
     """
     from ..analysis.analysis import analyze, units
-    from ..analysis.subject import Request
     from ..analysis.survey import rows_of
     from ..report.report import write_report
 
     if (out / "analysis.json").exists():
         raise ValueError(f"{out} holds an analysis: choose another --out")
-    options.one_of("--coverage", coverage, PRESETS)
-    request = Request(bits=bits, coverage=coverage, sites=site or ())
     if settings is None:
         options.refuse_given(context, OF_DATA, "with --data")
         from ..demo.analyze import recipe_subject
 
         subject, others = recipe_subject(model, compare or [], seed)
+    elif model is None:
+        raise ValueError("--data needs a model: quanttune analyze MODEL --data DATA")
     else:
-        if model is None:
-            raise ValueError("--data needs a model: quanttune analyze MODEL --data DATA")
         from ..jobs.analyze import load_subject
 
         subject, others = load_subject(settings, compare or [], rows=rows, limit=limit, say=say)
