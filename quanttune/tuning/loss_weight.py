@@ -33,12 +33,10 @@ class Upstream:
         """Return the gradient of the loss with respect to the ratio of each sample of a tensor."""
         samples = len(statistics)
         key = multiplicity, samples, statistics.dtype, statistics.device
-        if (
-            key not in self._ratio_grads
-        ):  # few differ, and a tensor operation costs as much as a kernel
-            self._ratio_grads[key] = _ratio_grad(
-                self.coefficient, statistics, samples, multiplicity
-            )
+        # few differ, and a tensor operation costs as much as a kernel
+        if key not in self._ratio_grads:
+            weighed = _ratio_grad(self.coefficient, statistics, samples, multiplicity)
+            self._ratio_grads[key] = weighed
         return self._ratio_grads[key]
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..losses import OutlierLoss
 from .loss_weight import Upstream
-from .taps import Observation
+from .observation import Observation
 
 
 def outlier_loss(

@@ -11,8 +11,8 @@ from ..reference import MAXIMUM
 from . import schedule
 from .loss_weight import Upstream
 from .mixing import combine, instances, outlier_loss
+from .observation import Observation
 from .observers import Observers
-from .taps import Observation
 
 # warn when the norm of the outlier term's gradient is this many times the task's
 GRADIENT_RATIO_WARNING = 3.0
