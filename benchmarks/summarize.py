@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import methods
-from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
+from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
+from markdown_table import table
 from onnx_latency import COVERAGES, figures
 
 from quanttune.demo.experiment import Row
@@ -86,27 +87,26 @@ def _replace(page: Path, mark: str, end: str, table: str) -> None:
 
 def _speed_table(measured: Any) -> str:
     dtypes = ("float32", "bfloat16")
-    lines = [_line("", *dtypes, "bar"), _line("---", *["---:"] * 3)]
+    rows = []
     for key, ratios in measured["ratios"].items():
-        bar = BARS[key]
         cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
-        lines.append(_line(bar.what, *cells, bar.text()))
-    return "\n".join(lines)
+        rows.append((BARS[key].what, *cells, BARS[key].text()))
+    return table(("", *dtypes, "bar"), rows)
 
 
 def onnx_table(measured: Any) -> str:
     """Return the table of a run of onnx_latency.py."""
-    lines = [_line("W8A8", *COVERAGES, "bar"), _line("---", *["---:"] * 4)]
+    rows = []
     for key, values in figures(measured).items():
         cells = [f"{values[name]:.2f}x" if name in values else "" for name in COVERAGES]
         bar = ONNX_BARS[key].text() if key in ONNX_BARS else ""
-        lines.append(_line(ONNX_ROWS[key], *cells, bar))
+        rows.append((ONNX_ROWS[key], *cells, bar))
     if tuned := measured["minilm"]:
         for what in ("simulation", "noise", "onnxruntime"):
             cosines = (tuned["cosine"].get(name) for name in COVERAGES)
             cells = [f"{cosine[what]:.4f}" if cosine else "" for cosine in cosines]
-            lines.append(_line(f"its cosine, {COSINES[what]}", *cells, ""))
-    return "\n".join(lines)
+            rows.append((f"its cosine, {COSINES[what]}", *cells, ""))
+    return table(("W8A8", *COVERAGES, "bar"), rows)
 
 
 def gpu_table(measured: Any) -> str:
@@ -115,25 +115,22 @@ def gpu_table(measured: Any) -> str:
         raise ValueError("this is the result of a dry run, whose figures mean nothing")
     facts, versions = measured["environment"], measured["environment"]["versions"]
     where = f"{facts['gpu']}, torch {versions['torch']}, triton {versions['triton']}"
-    lines = [_line(where, "measured", "bar"), _line("---", "---:", "---:")]
-    for key, value in measured["ratios"].items():
-        bar: Bar = GPU_BARS[key]
-        lines.append(_line(bar.what, f"{value:.2f}x", bar.text()))
-    return "\n".join(lines)
+    ratios = ((GPU_BARS[key], f"{value:.2f}x") for key, value in measured["ratios"].items())
+    return table((where, "measured", "bar"), [(bar.what, x, bar.text()) for bar, x in ratios])
 
 
 def _results_table(demo: Any, calibrators: Collection[str] = ()) -> str:
     """Return all rows; or weights per channel, with these calibrators."""
     digits = DIGITS[demo["metric"]]
-    table = tabulate(Row(**row) for row in demo["rows"])
-    lines = [_line("", *table.arms), _line("---", *["---:"] * len(table.arms))]
-    for group, ways in groupby(table.cells, lambda way: way.group):
+    found = tabulate(Row(**row) for row in demo["rows"])
+    rows = []
+    for group, ways in groupby(found.cells, lambda way: way.group):
         for way in ways:
             if calibrators and (way.weights != "channel" or way.calibrator not in calibrators):
                 continue
             label = way.label if way.calibrator == "none" else f"{way.label}, {group}"
-            lines.append(_line(label, *(_bold(cell, digits) for cell in table.cells[way])))
-    return "\n".join(lines)
+            rows.append((label, *(_bold(cell, digits) for cell in found.cells[way])))
+    return table(("", *found.arms), rows)
 
 
 def _bold(cell: Cell, digits: int) -> str:
@@ -162,19 +159,15 @@ Mean ± standard deviation of {seeds} seeds; {demo["seconds"]:.0f} s on {machine
 
 def _settings_section(settings: Any) -> str:
     columns = [key for key in settings["rows"][0] if key not in ("arm", "steps", "learning_rate")]
-    lines = [
-        _line("arm", "steps", "learning rate", *columns),
-        _line("---", *["---:"] * (len(columns) + 2)),
-    ]
+    rows = []
     for row in settings["rows"]:
         values = [f"{row[column]:.3f}" for column in columns]
-        lines.append(_line(row["arm"], str(row["steps"]), f"{row['learning_rate']:g}", *values))
-    table = "\n".join(lines)
+        rows.append((row["arm"], str(row["steps"]), f"{row['learning_rate']:g}", *values))
     return f"""### Choice of its settings
 
 Validation rows, seed {settings["seed"]}, min-max, weights per channel.
 
-{table}
+{table(("arm", "steps", "learning rate", *columns), rows)}
 """
 
 
@@ -210,18 +203,16 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
     columns = [(width, arm) for width in names for arm in arms if (width, arm) in measured]
     ways = [methods.way(*choice) for choice in methods.CHOICES]
     cells = [cells_of([values.get((*column, way), []) for way in ways]) for column in columns]
-    lines = [_line("", *map(" ".join, columns)), _line("---", *["---:"] * len(columns))]
-    for way, row in zip(ways, zip(*cells, strict=True), strict=True):
-        lines.append(_line(way, *(_bold(cell, digits) for cell in row)))
-    return "\n".join(lines)
+    rows = zip(ways, zip(*cells, strict=True), strict=True)
+    bold = ((way, *(_bold(cell, digits) for cell in row)) for way, row in rows)
+    return table(("", *map(" ".join, columns)), bold)
 
 
 def times_section(measured: Any) -> str:
     """Return the table of a run of method_times.py."""
-    lines = [_line("", "seconds", "error"), _line("---", "---:", "---:")]
-    for row in measured["rows"]:
-        lines.append(_line(row["way"], f"{row['seconds']:.0f}", f"{row['error']:.3f}"))
-    facts, table = measured["environment"], "\n".join(lines)
+    found = measured["rows"]
+    rows = [(row["way"], f"{row['seconds']:.0f}", f"{row['error']:.3f}") for row in found]
+    facts = measured["environment"]
     where = f"{facts['processor']}, {facts['threads']} threads"
     return f"""## What methods cost
 
@@ -229,19 +220,13 @@ A ViT-tiny (12 layers, 192 wide, random weights), 32 images of 224 pixels, W4A4,
 once each, calibration included; {where}. Error: squared difference of logits on these
 images, relative to the float model's.
 
-{table}
+{table(("", "seconds", "error"), rows)}
 """
 
 
 def _agreement_section(measured: Any) -> str:
-    heads = (
-        "integer products",
-        "float",
-        "sites, equal",
-        "most codes that differ",
-        "by more than 1",
-    )
-    lines = [_line("", *heads), _line("---", *["---:"] * len(heads))]
+    heads = "integer products", "float", "sites, equal", "most codes that differ", "by more than 1"
+    rows = []
     for row in measured["rows"]:
         cells = (
             str(row["integer_products"]),
@@ -251,8 +236,7 @@ def _agreement_section(measured: Any) -> str:
             f"{row['most_beyond_one']:.4%}",
         )
         failed = " (fails)" if row["problems"] else ""
-        lines.append(_line(f"{row['model']}, {row['bits']} bits{failed}", *cells))
-    table = "\n".join(lines)
+        rows.append((f"{row['model']}, {row['bits']} bits{failed}", *cells))
     return f"""## Exported files beside the simulation
 
 Coverage full, in ONNX Runtime; each site was given the codes of the simulation before it, so what
@@ -260,12 +244,8 @@ differs is its own. Both largest shares are those of the worst site. timm's mode
 weights. The float products are patch embeddings, which ONNX Runtime convolves in integers at 8 bits
 only.
 
-{table}
+{table(("", *heads), rows)}
 """
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

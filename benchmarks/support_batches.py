@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from markdown_table import table
+
 SITUATIONS = {
     "left": "calibrated and called with a first sample that is padded on the left",
     "right": "the same, on the right",
@@ -32,11 +34,12 @@ MEANINGS = {
 def batches(result: dict[str, Any]) -> str:
     """Return the section."""
     rows = {name: row for name, row in result["rows"].items() if "situations" in row}
-    lines = [HEAD.format(**result["environment"]["versions"])]
-    lines += [_line("situation", *MEANINGS), _line("---", *["---:"] * len(MEANINGS))]
+    outcomes = []
     for situation, text in SITUATIONS.items():
         counts = Counter(_kind(row["situations"][situation]) for row in rows.values())
-        lines.append(_line(text, *(str(counts[kind]) for kind in MEANINGS)))
+        outcomes.append((text, *(str(counts[kind]) for kind in MEANINGS)))
+    lines = [HEAD.format(**result["environment"]["versions"])]
+    lines.append(table(("situation", *MEANINGS), outcomes))
     lines.append("\n" + "\n".join(f"- {kind}: {text}" for kind, text in MEANINGS.items()) + "\n")
     left = len(result["rows"]) - len(rows)
     lines.append(
@@ -71,17 +74,13 @@ def _floats(rows: dict[str, Any]) -> str:
         "### What stays float\n",
         f"With coverage full, every product of {len(whole)} of {len(known)} models is one of "
         "integers. Of the others, what is named first:\n",
-        _line("model", "parameters", "products", "float"),
-        _line("---", "---:", "---:", "---"),
     ]
+    others = []
     for name, row in known.items():
         parameters, products = row["integers"]
         if products != 1:
             shares = (f"{parameters:.1%}", f"{products or 0:.1%}")
             first = next((x for x in row["float"] if "no Linear" in x), "less than 1 % each")
-            lines.append(_line(name.partition("/")[2], *shares, first))
+            others.append((name.partition("/")[2], *shares, first))
+    lines.append(table(("model", "parameters", "products", "float"), others, numbers=2))
     return "\n".join(lines) + "\n"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 from typing import Any
 
+from markdown_table import table
 from support_batches import batches
 
 Row = dict[str, Any]
@@ -95,11 +96,8 @@ def _of(rows: dict[str, Row], library: str) -> dict[str, Row]:
 
 def _counts(rows: dict[str, Row], libraries: list[str]) -> str:
     found = {name: Counter(map(outcome, _of(rows, name).values())) for name in libraries}
-    lines = _heading(["", *libraries, "meaning"], numbers=len(libraries))
-    for kind, meaning in MEANINGS.items():
-        counts = [found[name][kind] for name in libraries]
-        if any(counts):
-            lines.append(_line(kind, *map(str, counts), meaning))
+    counts = {kind: [found[name][kind] for name in libraries] for kind in MEANINGS}
+    lines = [(kind, *map(str, n), MEANINGS[kind]) for kind, n in counts.items() if any(n)]
     errors: dict[str, list[float]] = {"float64": [0.0], "float32": [0.0]}
     for row in rows.values():
         if outcome(row) in ("exact", "partly"):
@@ -107,17 +105,17 @@ def _counts(rows: dict[str, Row], libraries: list[str]) -> str:
     single = [_name(key) for key, row in rows.items() if row.get("dtype") == "float32"]
     largest = {dtype: f"{max(values):.1g}" for dtype, values in errors.items()}
     lonely = sum(outcome(row) == "exact" and row["sites"] == 1 for row in rows.values())
-    lines.append(
+    return (
+        f"{table(['', *libraries, 'meaning'], lines, numbers=len(libraries))}\n"
         f"\nOf the exact ones, {lonely} have a single site, the last Linear, of which only the "
         "input is observed.\n"
         f"\nLargest error of what is exact or partly so: {largest['float64']} in float64, "
         f"{largest['float32']} in float32 ({len(single)} models: {', '.join(single) or 'none'}).\n"
     )
-    return "\n".join(lines)
 
 
 def _families(rows: dict[str, Row]) -> str:
-    lines = _heading(["family", "sites", "parameters in them", "outcome", "models"])
+    lines = []
     for family, members in groupby(rows.items(), lambda item: str(item[1]["family"])):
         groups: dict[str, dict[str, Row]] = defaultdict(dict)
         for name, row in members:
@@ -125,8 +123,9 @@ def _families(rows: dict[str, Row]) -> str:
         for text, group in groups.items():
             sites = _range("{}", [row["sites"] for row in group.values() if "sites" in row])
             share = _range("{:.0%}", [row["share"] for row in group.values() if "share" in row])
-            lines.append(_line(family, sites, share, text, ", ".join(group)))
-    return "\n".join(lines) + "\n"
+            lines.append((family, sites, share, text, ", ".join(group)))
+    heads = "family", "sites", "parameters in them", "outcome", "models"
+    return table(heads, lines, numbers=0) + "\n"
 
 
 def _range(form: str, values: list[float]) -> str:
@@ -140,10 +139,9 @@ def _unobserved(rows: dict[str, Row]) -> str:
         for reason, patterns in row.get("unobserved", {}).items():
             sites = [f"`{p}`" + (f" ({n})" if n > 1 else "") for p, n in patterns.items()]
             found[reason, ", ".join(sites)].append(_name(key))
-    lines = [UNOBSERVED, *_heading(["why", "sites", "models"])]
-    for reason, sites in sorted(found, key=lambda pair: (pair[0] == NOT_CALLED, pair)):
-        lines.append(_line(reason, sites, ", ".join(found[reason, sites])))
-    return "\n".join(lines) + "\n"
+    pairs = sorted(found, key=lambda pair: (pair[0] == NOT_CALLED, pair))
+    lines = [(*pair, ", ".join(found[pair])) for pair in pairs]
+    return f"{UNOBSERVED}\n{table(('why', 'sites', 'models'), lines, numbers=0)}\n"
 
 
 def _in_place(rows: dict[str, Row]) -> str:
@@ -185,12 +183,3 @@ def _messages(rows: dict[str, Row]) -> str:
 
 def _name(key: str) -> str:
     return key.partition("/")[2]
-
-
-def _heading(names: list[str], numbers: int = 0) -> list[str]:
-    rules = ["---:" if 0 < i <= numbers else "---" for i in range(len(names))]
-    return [_line(*names), _line(*rules)]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
