@@ -11,10 +11,9 @@ class Bar(NamedTuple):
     goal: float
     at_least: bool
 
-    def met(self, ratio: float, goal: bool = False) -> bool:
-        """Tell whether a ratio reaches the bar, or the goal."""
-        limit = self.goal if goal else self.bar
-        return ratio >= limit if self.at_least else ratio <= limit
+    def met(self, ratio: float) -> bool:
+        """Tell whether a ratio reaches the bar."""
+        return ratio >= self.bar if self.at_least else ratio <= self.bar
 
     def text(self, goal: bool = False) -> str:
         """Return the bar, or the goal, as it stands in a table."""

@@ -32,11 +32,8 @@ def _models() -> dict[str, Callable[[Machine], tuple[nn.Module, LOSS]]]:
         "word_embed_proj_dim": 512, "do_layer_norm_before": False,
     }  # fmt: skip
     opt_1b = {
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "ffn_dim": 8192,
-        "num_hidden_layers": 24,
-    }
+        "hidden_size": 2048, "num_attention_heads": 32, "ffn_dim": 8192, "num_hidden_layers": 24,
+    }  # fmt: skip
     opt_7b = {
         "hidden_size": 4096, "num_attention_heads": 32, "ffn_dim": 16384, "num_hidden_layers": 8,
     }  # fmt: skip

@@ -6,12 +6,11 @@ Each is timed once, calibration included, after its outputs were found to be nea
 model's than those of rounding to nearest.
 """
 
-import argparse
 import copy
 import time
-from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from provenance import commit
 
@@ -37,9 +36,7 @@ WAYS: dict[str, list[Any]] = {
 def main() -> None:
     import timm
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    folder = parser.parse_args().out
+    folder = arguments.of_folder(__doc__).parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224").eval()

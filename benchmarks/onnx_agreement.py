@@ -7,7 +7,6 @@ Softmax is rounded too, so that every product is to be one of integers. A run th
 goes on where it stopped.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import arguments
 import torch
 from provenance import commit
 from torch import Tensor, nn
@@ -35,9 +35,7 @@ Case = tuple[nn.Module, list[dict[str, Tensor]], dict[int, str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    folder = parser.parse_args().out
+    folder = arguments.of_folder(__doc__).parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "onnx-agreement.json"
     facts = {**environment(), "vnni": has_vnni()}

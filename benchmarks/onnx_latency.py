@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import arguments
 import torch
 from bars import ONNX_BARS
 from provenance import commit
@@ -58,8 +59,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of onnx.json")
+    parser = arguments.of_folder(__doc__)
     parser.add_argument("--minilm", action="store_true", help="tune and measure it as well")
     parser.add_argument("--small", action="store_true", help="try the script, and time nothing")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is missed")

@@ -61,8 +61,10 @@ def main() -> None:
         runs.append(_ratios(times[-1]))
     _progress("for reference")
     others = _others()
-    pick = partial(_over, runs)
-    ratios = {key: {name: pick(key, name) for name in runs[0][key]} for key in BARS}
+    ratios = {
+        key: {name: median(run[key][name] for run in runs) for name in names}
+        for key, names in runs[0].items()
+    }
     missed = [
         f"{key} {name}: {value:.2f}x, bar {BARS[key].text()}"
         for key, values in ratios.items()
@@ -172,10 +174,6 @@ def _ratios(times: Times) -> dict[str, dict[str, float]]:
             ours, rival, *_ = values.values()
             ratios[key][name] = rival / ours if bar.at_least else ours / rival
     return ratios
-
-
-def _over(runs: list[dict[str, dict[str, float]]], key: str, name: str) -> float:
-    return median(run[key][name] for run in runs)
 
 
 def _others() -> dict[str, float]:

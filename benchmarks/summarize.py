@@ -19,8 +19,7 @@ from markdown_table import table
 from onnx_latency import COVERAGES, figures
 
 from quanttune.demo.experiment import Row
-from quanttune.report.report import DIGITS
-from quanttune.report.results_table import Cell, cells_of, tabulate
+from quanttune.report.results_table import DIGITS, Cell, cells_of, tabulate
 
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent

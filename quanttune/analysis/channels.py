@@ -27,7 +27,7 @@ class ChannelGroup:
     high: float
 
 
-def channel_groups(values: Sequence[Tensor], groups: int = GROUPS) -> list[ChannelGroup]:
+def channel_groups(values: Sequence[Tensor]) -> list[ChannelGroup]:
     """Split the channels, the last dimension of each tensor, into contiguous groups.
 
     Sizes differ by one at most: 768 channels make 18 groups of 26 and 12 of 25. Quartiles are
@@ -35,7 +35,7 @@ def channel_groups(values: Sequence[Tensor], groups: int = GROUPS) -> list[Chann
     """
     pooled = np.concatenate([x.detach().float().flatten(0, -2).cpu().numpy() for x in values])
     channels = np.arange(pooled.shape[1])
-    parts = np.array_split(channels, min(groups, len(channels)))
+    parts = np.array_split(channels, min(GROUPS, len(channels)))
     return [_group(pooled[:, part], part) for part in parts]
 
 

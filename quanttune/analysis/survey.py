@@ -34,9 +34,7 @@ class SiteSurvey:
     low: float = float("inf")
     high: float = float("-inf")
     median: float = 0.0  # of the magnitudes; a mean over the samples
-    ratio: float = (
-        0.0  # (max|A| - median|A|) / deviation, the outlier loss; a mean over the samples
-    )
+    ratio: float = 0.0  # the outlier loss, eq. 2; a mean over the samples
     variance: float = 0.0  # of the values, about their mean
     peaks: list[Peak] = field(default_factory=list)  # one per sample
 

@@ -56,8 +56,7 @@ def run(
 
 
 def _print_results(results: Any) -> None:
-    from ..report.report import DIGITS
-    from ..report.results_table import tabulate
+    from ..report.results_table import DIGITS, tabulate
 
     summary = tabulate(results.rows)
     table = Table(

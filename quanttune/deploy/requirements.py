@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import arguments_of
 from ..quantization.state import quantizers, state_of, weight_quantizers
-from ..quantization.token_mask import arguments_of
 from ..tuning.hooks import is_attached
 
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..deploy.external_data import size_of
 from ..deploy.float_export import export_float
 from ..deploy.latency import compare
-from ..deploy.onnx_model import read
-from ..deploy.products import has_vnni
+from ..deploy.onnx_model import has_vnni, read
 from ..deploy.verification.answers import check_answers
 from ..deploy.verification.identity import check_description
 from ..environment import environment

@@ -73,10 +73,9 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
-        products = "" if self.integer_products is None else f"{self.integer_products:.1%} of "
         shares = f"{self.integer_parameters:.1%} of the parameters are integers"
-        if products:
-            shares += f", and {products}what is multiplied"
+        if self.integer_products is not None:
+            shares += f", and {self.integer_products:.1%} of what is multiplied"
         floats = [f"  {one}" for one in self.floats]
         head = f"{self.model}, coverage {self.coverage}"
         return "\n".join([head, *lines, shares, *(["in float:"] if floats else []), *floats])

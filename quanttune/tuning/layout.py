@@ -82,9 +82,8 @@ class Layouts:
         self._samples = 1
         self._single = True
         self._padding: Padding | None = None  # of a single sequence
-        self._holes = (
-            False  # in a mask, seen in a forward that is not compiled: a trace knows no values
-        )
+        # in a mask, seen in a forward that is not compiled: a trace knows no values
+        self._holes = False
         # which mask the n-th tensor of a site belongs to, by the names of the model's arguments
         self._learned: dict[frozenset[str], dict[tuple[str, int], Source | None]] = {}
         self._kind: frozenset[str] = frozenset()

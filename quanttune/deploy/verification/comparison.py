@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ...batches import arguments_of
 from ...quantization.state import quantizers
-from ...quantization.token_mask import arguments_of
 from ..integer_weights import CENTERS, MAX_INTEGER_BITS
 from ..onnx_model import OnnxModel
 from ..tracing import outputs_by_name
