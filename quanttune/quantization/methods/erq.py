@@ -61,12 +61,8 @@ class ERQ(Rounding):
                         data.progress(self.name, len(found), layers)
                         found.append((layer, *self._solve(layer, moments)))
         data.progress(self.name, layers, layers)
-        for (
-            layer,
-            rows,
-            grid,
-            bias,
-        ) in found:  # all at the end: the passes above are of the float model
+        # all at the end: the passes above are of the float model
+        for layer, rows, grid, bias in found:
             layer.write(rows, grid)
             if layer.module.bias is not None:
                 layer.module.bias.data.copy_(bias)
