@@ -3,8 +3,8 @@
 | kind        | tensors |
 |---|---|
 | input       | inputs of Linear and Conv1D |
-| convolution | inputs of Conv2d |
-| output      | outputs of Linear, Conv1D and Conv2d, before a nonlinearity too |
+| convolution | inputs of Conv1d to Conv3d |
+| output      | outputs of Linear, Conv1D and convolutions, before a nonlinearity too |
 | norm        | outputs of LayerNorm |
 | residual    | inputs of LayerNorm, sums of two activations of one shape (or one for all samples) |
 | embedding   | embedding tables |
@@ -15,19 +15,10 @@
 Weights are quantized in every preset, biases in none; LayerNorm and softmax are computed in float.
 """
 
-_ALL = frozenset(
-    [
-        "input",
-        "convolution",
-        "output",
-        "norm",
-        "residual",
-        "embedding",
-        "operand",
-        "score",
-        "probability",
-    ]
-)
+_ALL = frozenset({
+    "input", "convolution", "output", "norm", "residual", "embedding", "operand", "score",
+    "probability",
+})  # fmt: skip
 
 PRESETS: dict[str, frozenset[str]] = {
     # PTQ4ViT, RepQ-ViT, ERQ: inputs of Linear layers and both operands of attention's products
