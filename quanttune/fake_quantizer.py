@@ -104,25 +104,59 @@ def _check_grid(
 
 class _DynamicFakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, axis: int | None) -> Tensor:
-        return ops.dynamic_fake_quant(x, *integer_range(bits), axis)
+    def forward(ctx: Any, x: Tensor, bits: int, axis: int | None, range_gradient: bool) -> Tensor:
+        y = ops.dynamic_fake_quant(x, *integer_range(bits), axis)
+        ctx.axis = axis
+        ctx.save_for_backward(*((x, y) if range_gradient else ()))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None  # the range is that of x itself, so nothing was clipped
+        # the range is that of x itself, so nothing was clipped
+        if ctx.saved_tensors:
+            grad = _with_range_gradient(grad, *ctx.saved_tensors, ctx.axis)
+        return grad, None, None, None
 
 
-def dynamic_fake_quant(x: Tensor, bits: int = 8, axis: int | None = None) -> Tensor:
+def _with_range_gradient(grad: Tensor, x: Tensor, y: Tensor, axis: int | None) -> Tensor:
+    """Add what the largest magnitude of each grid gets by way of its step.
+
+    With the code held constant, y = code * step, so dy/dstep is (y - x) / step beside the
+    straight-through gradient; and the step is that magnitude over the highest code.
+    """
+
+    def rows(t: Tensor) -> Tensor:
+        return t.reshape(1, -1) if axis is None else t.movedim(axis, 0).reshape(t.shape[axis], -1)
+
+    if not x.numel():
+        return grad
+    error = rows(grad).float() * (rows(y).float() - rows(x).float())
+    at = rows(x).abs().argmax(1, keepdim=True)
+    largest = rows(x).gather(1, at).float()
+    slope = torch.where(largest == 0, 0.0, error.sum(1, keepdim=True) / largest)
+    added = rows(grad).scatter_add(1, at, slope.to(grad.dtype))
+    if axis is None:
+        return added.view_as(grad)
+    return added.view_as(grad.movedim(axis, 0)).movedim(0, axis)
+
+
+def dynamic_fake_quant(
+    x: Tensor, bits: int = 8, axis: int | None = None, range_gradient: bool = False
+) -> Tensor:
     """Round x to the symmetric grid that its own largest magnitude spans.
 
     Nothing is clipped, so the straight-through gradient is the incoming one. Min-max weights, and
     activations in quantization-aware training, are quantized like this.
 
-    Args: see `fake_quant`.
+    Args:
+        x, bits, axis: see `fake_quant`.
+        range_gradient: let the largest magnitude (of equal ones the first) get the gradient of the
+            step too, which pulls outliers in where rounding to their grid costs much. Keeps x and
+            its rounded values for the backward pass.
     """
     integer_range(bits)
-    return _DynamicFakeQuant.apply(x, bits, _check(x, axis))
+    return _DynamicFakeQuant.apply(x, bits, _check(x, axis), range_gradient)
 
 
 def _check(x: object, axis: int | None) -> int | None:

@@ -383,6 +383,37 @@ def test_the_dynamic_grid_is_that_of_the_largest_magnitude(shape, dtype):
         assert torch.equal(torch.autograd.grad(y, x, upstream)[0], upstream)
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (3, 1025), (4, 3, 17)])
+def test_the_largest_magnitude_gets_the_gradient_of_the_dynamic_step(shape):
+    x = (torch.randn(shape) * 5).requires_grad_()
+    upstream = torch.randn(shape)
+    for axis in (None, *range(-x.dim(), x.dim())):
+        y = dynamic_fake_quant(x, 4, axis, range_gradient=True)
+        assert torch.equal(y, dynamic_fake_quant(x, 4, axis))
+        exact = x.detach().double().requires_grad_()
+        others = [d for d in range(x.dim()) if axis is not None and d != axis % x.dim()]
+        over = others or (() if axis is not None else None)
+        step = (exact.abs() if over == () else exact.abs().amax(over, keepdim=True)) / 7
+        rest = ((y.double() - exact) / step).detach()
+        (expected,) = torch.autograd.grad(exact + rest * step, exact, upstream.double())
+        (actual,) = torch.autograd.grad(y, x, upstream)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_the_range_is_of_the_type_of_what_is_rounded(dtype):
+    x = torch.tensor([[0.7, -8.0], [0.0, 0.0]], dtype=dtype, requires_grad=True)
+    y = dynamic_fake_quant(x, 4, 0, range_gradient=True)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    step = 8 / 7
+    error = y[0, 0].item() - x[0, 0].item()
+    assert y[0, 0].item() == pytest.approx(step, rel=1e-2)
+    assert gradient.dtype == dtype
+    assert gradient[0].tolist() == pytest.approx([1, 1 - error / 8], rel=1e-2)
+    assert gradient[1].tolist() == [1, 1]  # a range of zeros has no slope
+    assert dynamic_fake_quant(x[:, :0], 4, range_gradient=True).shape == (2, 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(70_001,), (3, 1025), (33, 2, 40), (2, 3, 5, 7), (1, 40_000, 2)])
 def test_dynamic_kernels_agree(shape, dtype):

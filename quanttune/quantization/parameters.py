@@ -110,7 +110,9 @@ def parameter_quantizer(module: nn.Module, name: str, scheme: Scheme, site: str)
     outputs = stacks_of(module).get(name)
     if outputs is None or not isinstance(quantizer, WeightQuantizer):
         return quantizer
-    return StackQuantizer(quantizer.bits, quantizer.axis, outputs)
+    stack = StackQuantizer(quantizer.bits, quantizer.axis, outputs)
+    stack.range_gradient = quantizer.range_gradient
+    return stack
 
 
 def stacks_of(module: nn.Module) -> dict[str, int]:

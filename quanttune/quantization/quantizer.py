@@ -32,6 +32,7 @@ class _Quantizer(KeepsFloat32):
     """
 
     enabled = True
+    range_gradient = False  # of a grid that follows what it rounds: see `dynamic_fake_quant`
     bits: int
     scale: Tensor  # of a weight: None while it follows the weight
     factor: nn.Parameter | None
@@ -99,7 +100,7 @@ class ActivationQuantizer(_Quantizer):
             RuntimeError: no calibration came by here.
         """
         if self.dynamic:
-            return dynamic_fake_quant(x, self.bits)
+            return dynamic_fake_quant(x, self.bits, None, self.range_gradient)
         if not self.calibrated:
             raise RuntimeError("this tensor was never reached during calibration: give more data")
         return self._round(x)
@@ -223,7 +224,7 @@ class WeightQuantizer(_Quantizer):
     def round(self, weight: Tensor) -> Tensor:
         """Round a weight to its grids."""
         if self.scale is None:
-            return dynamic_fake_quant(weight, self.bits, self.axis)
+            return dynamic_fake_quant(weight, self.bits, self.axis, self.range_gradient)
         return self._round(weight, self.axis)
 
     def round_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class WeightQuantizer(_Quantizer):
         if not self.enabled:
             return rows
         if self.axis is not None:  # rows have scales of their own
-            return dynamic_fake_quant(rows, self.bits, self.axis)
+            return dynamic_fake_quant(rows, self.bits, self.axis, self.range_gradient)
         return fake_quant(rows, self.scale_of(weight), self.bits)
 
     def scale_of(self, weight: Tensor) -> Tensor:

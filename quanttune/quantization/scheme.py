@@ -29,6 +29,7 @@ class Scheme:
     overrides: Overrides = field(default_factory=dict)
     symmetric: bool = True  # activations; weights always are
     methods: Sequence[str] = ()  # what changed the parameters
+    range_gradient: bool = False  # of grids that follow what they round, while that is trained
 
     def __post_init__(self) -> None:
         integer_range(self.bits)
@@ -81,6 +82,7 @@ class Scheme:
             calibrator = make_calibrator(self.calibrator, bits, self.symmetric)
         grid = ActivationQuantizer if self.symmetric else AffineQuantizer
         quantizer = grid(bits, kind, calibrator, device)
+        quantizer.range_gradient = self.range_gradient
         quantizer.observer = self.calibrator if isinstance(self.calibrator, str) else None
         return quantizer
 
@@ -89,7 +91,9 @@ class Scheme:
         bits = self._bits_of(site, self._weight_bits)
         if bits is None:
             return nn.Identity()
-        return WeightQuantizer(bits, output_axis if self.weights == "channel" else None)
+        quantizer = WeightQuantizer(bits, output_axis if self.weights == "channel" else None)
+        quantizer.range_gradient = self.range_gradient
+        return quantizer
 
     def _bits_of(self, site: str, bits: int) -> int | None:
         """Return the width that the last pattern says that matches a quantizer or its module."""

@@ -8,6 +8,7 @@ from torch import nn
 from ..losses import OutlierLoss, find_loss
 from ..masks import Mask
 from . import schedule
+from .finishing import Finishing, check_finish
 from .hooks import is_attached, refuse_compiled_parts
 from .observers import Observers
 from .sites import PAPER, find_heads, find_sites, find_unobserved
@@ -32,6 +33,8 @@ def attach(
     sites: Sequence[str] = PAPER,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    finish_steps: int = 0,
+    finish_bits: Sequence[int] = (16, 8, 6),
 ) -> Tuner:
     """Observe the inputs and outputs of every Linear and LayerNorm of a model while it trains.
 
@@ -73,6 +76,10 @@ def attach(
         sites: the kinds of modules to observe: "linear" (Conv1D too), "layer_norm", "rms_norm".
         include, exclude: patterns (fnmatch) of the qualified names of the modules to observe. The
             logits are left out in any case.
+        finish_steps: how many of `total_steps`, at the end, train a model that rounds all that
+            `quantize` would, instead of the outlier loss. Until `detach` it does so in training
+            mode; in evaluation mode it is the float model. Not with torch.compile.
+        finish_bits: the widths that it rounds to, which take turns from step to step.
 
     Raises:
         ValueError: an argument is out of range, nothing matches, the model is attached already, or
@@ -88,7 +95,12 @@ def attach(
         raise ValueError(f"{type(model).__name__} is attached already: detach() its tuner first")
     if observe_every < 1:
         raise ValueError(f"observe_every must be at least 1, got {observe_every}")
+    check_finish(finish_bits, finish_steps, total_steps)
     refuse_compiled_parts(model)
+    finish = Finishing(model, finish_bits, finish_steps) if finish_steps else None
+    if finish:
+        finish.begin()  # refuses what it must before a step is trained
+        finish.end()
     observers = Observers(
         model,
         find_sites(model, include, exclude, sites),
@@ -98,7 +110,7 @@ def attach(
         mask,
         find_unobserved(model, include, exclude, sites),
     )
-    return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every)
+    return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every, finish)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..reference import MAXIMUM
 from . import schedule
+from .finishing import Finishing
 from .loss_weight import Upstream
 from .mixing import combine, instances, outlier_loss
 from .observation import Observation
@@ -34,12 +35,16 @@ class Tuner:
         total_steps: int | None,
         balance: str,
         observe_every: int = 1,
+        finishing: Finishing | None = None,
     ) -> None:
         self.model = model
         self.steps = 0
         self.task_loss: Tensor | None = None
         self.outlier_loss: Tensor | None = None
         self._observers = observers
+        self._finishing = finishing
+        if finishing and total_steps:
+            total_steps -= finishing.steps
         self._schedule = alpha, decay, total_steps
         self._balance, self._every = balance, observe_every
         self.balance_factor: Tensor | None = None
@@ -50,6 +55,8 @@ class Tuner:
     @property
     def alpha(self) -> float:
         """The weight of the outlier loss at the current optimizer step."""
+        if self._finishing and self._finishing.is_begun:
+            return 0.0
         return schedule.alpha_at(self.steps, *self._schedule)
 
     def combine(self, loss: Tensor) -> Tensor:
@@ -65,6 +72,11 @@ class Tuner:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss must be a tensor without dimensions, got {got}")
         observations = self._observers.take()
+        if self._finishing and self._observers.compiled:
+            raise ValueError(
+                "finish_steps and torch.compile do not go together: each width would be traced "
+                "anew. Train without torch.compile, or with finish_steps=0"
+            )
         alpha = self.alpha
         if alpha == 0 or not (torch.is_grad_enabled() and loss.requires_grad):
             return loss
@@ -99,8 +111,14 @@ class Tuner:
         self.resume(self.steps + 1)
 
     def resume(self, steps: int) -> None:
-        """Go on with the schedule after this many optimizer steps."""
+        """Go on with the schedule after this many optimizer steps.
+
+        Raises:
+            ValueError: the model rounds already, and would not at that step.
+        """
         self.steps = steps
+        if self._finishing:
+            self._finish(self._finishing)
         self._observers.enabled = self.alpha != 0 and steps % self._every == 0
 
     def ranges(self) -> dict[str, float]:
@@ -119,6 +137,23 @@ class Tuner:
     def detach(self) -> None:
         """Take every hook off the model, which is then exactly what it was."""
         self._observers.remove()
+        if self._finishing:
+            self._finishing.end()
+
+    def _finish(self, finishing: Finishing) -> None:
+        *_, begin = self._schedule
+        assert begin is not None
+        if self.steps >= begin:
+            if not finishing.is_begun:
+                self._observers.remove()
+                self.task_loss, self.outlier_loss, self._observed = None, None, []
+                finishing.begin()
+            finishing.round_to(self.steps)
+        elif finishing.is_begun:
+            raise ValueError(
+                f"the model rounds since step {begin}, and cannot go back to step "
+                f"{self.steps}: detach() the tuner and attach the model anew"
+            )
 
     def _balance_factor(self, task: Tensor, outlier: Tensor) -> Tensor:
         if self._balance == "none":
