@@ -1,52 +1,103 @@
-"""Refit beside a demo's arms: learning rates on validation rows, then seeds on test rows.
+"""Refit, tuning and finishing together and apart: a demo's job at each width, with and without
+methods.
 
 python benchmarks/refitting.py minilm --seeds 3 --out benchmarks/results/epyc-2-cores
+python benchmarks/refitting.py minilm --choose --out DIR   # other settings, validation rows, seed 0
 
-Every arm that trains has the demo's steps. The learning rate of each is the one with the best mean
-over the demo's widths (min-max, weights per channel, seed 0, validation rows).
+A run that was interrupted goes on where it stopped.
 """
 
-from collections.abc import Iterator
+import copy
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import arguments
-from choose_settings import best_of, with_arms
 
 from quanttune.demo import recipe
-from quanttune.demo.experiment import Arm, run
+from quanttune.demo.experiment import FLOAT_BITS, Arm
+from quanttune.environment import environment
 from quanttune.files import write_json
+from quanttune.quantization.simulation import quantize
 
-RATES = {"minilm": (2e-4, 4e-4, 6e-4), "digits": (5e-4, 1e-3, 2e-3)}
-ALPHA = {"minilm": 0.5, "digits": 0.3}
-CALIBRATORS = ("minmax", "omse")
-UNTRAINED = Arm("refit", "no training", refit=True)
+UNTRAINED = (Arm("base", "untrained"), Arm("refit", "untrained", refit=True))
+CONTROL = Arm("control", "alpha = 0")
+DETACHED = Arm("detached", "deviation held constant", alpha=0.5, detach_deviation=True)
+REFITTED = replace(DETACHED, name="refit, detached", refit=True)
+FINISHED = replace(REFITTED, name="refit, detached, finished")
+# what each is tuned with was chosen on validation rows: settings-refit-TASK.json
+CHOSEN: dict[str, Sequence[tuple[int, Arm]]] = {}
+RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3)}
+BITS = {"minilm": (8, 7, 6), "digits": (8, 6, 5, 4)}
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "minmax": {},
+    "omse": {"calibrator": "omse"},
+    "omse, repq, erq": {"calibrator": "omse", "methods": ["repq", "erq"]},
+    "minmax, linear": {"coverage": "linear"},
+}
 
 
 def main() -> None:
-    options = arguments.of_task(__doc__, RATES).parse_args()
-    make = recipe(options.task)
-    path = options.out / f"settings-refit-{options.task}.json"
-    untrained = [next(arm for arm in make.arms if arm.name == "base"), UNTRAINED]
-    trained = _candidates(make, RATES[options.task], ALPHA[options.task])
-    arms = [*untrained, *best_of(trained, make(seed=0), path)]
-    results = run(with_arms(make, arms), options.seeds, lambda text, units: None, CALIBRATORS)
-    write_json(options.out / f"refit-{options.task}.json", results.as_dict())
+    parser = arguments.of_task(__doc__)
+    parser.add_argument("--choose", action="store_true", help="other settings, validation rows")
+    options = parser.parse_args()
+    task, seeds, plans = options.task, range(options.seeds), CHOSEN[options.task]
+    path, split = options.out / f"refit-{task}.json", "test"
+    if options.choose:
+        path, split = options.out / f"settings-refit-{task}.json", "validation"
+        seeds, plans = range(1), list(_candidates(task))
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results |= {"task": task, "split": split, "environment": environment()}
+    for seed in seeds:
+        for steps, arm in plans:
+            for row in _rows(task, seed, steps, arm, split, results["rows"]):
+                results["rows"].append(row)
+                write_json(path, results)
+                print(row, flush=True)
 
 
-def _candidates(make: Any, rates: tuple[float, ...], alpha: float) -> Iterator[Arm]:
-    control = next(arm for arm in make.arms if arm.name == "control")
-    detached = Arm("detached", "deviation held constant", 0, alpha, detach_deviation=True)
-    arms = [] if control.same_as else [control]
-    arms += [
-        detached,
-        Arm("refit, control", "refit, then alpha = 0", refit=True),
-        replace(detached, name="refit, detached", summary="refit, then detached", refit=True),
-    ]
-    for arm in arms:
-        for rate in rates:
-            summary = f"{arm.summary}, learning rate {rate:g}"
-            yield replace(arm, learning_rate=rate, summary=summary)
+def _candidates(task: str) -> Iterator[tuple[int, Arm]]:
+    """Yield what was chosen from: its kinds, each with several learning rates."""
+    for steps, arm in CHOSEN[task]:
+        for rate in RATES[task] if arm.learning_rate else ():
+            yield steps, replace(arm, learning_rate=rate)
+
+
+def _rows(
+    task: str, seed: int, steps: int, arm: Arm, split: str, known: list[Any]
+) -> Iterator[dict[str, Any]]:
+    facts = {"seed": seed, "steps": steps, **_facts(arm)}
+    done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
+    wanted = [(FLOAT_BITS, "none"), *((bits, way) for way in WAYS for bits in BITS[task])]
+    if set(wanted) <= set(done) or (seed and not arm.learning_rate and task == "minilm"):
+        return  # what is not trained is the same for each seed
+    job = _with_steps(task, steps)(seed)
+    began = time.monotonic()
+    model = job.prepare(arm, lambda: None)
+    seconds = round(time.monotonic() - began, 1)
+    for bits, way in (key for key in wanted if key not in done):
+        quantized = model
+        if bits != FLOAT_BITS:
+            options = {"data": job.calibration(), **WAYS[way]}
+            quantized = quantize(copy.deepcopy(model), bits, **options)
+        value = job.evaluate(quantized, split)
+        yield {**facts, "bits": bits, "way": way, "value": value, "seconds": seconds}
+
+
+def _facts(arm: Arm) -> dict[str, Any]:
+    return {
+        "arm": arm.name,
+        "learning_rate": arm.learning_rate,
+        "finish_steps": arm.finish_steps,
+        "finish_bits": list(arm.finish_bits) if arm.finish_steps else [],
+    }
+
+
+def _with_steps(task: str, steps: int) -> Any:
+    make: Any = recipe(task)
+    return type(make.__name__, (make,), {"steps": steps})
 
 
 if __name__ == "__main__":

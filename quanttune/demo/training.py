@@ -38,7 +38,7 @@ def train(
     if arm.qat_bits:
         trained = quantize(copy.deepcopy(model), arm.qat_bits, calibrator="dynamic")
     tuner = None
-    if arm.alpha:
+    if arm.alpha or arm.finish_steps:
         tuner = attach(
             model,
             arm.alpha,
@@ -46,6 +46,8 @@ def train(
             loss=arm.loss,
             detach_deviation=arm.detach_deviation,
             observe_every=arm.observe_every,
+            finish_steps=arm.finish_steps,
+            finish_bits=arm.finish_bits,
         )
     groups = _groups(trained, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=arm.learning_rate, fused=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from . import encoding, models
 from .models import ModelSource, find_model
@@ -45,9 +45,16 @@ class Dataset(ModelSource):
     facts: dict[str, Any]
     said: list[str]
 
-    def batches(self, settings: Settings, model: nn.Module) -> Batches:
-        """Return the rows on the model's device, `settings.batch_size` at a time."""
-        loader = DataLoader(self.rows, settings.batch_size, collate_fn=self.collate)
+    def batches(self, settings: Settings, model: nn.Module, limit: int | None = None) -> Batches:
+        """Return the rows on the model's device, `settings.batch_size` at a time.
+
+        limit: take so many, drawn by the seed.
+        """
+        rows = self.rows
+        if limit is not None:
+            generator = torch.Generator().manual_seed(settings.seed)
+            rows = Subset(rows, torch.randperm(len(rows), generator=generator)[:limit].tolist())
+        loader = DataLoader(rows, settings.batch_size, collate_fn=self.collate)
         return Batches(loader, next(model.parameters()).device)
 
 

@@ -18,6 +18,7 @@ class Settings:
         subset, split: of the dataset; without a split its validation rows, or the only ones.
         text, label: columns; by default those that their types tell.
         tokens: longest row of tokens for classification; length of every row for generation.
+        refit_rows: how many rows, drawn by the seed, it is refitted to before the first step.
         steps, save_steps: of the optimizer.
         tuning: arguments of `quanttune.attach` other than `total_steps`.
         trainer: any other field of transformers' TrainingArguments, as text.
@@ -31,6 +32,7 @@ class Settings:
     text: tuple[str, ...] = ()
     label: str | None = None
     tokens: int = 128
+    refit_rows: int = 0
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 2e-5
@@ -43,6 +45,8 @@ class Settings:
         for name in ("tokens", "steps", "batch_size", "save_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.refit_rows < 0:
+            raise ValueError(f"refit_rows must be 0 or more, got {self.refit_rows}")
 
     def as_json(self) -> dict[str, Any]:
         """Return what a JSON file gives back."""

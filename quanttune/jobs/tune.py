@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from ..refitting.refit import refit
 from ..trainer import QuantTuneTrainer
 from ..trainer.checkpoint import load_weights
 from ..tuning.attach import attach
@@ -130,6 +131,8 @@ def _train(
         load_weights(job.model, checkpoint)
         job.model.config = models.load_config(str(checkpoint))  # the Trainer changes it, too
         return job.model
+    if settings.refit_rows and not checkpoint:
+        refit(job.model, job.inputs.batches(settings, job.model, settings.refit_rows))
     trainer = QuantTuneTrainer(
         model=job.model,
         args=job.arguments,
