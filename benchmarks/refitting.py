@@ -10,8 +10,9 @@ A run that was interrupted goes on where it stopped.
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import arguments
@@ -22,28 +23,44 @@ from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.simulation import quantize
 
-UNTRAINED = (Arm("base", "untrained"), Arm("refit", "untrained", refit=True))
-CONTROL = Arm("control", "alpha = 0")
+BASE, REFIT = Arm("base", "untrained"), Arm("refit", "untrained", refit=True)
 DETACHED = Arm("detached", "deviation held constant", alpha=0.5, detach_deviation=True)
 REFITTED = replace(DETACHED, name="refit, detached", refit=True)
 FINISHED = replace(REFITTED, name="refit, detached, finished")
-# what each is tuned with was chosen on validation rows: settings-refit-TASK.json
-CHOSEN: dict[str, Sequence[tuple[int, Arm]]] = {}
+CONTROL = replace(FINISHED, name="refit, alpha = 0, finished", alpha=0)
+# steps and arms; their rates were chosen on validation rows, for minilm at alpha = 0 there is no
+# loss without a refit, so that its control is the base
+CHOSEN: dict[str, list[tuple[int, Arm]]] = {
+    "minilm": [
+        (90, BASE),
+        (90, REFIT),
+        (90, replace(REFITTED, learning_rate=3e-4)),
+        (240, replace(REFITTED, learning_rate=3e-4)),
+        (240, replace(FINISHED, learning_rate=4e-4, finish_steps=90)),
+        (90, replace(DETACHED, learning_rate=4e-4)),
+        (240, replace(DETACHED, learning_rate=3e-4)),
+        (240, replace(CONTROL, learning_rate=4e-4, finish_steps=90)),
+    ],
+    "digits": [],
+}
 RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3)}
 BITS = {"minilm": (8, 7, 6), "digits": (8, 6, 5, 4)}
-WAYS: Mapping[str, Mapping[str, Any]] = {
+METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
+WAYS: Mapping[str, dict[str, Any]] = {
     "minmax": {},
-    "omse": {"calibrator": "omse"},
-    "omse, repq, erq": {"calibrator": "omse", "methods": ["repq", "erq"]},
-    "minmax, linear": {"coverage": "linear"},
+    "percentile": {"calibrator": "percentile"},
+    "omse, repq, erq": METHODS,
+    "linear, omse, repq, erq, zero points": {**METHODS, "coverage": "linear", "symmetric": False},
 }
 
 
 def main() -> None:
     parser = arguments.of_task(__doc__)
     parser.add_argument("--choose", action="store_true", help="other settings, validation rows")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
-    task, seeds, plans = options.task, range(options.seeds), CHOSEN[options.task]
+    task, plans = options.task, CHOSEN[options.task]
+    seeds = range(options.first, options.seeds)
     path, split = options.out / f"refit-{task}.json", "test"
     if options.choose:
         path, split = options.out / f"settings-refit-{task}.json", "validation"
@@ -70,7 +87,8 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     facts = {"seed": seed, "steps": steps, **_facts(arm)}
     done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
-    wanted = [(FLOAT_BITS, "none"), *((bits, way) for way in WAYS for bits in BITS[task])]
+    wanted = [(FLOAT_BITS, "none"), *product(BITS[task], WAYS)]
+    wanted = [(bits, way) for bits, way in wanted if bits >= 8 or "linear" not in way]
     if set(wanted) <= set(done) or (seed and not arm.learning_rate and task == "minilm"):
         return  # what is not trained is the same for each seed
     job = _with_steps(task, steps)(seed)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from cases import LOADERS, contents, opt_case, save_tokenizer, some_words, tune, write_csv
+from cases import LOADERS, contents, opt_case, run, save_tokenizer, some_words, tune, write_csv
 from models import WORDS
 from oracle import assert_near, constant, quiet
 from safetensors.torch import load_file
@@ -24,13 +24,14 @@ pytestmark = quiet
 
 STEPS = ["--steps", "15", "--batch-size", "4", "--save-steps", "3", "--learning-rate", "1e-3"]
 OTHERS = [
-    *("--balance", "initial", "--detach-deviation", "--decay", "cosine"),
+    *("--balance", "initial", "--decay", "cosine"),
+    *("--recipe", "--refit-rows", "8", "--finish-steps", "10"),  # step 7 is a rounded one
     *("--trainer", "gradient_accumulation_steps=2", "--trainer", "warmup_steps=3"),
 ]
 # where the processes of a run die, one after the other; the last one ends. An epoch has 5 steps.
 LANES = {
     "not at all": [None],
-    "before the first checkpoint": [["step", 2], None],
+    "before the first checkpoint, otherwise": [["step", 2], None],
     "between two checkpoints": [["step", 7], None],
     "with a checkpoint half written": [["writing", 12], None],
     "with a checkpoint not marked": [["mark", 9], None],
@@ -95,6 +96,33 @@ def test_a_killed_run_ends_with_the_same_bits(name, lanes):
     assert names[0] == names[1]  # nothing is left over
 
 
+def test_the_recipe_refits_and_finishes(lanes):
+    run = lanes["not at all, otherwise"]
+    settings = json.loads((run.folder / "config.json").read_text())["settings"]
+    assert settings["refit_rows"] == 8
+    assert settings["tuning"]["detach_deviation"] is True
+    assert settings["tuning"]["finish_bits"] == [16, 8, 6]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    logs = [json.loads(line) for line in lines]
+    assert [log["step"] for log in logs if log["alpha"] == 0] == list(range(5, 16))
+    assert all("loss_out" not in log for log in logs[5:])
+
+
+def test_a_run_refits_before_its_first_step(command, tmp_path):
+    whole = ["--batch-size", 8]  # the range is measured on the first batch
+    still = ["--refit-rows", 8, "--learning-rate", 0, "--trainer", "weight_decay=0", *whole]
+    assert tune(*command, *still).exit_code == 0
+    arguments = [*command[:3], "--out", tmp_path / "refit", *whole]
+    assert run("refit", *arguments).exit_code == 0
+    tuned, refitted = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("run/model", "refit")
+    )
+    start = load_file(f"{command[0]}/model.safetensors")
+    assert any(not torch.equal(tuned[name], start[name]) for name in start)
+    for name, value in refitted.items():  # of the same rows, in another order
+        torch.testing.assert_close(tuned[name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_an_uninterrupted_run_writes_what_it_is_made_of(lanes):
     run = lanes["not at all"]
     assert run.codes == [0], run.log
@@ -121,7 +149,7 @@ def test_an_uninterrupted_run_writes_what_it_is_made_of(lanes):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("before the first checkpoint", "going on from the start"),
+        ("before the first checkpoint, otherwise", "going on from the start"),
         ("between two checkpoints", "going on from checkpoint-6"),
         ("with a checkpoint half written", "checkpoint-12 is not complete: skipped and removed"),
         ("with a checkpoint not marked", "checkpoint-9 is not complete: skipped and removed"),

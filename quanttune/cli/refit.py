@@ -20,7 +20,7 @@ def run(
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far a clamp may move the answers, of their norm.")
-    ] = 0.05,
+    ] = 0.1,
     limit: Annotated[int, typer.Option(min=1, help="Rows, drawn by the seed.")] = 640,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
     json: Json = None,

@@ -26,6 +26,8 @@ Fields = Annotated[
     typer.Option(metavar="KEY=VALUE", help="Any other field of transformers' TrainingArguments."),
 ]
 
+RECIPE_ROWS, RECIPE_FINISH = 640, 3 / 8  # rows that it refits to, and the share of rounded steps
+
 
 def _tuning(
     alpha: Annotated[float, typer.Option(help="Weight of the outlier loss, 0 to 1.")] = 0.5,
@@ -45,6 +47,13 @@ def _tuning(
     ] = False,
     include: Patterns = None,
     exclude: Patterns = None,
+    finish_steps: Annotated[
+        int, typer.Option(min=0, help="The last steps, which round while they train.")
+    ] = 0,
+    finish_bits: Annotated[
+        list[int] | None,
+        typer.Option(help="A width of theirs; repeat for several.", show_default="16, 8 and 6"),
+    ] = None,
 ) -> dict[str, Any]:
     """Check the arguments of `quanttune.attach`, and return them."""
     options.one_of("--balance", balance, BALANCES)
@@ -52,7 +61,8 @@ def _tuning(
     return {
         "alpha": alpha, "decay": decay, "balance": balance, "detach_deviation": detach_deviation,
         "loss": loss, "observe_every": observe_every, "fuse": fuse, "include": include or ["*"],
-        "exclude": exclude or [],
+        "exclude": exclude or [], "finish_steps": finish_steps,
+        "finish_bits": finish_bits or [16, 8, 6],
     }  # fmt: skip
 
 
@@ -64,6 +74,17 @@ def run(
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Its largest value.")] = 2e-5,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    refit_rows: Annotated[
+        int, typer.Option(min=0, help="Rows that the model is refitted to before the first step.")
+    ] = 0,
+    recipe: Annotated[
+        bool,
+        typer.Option(
+            "--recipe",
+            help="Refit, hold std(A) constant, and finish rounded: --refit-rows 640 "
+            "--detach-deviation --finish-steps of three eighths of --steps.",
+        ),
+    ] = False,
     trainer: Fields = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
@@ -74,9 +95,13 @@ def run(
     Example: quanttune tune google-bert/bert-base-uncased --task text-classification
     --data nyu-mll/glue --subset sst2 --steps 2000 --trainer warmup_steps=100 --out sst2
     """
+    if recipe:
+        refit_rows = refit_rows or RECIPE_ROWS
+        finish_steps = tuning["finish_steps"] or int(RECIPE_FINISH * steps)
+        tuning |= {"detach_deviation": True, "finish_steps": finish_steps}
     settings = replace(
-        settings, steps=steps, learning_rate=learning_rate, save_steps=save_steps, tuning=tuning,
-        trainer=_fields(trainer or []),
+        settings, steps=steps, refit_rows=refit_rows, learning_rate=learning_rate,
+        save_steps=save_steps, tuning=tuning, trainer=_fields(trainer or []),
     )  # fmt: skip
     schedule.check(tuning["alpha"], tuning["decay"], steps)
     from ..jobs.tune import tune

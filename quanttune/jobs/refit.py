@@ -17,7 +17,7 @@ def refit(
     out: Path,
     *,
     clamp: float | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     limit: int | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,

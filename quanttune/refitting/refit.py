@@ -26,7 +26,7 @@ def refit(
     data: Iterable[Any],
     *,
     clamp: Clamp = None,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     ridge: float = 1e-3,
     mask: Mask | None = "attention_mask",
     progress: Progress = silent,
