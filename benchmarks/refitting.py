@@ -23,9 +23,9 @@ from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.simulation import quantize
 
-BASE, REFIT = Arm("base", "untrained"), Arm("refit", "untrained", refit=True)
+BASE, REFIT = Arm("base", "untrained"), Arm("refit", "untrained", refit=0.1)
 DETACHED = Arm("detached", "deviation held constant", alpha=0.5, detach_deviation=True)
-REFITTED = replace(DETACHED, name="refit, detached", refit=True)
+REFITTED = replace(DETACHED, name="refit, detached", refit=0.1)
 FINISHED = replace(REFITTED, name="refit, detached, finished")
 CONTROL = replace(FINISHED, name="refit, alpha = 0, finished", alpha=0)
 # steps and arms; their rates were chosen on validation rows, for minilm at alpha = 0 there is no
@@ -37,6 +37,10 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (90, replace(REFITTED, learning_rate=3e-4)),
         (240, replace(REFITTED, learning_rate=3e-4)),
         (240, replace(FINISHED, learning_rate=4e-4, finish_steps=90)),
+        (
+            240,
+            replace(FINISHED, learning_rate=4e-4, refit=0.25, finish_steps=120, finish_bits=(8, 6)),
+        ),
         (90, replace(DETACHED, learning_rate=4e-4)),
         (240, replace(DETACHED, learning_rate=3e-4)),
         (240, replace(CONTROL, learning_rate=4e-4, finish_steps=90)),
@@ -107,6 +111,7 @@ def _rows(
 def _facts(arm: Arm) -> dict[str, Any]:
     return {
         "arm": arm.name,
+        "refit": arm.refit,
         "learning_rate": arm.learning_rate,
         "finish_steps": arm.finish_steps,
         "finish_bits": list(arm.finish_bits) if arm.finish_steps else [],

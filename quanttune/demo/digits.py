@@ -58,7 +58,7 @@ class Digits:
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
         model = copy.deepcopy(self._base)
         if arm.refit:
-            refit(model, list(self._images["tuning"].split(BATCH)))
+            refit(model, list(self._images["tuning"].split(BATCH)), tolerance=arm.refit)
         if not arm.learning_rate:
             return model
         return self._train(model, arm, self.steps, self._seed + 100, on_step=on_step)

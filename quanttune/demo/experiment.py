@@ -30,7 +30,7 @@ class Arm:
     detach_deviation: bool = False
     observe_every: int = 1
     qat_bits: int | None = None  # fake quantization in the loop
-    refit: bool = False  # before the first step
+    refit: float | None = None  # the tolerance of a refit before the first step
     finish_steps: int = 0  # the last of the steps, which are rounded
     finish_bits: tuple[int, ...] = (16, 8, 6)
     same_as: str | None = None  # an arm whose result this one has by construction

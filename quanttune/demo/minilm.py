@@ -6,7 +6,7 @@ alpha = 0 the loss is zero, so the control is the base model itself.
 
 import copy
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,19 +58,23 @@ class MiniLM:
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
         picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
         self._calibration = self._rows.tuning[picks[:CALIBRATION_ROWS]]
+        self._refits: dict[float, nn.Module] = {}
         self._targets: dict[int, Tensor] = {}
         self._embeddings: dict[str, Tensor] = {}
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
-        model = copy.deepcopy(self._refitted if arm.refit else self._teacher)
+        model = copy.deepcopy(self._refitted(arm.refit) if arm.refit else self._teacher)
         if not arm.learning_rate:
             return model
         return train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
 
-    @cached_property
-    def _refitted(self) -> nn.Module:
-        rows = self._rows.tuning[:REFIT_ROWS].split(BATCH)
-        return refit(copy.deepcopy(self._teacher), [{"input_ids": ids} for ids in rows])
+    def _refitted(self, tolerance: float) -> nn.Module:
+        if tolerance not in self._refits:  # the arms of a seed begin with the same model
+            rows = self._rows.tuning[:REFIT_ROWS].split(BATCH)
+            data = [{"input_ids": ids} for ids in rows]
+            model = copy.deepcopy(self._teacher)
+            self._refits[tolerance] = refit(model, data, tolerance=tolerance)
+        return self._refits[tolerance]
 
     def calibration(self) -> list[Any]:
         return [{"input_ids": rows} for rows in self._calibration.split(32)]
