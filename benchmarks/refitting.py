@@ -26,7 +26,14 @@ from quanttune.quantization.simulation import quantize
 BASE, REFIT = Arm("base", "untrained"), Arm("refit", "untrained", refit=0.1)
 DETACHED = Arm("detached", "deviation held constant", alpha=0.5, detach_deviation=True)
 REFITTED = replace(DETACHED, name="refit, detached", refit=0.1)
-FINISHED = replace(REFITTED, name="refit, detached, finished")
+FINISHED = replace(
+    REFITTED,
+    name="refit, detached, finished",
+    refit=0.25,
+    learning_rate=4e-4,
+    finish_steps=120,
+    finish_bits=(8, 6),
+)
 CONTROL = replace(FINISHED, name="refit, alpha = 0, finished", alpha=0)
 # steps and arms; their rates were chosen on validation rows, for minilm at alpha = 0 there is no
 # loss without a refit, so that its control is the base
@@ -36,24 +43,19 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (90, REFIT),
         (90, replace(REFITTED, learning_rate=3e-4)),
         (240, replace(REFITTED, learning_rate=3e-4)),
-        (240, replace(FINISHED, learning_rate=4e-4, finish_steps=90)),
-        (
-            240,
-            replace(FINISHED, learning_rate=4e-4, refit=0.25, finish_steps=120, finish_bits=(8, 6)),
-        ),
+        (240, FINISHED),
         (90, replace(DETACHED, learning_rate=4e-4)),
         (240, replace(DETACHED, learning_rate=3e-4)),
-        (240, replace(CONTROL, learning_rate=4e-4, finish_steps=90)),
+        (240, CONTROL),
     ],
     "digits": [],
 }
 RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3)}
 BITS = {"minilm": (8, 7, 6), "digits": (8, 6, 5, 4)}
 METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
-WAYS: Mapping[str, dict[str, Any]] = {
-    "minmax": {},
+WAYS: Mapping[str, dict[str, Any]] = {"minmax": {}, "omse, repq, erq": METHODS}
+OF_UNTRAINED: Mapping[str, dict[str, Any]] = {
     "percentile": {"calibrator": "percentile"},
-    "omse, repq, erq": METHODS,
     "linear, omse, repq, erq, zero points": {**METHODS, "coverage": "linear", "symmetric": False},
 }
 
@@ -91,8 +93,8 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     facts = {"seed": seed, "steps": steps, **_facts(arm)}
     done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
-    wanted = [(FLOAT_BITS, "none"), *product(BITS[task], WAYS)]
-    wanted = [(bits, way) for bits, way in wanted if bits >= 8 or "linear" not in way]
+    ways = WAYS if arm.learning_rate else {**WAYS, **OF_UNTRAINED}
+    wanted = [(FLOAT_BITS, "none"), *product(BITS[task], ways)]
     if set(wanted) <= set(done) or (seed and not arm.learning_rate and task == "minilm"):
         return  # what is not trained is the same for each seed
     job = _with_steps(task, steps)(seed)
@@ -102,7 +104,7 @@ def _rows(
     for bits, way in (key for key in wanted if key not in done):
         quantized = model
         if bits != FLOAT_BITS:
-            options = {"data": job.calibration(), **WAYS[way]}
+            options = {"data": job.calibration(), **ways[way]}
             quantized = quantize(copy.deepcopy(model), bits, **options)
         value = job.evaluate(quantized, split)
         yield {**facts, "bits": bits, "way": way, "value": value, "seconds": seconds}
