@@ -4,11 +4,13 @@ Sizes do not tell: a decoder may be as long as the encoder, an image as a text. 
 followed, a TorchFunctionMode hands what it knows of a tensor on to what is computed of it.
 """
 
+import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,6 +27,7 @@ _PRODUCTS = {
 }  # fmt: skip
 _AFTER_A_SUM = {torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
+_CALL = nn.Module._call_impl.__code__
 _ATTENTION = ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
 
 
@@ -51,10 +54,15 @@ class Scores:
 
 
 class Origins(TorchFunctionMode):
-    """Follows a call: what is computed of a tensor comes from where its rows come from."""
+    """Follows a call: what is computed of a tensor comes from where its rows come from.
 
-    def __init__(self) -> None:
+    module: what is called, for a follower that hooks start and stop: they do not run where an
+    interrupt ends the call. What is computed after that is not followed.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()
+        self._module = module
         self._of = WeakTensorKeyDictionary()
 
     def find(self, x: Tensor) -> Stack | Scores | None:
@@ -90,6 +98,8 @@ class Origins(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self._module is not None and not _is_called(self._module):
+            return result
         if func is Tensor.__setitem__ and isinstance(args[2], Tensor) and not self.find(args[0]):
             self.tag(args[0], self.find(args[2]))
         if type(result) is not torch.Size:
@@ -148,6 +158,16 @@ class Origins(TorchFunctionMode):
         if not parts:
             return None
         return Stack((None, *source), torch.cat(counts, 1), parts)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Tell whether a call of a module is under way in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fits(stack: Stack, x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quanttune import quantize
 from quanttune.analysis.probes import sites_of
+from quanttune.origins import Origins
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"  # Dynamo reads it
@@ -116,3 +117,25 @@ def test_loss_ranges_and_gradients_are_those_of_the_samples_alone(name, fuse):
         assert_step(made, tuner, expected, made.model, batch)
         assert tuner.ranges() == pytest.approx({s: wanted[s] for s in tuner.ranges()}, 1e-5)
     tuner.detach()
+
+
+@quiet
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_the_first_forward_may_end_before_it_has_learned_all(error, monkeypatch):
+    made = prepared("bart")
+    expected = expected_step(made, 0.4)
+    tuner = constant(made.model, 0.4)
+
+    def end(*_: object) -> None:
+        raise error
+
+    handle = made.model.model.decoder.layers[0].fc1.register_forward_pre_hook(end)
+    with pytest.raises(error):
+        made.model(**made.batch)
+    handle.remove()
+    with monkeypatch.context() as patch:  # no hook tells of an interrupt
+        patch.setattr(Origins, "tag", end)
+        assert torch.equal(torch.ones(3) + torch.ones(3), torch.full((3,), 2.0))
+    assert_step(made, tuner, expected, made.model, made.batch)
+    tuner.detach()
+    assert torch._C._len_torch_function_stack() == 0

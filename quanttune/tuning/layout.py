@@ -115,7 +115,7 @@ class Layouts:
         self._kind = frozenset(self._masks.given(args, kwargs))
         if self._kind not in self._learned and not torch.compiler.is_compiling():
             self._learned[self._kind] = {}
-            self._following = Origins()
+            self._following = Origins(self._model)
             self._following.__enter__()
         self.receive("", args, kwargs)
 
@@ -132,9 +132,12 @@ class Layouts:
                     self._counts[source] = None if mask is None else self._counted(mask)
                     self._paddings.clear()
 
-    def end(self) -> None:
+    def end(self, whole: bool = False) -> None:
+        """End a forward, and forget what was learned of one that did not come to its end."""
         if self._following:
             self._following.stop()
+            if not whole:
+                self._learned.pop(self._kind, None)
         self._padding, self._following, self._single = None, None, True
         self._counts, self._paddings, self._met = {}, {}, {}
         self._visits = Counter()

@@ -137,7 +137,7 @@ class Observers(ObservedTensors):
                 self._plan.make()
             self._last = Forward(self._pending, self._last)
         self._pending, self.context.group = [], None
-        self._layouts.end()
+        self._layouts.end(whole=output is not None)
         self._plan.begin(follow=False)
 
     def _receive(
