@@ -53,8 +53,8 @@ def _decomposed(model: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for quantizer in quantizers(model).values():
             if quantizer.calibrated and quantizer.bits <= MAX_INTEGER_BITS:
+                undo.callback(vars(quantizer).pop, "round", None)
                 quantizer.round = _rounding(quantizer)  # type: ignore[method-assign, assignment]
-                undo.callback(delattr, quantizer, "round")
         yield
 
 

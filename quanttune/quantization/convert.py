@@ -45,8 +45,8 @@ def convert(model: nn.Module, scheme: Scheme, undo: ExitStack) -> FunctionalSite
     for _, module, _ in modules:
         # a part is a quantized model too: adapters return the one they hold when they are merged
         if module is model or any(module.children()):
+            undo.callback(module.__dict__.pop, STATE, None)
             setattr(module, STATE, functional)
-            undo.callback(delattr, module, STATE)
     return functional
 
 

@@ -105,8 +105,8 @@ def quantize(
             warn_of_floats(model)
         for rounding in roundings:
             rounding.apply(model, scheme, given)
+        update_hf_config(model)
         undo.pop_all()
-    update_hf_config(model)
     return model
 
 

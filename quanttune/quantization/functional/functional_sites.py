@@ -51,10 +51,10 @@ class FunctionalSites:
             is_known = type(module).forward.__module__.startswith("torch.nn.")
             if isinstance(module, QuantizedModule) or (is_childless and is_known):
                 continue
+            undo.callback(module.__dict__.pop, CALLS, None)
             module.__dict__[CALLS] = Calls(name, is_childless)
-            undo.callback(module.__dict__.pop, CALLS)
-            watch(module, self)
             undo.callback(unwatch, module)
+            watch(module, self)
 
     def calls(self) -> Iterator[tuple[nn.Module, Calls]]:
         """Return the modules that are watched, and what they call."""

@@ -51,8 +51,8 @@ def watch(module: nn.Module, by: Watch) -> None:
 
 
 def unwatch(module: nn.Module) -> None:
-    """Take `watch` back."""
-    del module.__dict__[ATTRIBUTE]
+    """Take `watch` back, as far as it came."""
+    module.__dict__.pop(ATTRIBUTE, None)
     module.__class__ = class_of(module)
 
 
@@ -77,8 +77,7 @@ def _watched(base: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             with by.mode((args, kwargs)):
                 return base.forward(self, *args, **kwargs)
-        with _Entered(by, (args, kwargs)):
-            return base.forward(self, *args, **kwargs)
+        return _run(by, (args, kwargs), base.forward, self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         make, args, *state = base.__reduce_ex__(self, protocol)
@@ -100,21 +99,27 @@ def _make_watched(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return module
 
 
-class _Entered:
-    """The outermost call of what is watched. An interrupt leaves no mode of it behind either."""
+def _run(by: Watch, inputs: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the outermost call of what is watched. An interrupt leaves no mode of it behind either.
 
-    def __init__(self, by: Watch, inputs: Any) -> None:
-        self.by, self.mode = by, by.mode(inputs)
+    It may come anywhere, also at the first line of a context manager's `__exit__`.
+    """
+    above, depth = len(_here.under_way), torch._C._len_torch_function_stack()
 
-    def __enter__(self) -> None:
-        self.depth = torch._C._len_torch_function_stack()
-        _here.under_way.append(self.by)
-        self.mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _here.under_way.pop()
-        while torch._C._len_torch_function_stack() > self.depth:
+    def leave() -> None:
+        del _here.under_way[above:]
+        while torch._C._len_torch_function_stack() > depth:
             torch._C._pop_torch_function_stack()
+
+    try:
+        _here.under_way.append(by)
+        by.mode(inputs).__enter__()
+        return function(*args, **kwargs)
+    finally:
+        try:
+            leave()
+        finally:
+            leave()  # what an interrupt has left of it
 
 
 def _is_under_way(by: Watch) -> bool:
@@ -149,8 +154,7 @@ class Carried:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(other is self.by for other in _here.under_way):
             return self.function(*args, **kwargs)
-        with _Entered(self.by, ()):
-            return self.function(*args, **kwargs)
+        return _run(self.by, (), self.function, *args, **kwargs)
 
     def join(self, way: str) -> str:
         """Return a way that begins at the module, of one that begins here."""

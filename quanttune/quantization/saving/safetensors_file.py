@@ -51,8 +51,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         undo.callback(model.load_state_dict, before)
         model.load_state_dict(load_file(path), strict=False)
         check_loaded(model)
+        update_hf_config(model)
         undo.pop_all()
-    update_hf_config(model)
     return model
 
 

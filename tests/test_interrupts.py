@@ -1,0 +1,85 @@
+"""Ctrl-C, wherever it comes, leaves no mode in the thread, and no model half changed."""
+
+import contextlib
+import itertools
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import quanttune as qt
+from quanttune.quantization.convert import convert
+from quanttune.quantization.functional import modes
+from quanttune.quantization.functional.functional_sites import FunctionalSites
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.f(self.norm(x))
+
+
+class Interrupted:
+    """Raises where Python looks for signals the n-th time, in some functions and what they call.
+
+    That is where a function begins, and behind calls of what is written in C.
+    """
+
+    def __init__(self, step, *functions):
+        self.left, self.codes = step, {function.__code__ for function in functions}
+
+    def __enter__(self):
+        sys.setprofile(self.look)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def look(self, frame, event, _):
+        frames = {frame.f_code, frame.f_back and frame.f_back.f_code}
+        if event in ("call", "c_return") and frames & self.codes:
+            self.left -= 1
+            if self.left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+def test_a_forward():
+    model, x = Residual().eval(), torch.randn(2, 5, 16)
+    qt.quantize(model, 4, data=[x])
+    expected = model(x)
+    for step in itertools.count(1):
+        with Interrupted(step, modes._run) as interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                assert torch.equal(model(x), expected)
+        assert torch._C._len_torch_function_stack() == 0
+        assert modes.under_way() is None
+        if interrupted.left > 0:
+            break
+    assert step > 10
+
+
+def state(model):
+    return [(type(module), sorted(vars(module))) for module in model.modules()]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in"
+)  # Python drops what a generator's end raises
+def test_modules_that_are_swapped():
+    x = torch.randn(2, 5, 16)
+    for step in itertools.count(1):
+        model = Residual().eval()
+        before = state(model)
+        with Interrupted(step, convert, FunctionalSites.watch, modes.watch) as interrupted:
+            try:
+                qt.quantize(model, 4, data=[x])
+            except KeyboardInterrupt:
+                assert state(model) == before
+        if interrupted.left > 0:
+            break
+    assert step > 60
