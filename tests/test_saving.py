@@ -87,6 +87,13 @@ def test_from_pretrained_gives_the_same_bits(name, options, tmp_path):
     assert_same(example, type(loaded).from_pretrained(tmp_path / "again"))
 
 
+def test_a_loaded_model_says_what_it_is_to_from_pretrained(tmp_path):
+    example, other = pair("bert")
+    qt.save(example.model, tmp_path / "model.safetensors")
+    qt.load(other, tmp_path / "model.safetensors").save_pretrained(tmp_path / "folder")
+    assert_same(example, type(other).from_pretrained(tmp_path / "folder"))
+
+
 FRESH = """
 import torch, transformers
 import quanttune.quantization.pretrained
