@@ -58,6 +58,9 @@ def reserved(folder: Path) -> Iterator[None]:
 def publish(model: Any, processor: Any, folder: Path) -> None:
     """Save a model with what makes its inputs, under the folder's name only when it is whole."""
     partial = write(model, processor, folder)
+    check_empty(folder)  # what another program put there meanwhile stays
+    if folder.exists():
+        folder.rmdir()  # on Windows nothing takes the place of a folder
     partial.rename(folder)
     (folder / LOCK).unlink(missing_ok=True)
     sync(folder.parent)
