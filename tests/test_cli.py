@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from quanttune import cli
@@ -92,3 +94,27 @@ def test_interruption_is_one_line(monkeypatch, capsys):
         cli.main()
     assert exit_info.value.code == 130
     assert "interrupted: nothing was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_a_full_disk_is_one_line(write, tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")  # not on Windows
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(cli, "app", lambda: write({"a": torch.ones(10_000)}, tmp_path / "file"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit_info.value.code == 2
+    assert "error: " in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_quanttune_is_a_traceback(monkeypatch):
+    def wrong():
+        raise RuntimeError("of us")
+
+    monkeypatch.setattr(cli, "app", wrong)
+    with pytest.raises(RuntimeError, match="of us"):
+        cli.main()

@@ -53,9 +53,9 @@ def test_a_forward():
     qt.quantize(model, 4, data=[x])
     expected = model(x)
     for step in itertools.count(1):
-        with Interrupted(step, modes._run) as interrupted:
-            with contextlib.suppress(KeyboardInterrupt):
-                assert torch.equal(model(x), expected)
+        interrupted = Interrupted(step, modes._run)
+        with contextlib.suppress(KeyboardInterrupt), interrupted:
+            assert torch.equal(model(x), expected)
         assert torch._C._len_torch_function_stack() == 0
         assert modes.under_way() is None
         if interrupted.left > 0:

@@ -6,6 +6,7 @@ A verb imports what it needs when it runs, so that --help is there at once.
 import sys
 
 import typer
+from safetensors import SafetensorError
 
 from . import (
     analyze,
@@ -22,6 +23,8 @@ from . import (
 )
 from .language import learn
 from .terminal import quiet, say, written
+
+_WRITER = "inline_container.cc"  # in what torch.save says of a full disk: a RuntimeError like any
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,6 +58,8 @@ def main() -> None:
         left = f"{written[-1]} may not be whole" if written else "nothing was written"
         say(f"interrupted: {left}", "red")
         sys.exit(130)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _WRITER not in str(error):
+            raise
         say(f"error: {error}", "red")
         sys.exit(2)
