@@ -14,6 +14,7 @@ import quanttune as qt
 from quanttune.quantization.methods.rounding import layer_by_layer
 from quanttune.quantization.methods.rounding.moments import Moments, groups_of, sums_of
 from quanttune.quantization.running import Data
+from quanttune.quantization.stepped_forward import SteppedForward
 
 OPTIONS = {"bits": 4, "weight_bits": 3}
 
@@ -76,6 +77,35 @@ def test_batches_that_take_different_ways_are_passed_for_each_layer(monkeypatch)
     monkeypatch.setattr("quanttune.quantization.methods.gptq.run_layer_by_layer", alone)
     expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
     assert_same_bits(found.state_dict(), expected.state_dict())
+
+
+def test_where_threads_run_out_it_is_a_pass_for_each_layer(monkeypatch):
+    model = Forked()
+    data = [torch.rand(3, 4), torch.rand(5, 4), torch.rand(2, 4)]
+    expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
+    before, start, begun = threading.active_count(), threading.Thread.start, []
+
+    def two(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", two)
+    found = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
+    assert len(begun) == 2
+    assert threading.active_count() == before
+    assert_same_bits(found.state_dict(), expected.state_dict())
+
+
+def test_a_forward_has_a_thread_from_its_first_step_on():
+    before = threading.active_count()
+    forward = SteppedForward(lambda: forward.wait_at("here"))
+    assert threading.active_count() == before  # nobody would stop it after an interrupt
+    assert forward.advance() == "here"
+    forward.stop()
+    SteppedForward(int).stop()
+    assert threading.active_count() == before
 
 
 def test_an_error_within_a_forward_is_raised_and_leaves_no_thread():

@@ -1,7 +1,7 @@
 """A forward that stops on its way, so that many of them go through a model together."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore
 from typing import Generic, TypeVar
 
@@ -10,25 +10,37 @@ from .running import StopForward
 Stop = TypeVar("Stop")
 
 
+class NoThread(RuntimeError):
+    """The system gives no more threads."""
+
+
 class SteppedForward(Generic[Stop]):
-    """A forward in a thread of its own, which runs only while `advance` waits for it."""
+    """A forward in a thread of its own, which runs only while `advance` waits for it.
+
+    It begins with the first `advance`; whoever calls that calls `stop`, too.
+    """
 
     def __init__(self, run: Callable[[], object]) -> None:
+        self._run = run
         self._go, self._there = Semaphore(0), Semaphore(0)
         self._at: Stop | None = None  # where it waits; None once it has ended
         self._leaving = False
         self._thread = ThreadPoolExecutor(1)
-        self._end = self._thread.submit(self._main, run)
-        self._end.add_done_callback(lambda _: self._there.release())
+        self._end: Future[None] | None = None
 
     def advance(self) -> Stop | None:
-        """Run to the next stop and return it, or to the end."""
-        if not self._end.done():
+        """Run to the next stop and return it, or to the end.
+
+        Raises:
+            NoThread: it cannot begin.
+        """
+        end = self._end or self._begin()
+        if not end.done():
             self._at = None
             self._go.release()
             self._there.acquire()
-        if self._end.done():
-            self._end.result()  # raises what was raised in the forward
+        if end.done():
+            end.result()  # raises what was raised in the forward
         return self._at
 
     def wait_at(self, at: Stop) -> None:
@@ -45,7 +57,18 @@ class SteppedForward(Generic[Stop]):
         self._go.release()
         self._thread.shutdown()
 
-    def _main(self, run: Callable[[], object]) -> None:
+    def _begin(self) -> "Future[None]":
+        try:
+            self._end = self._thread.submit(self._main)
+        except RuntimeError as error:
+            raise NoThread(
+                "the system gives no more threads, of which each batch takes one at a time: pass "
+                f"the data in fewer, larger batches ({error})"
+            ) from error
+        self._end.add_done_callback(lambda _: self._there.release())
+        return self._end
+
+    def _main(self) -> None:
         self._go.acquire()
         if not self._leaving:
-            run()
+            self._run()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....progress import track
 from ...running import Data, evaluating, forward_batches
-from ...stepped_forward import SteppedForward
+from ...stepped_forward import NoThread, SteppedForward
 from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
@@ -25,8 +25,9 @@ def run_layer_by_layer(
     """Visit groups in their order, with the sums of what the model makes of data up to there.
 
     The forwards of all batches go on together, so that each of them runs once; it takes the memory
-    of as many hidden states as there are batches. Where a layer is called more than once, or
-    batches take different ways, it is a pass for each group instead.
+    of as many hidden states as there are batches, and as many threads, which wait for each other.
+    Where a layer is called more than once, batches take different ways or the system gives no more
+    threads, it is a pass for each group instead.
     """
     alike = all(group.calls == 1 for group in groups)
     with ExitStack() as undo:
@@ -57,7 +58,10 @@ class _Walk:
         self._leader, self._sums = leader, sums
         for forward in self._forwards:
             self._running = forward
-            if forward.advance() is not leader:
+            try:
+                if forward.advance() is not leader:
+                    return False
+            except NoThread:
                 return False
         return True
 
