@@ -335,11 +335,22 @@ def again(groups):
     return change
 
 
+def operation(name, value):
+    """Change a field of the first operation that modules call."""
+
+    def change(data, tensors):
+        operations = data["call_groups"]["group_0"]["operations"]
+        operations[next(iter(operations))][name] = value
+
+    return change
+
+
 GROUP = ("config_groups", "group_0")
 WEIGHTS = (*GROUP, "weights")
 ACTIVATIONS = (*GROUP, "input_activations")
 OPERATIONS = ("operation_groups", "group_0")
 SCALE = "blocks.0.norm1.input_quantizer.scale"
+ABSMAX = "blocks.0.norm1.input_quantizer.absmax"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +393,7 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
         (put(*WEIGHTS, "symmetric", value=False), "symmetric must be one of [True], got False"),
         (put(*WEIGHTS, "type", value="float"), "type must be one of ['int'], got 'float'"),
         (put(*WEIGHTS, "observer", value=[]), "observer must be a name or null, got []"),
-        (put(*OPERATIONS, "kind", value=["x"]), "kind must be a name or null, got ['x']"),
+        (put(*OPERATIONS, "kind", value=["x"]), "score, weight, got ['x']"),
         (put(*OPERATIONS, "targets", value=["forward"]), "'forward' is no name of a functional"),
         (put("config_groups", value=[]), "config_groups must be an object, got list"),
         (lambda data, tensors: "[", "the quantization is no JSON"),
@@ -390,6 +401,18 @@ SCALE = "blocks.0.norm1.input_quantizer.scale"
         (tensor("head.bias", None), "it lacks ['head.bias'], and has [] besides"),
         (tensor("head.code", [1.0]), "it lacks [], and has ['head.code'] besides"),
         (tensor("head.bias", [1.0, 2.0]), "head.bias is float32 [2] in the file, float32 [5]"),
+        (put(*WEIGHTS, "dynamic", value=0), "dynamic must be one of [False], got 0"),
+        (put(*ACTIVATIONS, "strategy", value="channel"), "strategy must be one of ['tensor'], got"),
+        (put(*OPERATIONS, "kind", value="inputs"), "kind must be of convolution, embedding, input"),
+        (
+            operation("kinds", {"score": "scores"}),
+            ".kinds must be of convolution, embedding, input",
+        ),
+        (operation("weight", 2), ".weight must be 0 or 1, or null"),
+        (operation("parameter", "heads"), "the model has no parameter 'heads'"),
+        (operation("owner", ""), "there is no quantized Linear ''"),
+        (tensor(ABSMAX, float("inf")), f"{ABSMAX} is no end of a range: inf"),
+        (tensor(ABSMAX, -1.0), f"{ABSMAX} is no end of a range: -1.0"),
         (tensor(SCALE, 0.0), f"{SCALE} must be finite and positive"),
         (tensor(SCALE, float("nan")), f"{SCALE} must be finite and positive"),
     ],

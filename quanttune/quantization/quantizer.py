@@ -119,10 +119,14 @@ class ActivationQuantizer(_Quantizer):
         """Check what was loaded, and quantize with it if it was calibrated.
 
         Raises:
-            ValueError: the scale is not finite and positive.
+            ValueError: the scale is not finite and positive, or the range is none.
         """
         check_scale(site, self.scale)
         check_scale(site, self.step)
+        for name in self.range_names:
+            end = getattr(self, name)
+            if end.isinf() or (name == "absmax" and end < 0):
+                raise ValueError(f"{site}.{name} is no end of a range: {end}")
         known = all(getattr(self, name).isfinite() for name in self.range_names)
         self.calibrated = known and not self.dynamic
 

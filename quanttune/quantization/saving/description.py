@@ -11,6 +11,7 @@ from torch import nn
 from ..convert import convert
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
+from ..modules import QuantizedLinear
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
 from ..scheme import DYNAMIC, Scheme
@@ -146,11 +147,26 @@ def _calls(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _register(state: FunctionalSites, groups: Mapping[str, Any]) -> None:
     watched = {calls.module: module for module, calls in state.calls()}
+    parameters = dict(state.modules[""].named_parameters(remove_duplicate=False))
     for group in groups.values():
         for target in group["targets"]:
             # what is missing, `_compare` tells
             for way, operation in group["operations"].items() if target in watched else ():
+                _check_operation(operation, watched[target], parameters, f"{target}: {way}")
                 state.register(watched[target], way, Operation(**operation))
+
+
+def _check_operation(
+    operation: Mapping[str, Any], module: nn.Module, parameters: Mapping[str, Any], where: str
+) -> None:
+    """Refuse an operation of weights that the model does not hold."""
+    parameter, owner = operation["parameter"], operation["owner"]
+    if parameter is not None and parameter not in parameters:
+        raise ValueError(f"call_groups: {where}: the model has no parameter {parameter!r}")
+    if owner is not None and not isinstance(
+        dict(module.named_modules()).get(owner), QuantizedLinear
+    ):
+        raise ValueError(f"call_groups: {where}: there is no quantized Linear {owner!r}")
 
 
 def _values(*values: Any) -> dict[str, Any]:

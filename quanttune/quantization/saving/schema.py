@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any
 
 from ...fake_quantizer import integer_range
+from ..coverage import PRESETS
 
 METHOD = "quanttune"
 VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places, parameters
@@ -30,10 +31,11 @@ PARTS = {
 }
 ARGUMENTS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "observer")
 _VALUES: dict[str, list[Any]] = {
-    "type": ["int"], "symmetric": [True, False], "strategy": ["tensor", "channel"],
-    "dynamic": [True, False],
+    "type": ["int"], "symmetric": [True, False], "strategy": ["tensor"], "dynamic": [True, False],
 }  # fmt: skip
-_VALUES_OF_WEIGHTS = {**_VALUES, "symmetric": [True]}
+_VALUES_OF_WEIGHTS = {
+    **_VALUES, "symmetric": [True], "strategy": ["tensor", "channel"], "dynamic": [False],
+}  # fmt: skip
 _GROUPS = {
     "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),
     "operation_groups": ("kind", "activations"),
@@ -44,6 +46,7 @@ _OPERATION_FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str, NoneType), "kinds": (dict,), "weight": (int, NoneType),
     "owner": (str, NoneType), "parameter": (str, NoneType), "is_score": (bool,),
 }  # fmt: skip
+_KINDS = {*PRESETS["full"], "weight"}
 
 
 def check(data: Any) -> None:
@@ -101,7 +104,8 @@ def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
     _check_names(group["targets"], f"{where}.targets")
     for part in parts:
         if part == "kind":
-            _check_text(group[part], f"{where}.{part}")
+            # null where an override leaves the activations in float
+            _check_kinds([] if group[part] is None else [group[part]], f"{where}.{part}")
         else:
             values = _VALUES_OF_WEIGHTS if part == "weights" else _VALUES
             _check_arguments(group[part], f"{where}.{part}", values)
@@ -117,7 +121,9 @@ def _check_calls(group: Any, where: str) -> None:
         for name, types in _OPERATION_FIELDS.items():
             if type(operation[name]) not in types:
                 raise ValueError(f"{where}.operations.{way}.{name} is {operation[name]!r}")
-        _check_names([*operation["kinds"], *operation["kinds"].values()], f"{where}.{way}.kinds")
+        _check_kinds(list(operation["kinds"].values()), f"{where}.operations.{way}.kinds")
+        if operation["weight"] not in (None, 0, 1):
+            raise ValueError(f"{where}.operations.{way}.weight must be 0 or 1, or null")
 
 
 def _check_fields(data: Any, names: Iterable[str], where: str) -> None:
@@ -135,7 +141,8 @@ def _check_arguments(data: Any, where: str, values_of: dict[str, list[Any]]) -> 
     _check_fields(data, ARGUMENTS, where)
     _check_bits(data["num_bits"], f"{where}.num_bits")
     for name, values in values_of.items():
-        if data[name] not in values:
+        # of the same type: 1 is no true
+        if not any(type(data[name]) is type(value) and data[name] == value for value in values):
             raise ValueError(f"{where}.{name} must be one of {values}, got {data[name]!r}")
     _check_text(data["observer"], f"{where}.observer")
 
@@ -149,6 +156,12 @@ def _check_bits(data: Any, where: str) -> None:
 def _check_names(data: Any, where: str) -> None:
     if not (isinstance(data, list) and all(isinstance(name, str) for name in data)):
         raise ValueError(f"{where} must be a list of names, got {data!r}")
+
+
+def _check_kinds(data: list[Any], where: str) -> None:
+    for kind in data:
+        if not (isinstance(kind, str) and kind in _KINDS):
+            raise ValueError(f"{where} must be of {', '.join(sorted(_KINDS))}, got {kind!r}")
 
 
 def _check_text(data: Any, where: str) -> None:
