@@ -244,6 +244,26 @@ def test_a_lost_shard_is_named(tmp_path):
         load_weights(vit(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}',
+     '{"weight_map": {"a": "../model.safetensors"}}'],
+)  # fmt: skip
+def test_a_damaged_index_is_named(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
+        load_weights(nn.Linear(3, 3), tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -9])
+def test_a_damaged_file_of_torch_is_named(kept, tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(nn.Linear(3, 3).state_dict(), file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
+        load_weights(nn.Linear(3, 3), tmp_path)
+
+
 class Plain(nn.Module):
     """A model of nobody's library, with a weight that has two names."""
 

@@ -107,7 +107,10 @@ class RunFolder:
         if not self.metrics.exists():
             return {}
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        try:
+            last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        except ValueError as error:
+            raise ValueError(f"{self.metrics} is damaged: {error}") from error
         return last
 
     def _strangers(self) -> list[str]:

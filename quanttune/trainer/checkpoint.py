@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+_UNREADABLE = RuntimeError, EOFError, UnpicklingError  # what torch.load raises
 _COMPILED = "_orig_mod."  # what torch.compile puts before each name
 
 
@@ -64,9 +66,18 @@ def _files(checkpoint: Path) -> list[Path]:
         if (checkpoint / whole).is_file():
             return [checkpoint / whole]
         if (checkpoint / index).is_file():
-            shards = json.loads((checkpoint / index).read_text(encoding="utf-8"))["weight_map"]
-            return sorted({checkpoint / shard for shard in shards.values()})
+            return _shards(checkpoint / index)
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if strange := [name for name in shards if Path(name).name != name]:
+            raise ValueError(f"{strange[0]!r} is no name of a file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged: {error!r}") from error
+    return sorted(index.with_name(name) for name in shards)
 
 
 def _read(checkpoint: Path) -> dict[str, Tensor]:
@@ -77,7 +88,7 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True)
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, FileNotFoundError, *_UNREADABLE) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
     return state
 
