@@ -31,6 +31,8 @@ def export_torch(
     The codes are those of x * (1 / scale), not of x / scale: up to two in a million differ, by 1.
     More than 8 bits stay an op of quanttune, so that whoever loads the program must import it.
 
+    Meanwhile no other thread may call a module: see `export_onnx`.
+
     Args: as those of `export_onnx`.
 
     Raises:
