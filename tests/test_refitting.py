@@ -200,3 +200,18 @@ def test_patterns_choose_the_sums_that_are_clamped(data):
     qt.refit(model, data, clamp={"second": 8.0})
     assert not torch.equal(model.first.weight, one.first.weight)
     assert not torch.equal(model.second.weight, one.second.weight)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(data):
+    model = Block().eval()
+    before = copy.deepcopy(model.state_dict())
+
+    def stop(what, done, total):
+        if done == 2:
+            assert not torch.equal(model.first.weight, before["first.weight"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qt.refit(model, data, clamp=8.0, progress=stop)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -62,21 +62,23 @@ def refit(
     batches = list(data)
     if not batches:
         raise ValueError("data is empty: refit needs at least one batch of inputs")
-    with evaluating(model):
+    with evaluating(model), ExitStack() as undo:  # an error leaves the model as it was
         original = copy.deepcopy(model)
+        undo.callback(model.load_state_dict, original.state_dict())
         route = route_of(original, batches[0], mask)
         clamps = clamps_of(original, batches[0], mask, route, clamp, tolerance)
-        with ExitStack() as undo:
+        with ExitStack() as end:
             students = _forwards(model, batches, mask, route, partial(_refitted, model))
             teachers = _forwards(original, batches, mask, route, lambda stop: stop.output)
             for forward in (*students, *teachers):
-                undo.callback(forward.stop)
+                end.callback(forward.stop)
             for name in track(route.names, "refitting", progress):
                 module: Any = model.get_submodule(name)
                 equations = _Equations(module)
                 for student, teacher in zip(students, teachers, strict=True):
                     equations.add(_reach(student, name), _reach(teacher, name), clamps.get(name))
                 equations.solve(ridge)
+        undo.pop_all()
     return model
 
 
