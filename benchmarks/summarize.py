@@ -18,13 +18,14 @@ from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from markdown_table import table
 from onnx_latency import COVERAGES, figures
 
-from quanttune.demo.experiment import Row
+from quanttune.demo import recipe
+from quanttune.demo.experiment import FLOAT_BITS, Row
 from quanttune.report.results_table import DIGITS, Cell, cells_of, tabulate
 
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
-REFIT, REFITTING = RESULTS.with_name("epyc-2-cores"), ("refit", "settings-refit")
+REFIT = RESULTS.with_name("epyc-2-cores")
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
 COSINES = {
@@ -62,12 +63,9 @@ def main() -> None:
         sections += [_demo_section(title, _read(f"losses-{name}.json"))]
         sections += [_settings_section(_read(f"settings-losses-{name}.json"))]
     for name in demos:
-        if (REFIT / f"refit-{name}.json").exists():
-            refit, settings_of_it = (_read(f"{file}-{name}.json", REFIT) for file in REFITTING)
-            sections += [
-                _demo_section(f"Refit on {name}", refit),
-                _settings_section(settings_of_it),
-            ]
+        for file in ("refit", "settings-refit"):
+            if (REFIT / f"{file}-{name}.json").exists():
+                sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
@@ -168,6 +166,44 @@ Validation rows, seed {settings["seed"]}, min-max, weights per channel.
 
 {table(("arm", "steps", "learning rate", *columns), rows)}
 """
+
+
+def refit_section(measured: Any) -> str:
+    """Return the table of a run of refitting.py."""
+    task, facts = measured["task"], measured["environment"]
+    digits, rows = DIGITS[recipe(task).metric], measured["rows"]
+    values: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        arm = (row["arm"], str(row["steps"]), _number(row["learning_rate"]), _number(row["refit"]))
+        finish = ", ".join(map(str, row["finish_bits"]))
+        finish = f"{row['finish_steps']} ({finish})" if finish else ""
+        values[*arm, finish, row["way"]][row["bits"]].append(row["value"])
+    widths = sorted({row["bits"] for row in rows} - {FLOAT_BITS}, reverse=True)
+    lines = []
+    for (*arm, way), found in values.items():
+        if way != "none":
+            found[FLOAT_BITS] = values[*arm, "none"][FLOAT_BITS]
+            cells = (_mean(found[bits], digits) for bits in (FLOAT_BITS, *widths))
+            lines.append((*arm, way, *cells))
+    split = measured["split"]
+    seeds = len({row["seed"] for row in rows})
+    heads = "arm", "steps", "learning rate", "refit's tolerance", "rounded steps", "quantized by"
+    names = (methods.width(bits, bits) for bits in widths)
+    return f"""## Refit and finishing on {task}: {recipe(task).metric} on the {split} rows
+
+Mean ± standard deviation of {seeds} seed(s); {facts["processor"]}. Weights per channel; coverage
+full_no_softmax and symmetric grids, unless said otherwise. What is not trained has one seed.
+
+{table((*heads, "fp32", *names), lines)}
+"""
+
+
+def _mean(values: list[float], digits: int) -> str:
+    return cells_of([values])[0].text(digits) if values else ""
+
+
+def _number(value: float | None) -> str:
+    return f"{value:g}" if value else ""
 
 
 def methods_section(name: str, measured: Any) -> str:
