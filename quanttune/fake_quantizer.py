@@ -115,7 +115,8 @@ class _DynamicFakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # the range is that of x itself, so nothing was clipped
         if ctx.saved_tensors:
-            grad = _with_range_gradient(grad, *ctx.saved_tensors, ctx.axis)
+            x, y = ctx.saved_tensors
+            grad = _with_range_gradient(grad, x, y, ctx.axis)
         return grad, None, None, None
 
 
