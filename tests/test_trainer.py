@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import quanttune.trainer
 from quanttune.trainer import QuantTuneTrainer
+from quanttune.tuning.hooks import is_attached
 
 TUNING = {"alpha": 0.3, "decay": "linear"}
 pytestmark = [
@@ -134,11 +135,21 @@ def test_after_an_interruption_a_new_training_finds_its_own_balance(tmp_path):
         save_strategy="steps",
         save_steps=1,
     )
+    tuners = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, *arguments, **_):
+            tuners.append(run.tuner)
+
+    run.add_callback(Keep)
     run.add_callback(Interrupt)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run.train()
-        assert run.tuner.balance_factor == run.tuner.task_loss / run.tuner.outlier_loss
+        assert run.tuner is None
+        assert not is_attached(run.model)
+        assert tuners[-1].balance_factor == tuners[-1].task_loss / tuners[-1].outlier_loss
+    assert len({id(tuner) for tuner in tuners}) == 2
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,19 @@ class QuantTuneMixin(_AnyTrainer):
         self.tuning = dict(tuning or {})
         self.add_callback(_Schedule(self))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave nothing on the model, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.detach()
+
+    def detach(self) -> None:
+        """Take the tuner off the model, if it has one."""
+        if self.tuner:
+            self.tuner.detach()
+            self.tuner = None
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -165,7 +178,6 @@ class _Schedule(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._detach()  # from a training that an exception ended
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.trainer.tuner = attach(model, total_steps=state.max_steps, **self.trainer.tuning)
         self.trainer.tuner.resume(state.global_step)
@@ -184,13 +196,3 @@ class _Schedule(TrainerCallback):
         tuner.resume(state.global_step)
         if tuner.balance_factor is not None and _STATE not in state.stateful_callbacks:
             state.stateful_callbacks[_STATE] = {"balance_factor": tuner.balance_factor.item()}
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self.trainer.tuner:
-            self.trainer.tuner.detach()
-            self.trainer.tuner = None
