@@ -26,6 +26,9 @@ SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "xeon-2-cores"
 REFIT = RESULTS.with_name("epyc-2-cores")
+REFIT_SHOWN = ("percentile", "omse, repq, erq")  # in the README
+REFITTED = "<!-- refit: made by benchmarks/summarize.py -->"
+END_OF_REFITTED = "<!-- end of refit -->"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
 COSINES = {
@@ -50,6 +53,9 @@ def main() -> None:
         _replace(readme, SPEED, END_OF_SPEED, _speed_table(_read("cpu-ratios.json")))
     if (RESULTS / "onnx.json").exists():
         _replace(readme, ONNX, END_OF_ONNX, onnx_table(_read("onnx.json")))
+    if (REFIT / "refit-minilm.json").exists():
+        shown = refit_table(_read("refit-minilm.json", REFIT), REFIT_SHOWN)
+        _replace(readme, REFITTED, END_OF_REFITTED, shown)
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
     page = ROOT / "docs" / "results.md"
@@ -170,32 +176,37 @@ Validation rows, seed {settings["seed"]}, min-max, weights per channel.
 
 def refit_section(measured: Any) -> str:
     """Return the table of a run of refitting.py."""
-    task, facts = measured["task"], measured["environment"]
-    digits, rows = DIGITS[recipe(task).metric], measured["rows"]
+    task, split = measured["task"], measured["split"]
+    return f"""## Refit and finishing on {task}: {recipe(task).metric} on the {split} rows
+
+{measured["environment"]["processor"]}. Means of the seeds, ± their standard deviation; what is
+not trained has one. Weights per channel; coverage full_no_softmax and symmetric grids, unless said
+otherwise.
+
+{refit_table(measured)}
+"""
+
+
+def refit_table(measured: Any, ways: Collection[str] = ()) -> str:
+    """Return a row per arm and way to quantize, or for some ways only."""
+    digits, rows = DIGITS[recipe(measured["task"]).metric], measured["rows"]
     values: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        arm = (row["arm"], str(row["steps"]), _number(row["learning_rate"]), _number(row["refit"]))
         finish = ", ".join(map(str, row["finish_bits"]))
         finish = f"{row['finish_steps']} ({finish})" if finish else ""
-        values[*arm, finish, row["way"]][row["bits"]].append(row["value"])
+        steps = str(row["steps"]) if row["learning_rate"] else ""
+        arm = row["arm"], steps, _number(row["learning_rate"]), _number(row["refit"]), finish
+        values[*arm, row["way"]][row["bits"]].append(row["value"])
     widths = sorted({row["bits"] for row in rows} - {FLOAT_BITS}, reverse=True)
     lines = []
     for (*arm, way), found in values.items():
-        if way != "none":
-            found[FLOAT_BITS] = values[*arm, "none"][FLOAT_BITS]
-            cells = (_mean(found[bits], digits) for bits in (FLOAT_BITS, *widths))
-            lines.append((*arm, way, *cells))
-    split = measured["split"]
-    seeds = len({row["seed"] for row in rows})
-    heads = "arm", "steps", "learning rate", "refit's tolerance", "rounded steps", "quantized by"
+        if way != "none" and (not ways or way in ways):
+            exact = values[*arm, "none"][FLOAT_BITS]
+            means = [_mean(seeds, digits) for seeds in (exact, *(found[bits] for bits in widths))]
+            lines.append((*arm, way, str(len(found[widths[0]])), *means))
+    settings = "steps", "learning rate", "refit's tolerance", "rounded steps"
     names = (methods.width(bits, bits) for bits in widths)
-    return f"""## Refit and finishing on {task}: {recipe(task).metric} on the {split} rows
-
-Mean ± standard deviation of {seeds} seed(s); {facts["processor"]}. Weights per channel; coverage
-full_no_softmax and symmetric grids, unless said otherwise. What is not trained has one seed.
-
-{table((*heads, "fp32", *names), lines)}
-"""
+    return table(("arm", *settings, "quantized by", "seeds", "fp32", *names), lines)
 
 
 def _mean(values: list[float], digits: int) -> str:

@@ -107,7 +107,8 @@ def _check_group(group: Any, parts: tuple[str, ...], where: str) -> None:
             # null where an override leaves the activations in float
             _check_kinds([] if group[part] is None else [group[part]], f"{where}.{part}")
         else:
-            values = _VALUES_OF_WEIGHTS if part == "weights" else _VALUES
+            of_weights = part == "weights" or group.get("kind") == "weight"
+            values = _VALUES_OF_WEIGHTS if of_weights else _VALUES
             _check_arguments(group[part], f"{where}.{part}", values)
 
 
