@@ -9,9 +9,9 @@ A run that was interrupted goes on where it stopped.
 
 import copy
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -47,11 +47,9 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (90, replace(DETACHED, learning_rate=4e-4)),
         (240, replace(DETACHED, learning_rate=3e-4)),
         (240, CONTROL),
-    ],
-    "digits": [],
+    ]
 }
-RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3)}
-BITS = {"minilm": (8, 7, 6), "digits": (8, 6, 5, 4)}
+RATES = (3e-4, 4e-4, 6e-4)  # that are tried with --choose
 METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
 WAYS: Mapping[str, dict[str, Any]] = {"minmax": {}, "omse, repq, erq": METHODS}
 OF_UNTRAINED: Mapping[str, dict[str, Any]] = {
@@ -61,7 +59,7 @@ OF_UNTRAINED: Mapping[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = arguments.of_task(__doc__)
+    parser = arguments.of_task(__doc__, CHOSEN)
     parser.add_argument("--choose", action="store_true", help="other settings, validation rows")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
@@ -84,7 +82,7 @@ def main() -> None:
 def _candidates(task: str) -> Iterator[tuple[int, Arm]]:
     """Yield what was chosen from: its kinds, each with several learning rates."""
     for steps, arm in CHOSEN[task]:
-        for rate in RATES[task] if arm.learning_rate else ():
+        for rate in RATES if arm.learning_rate else ():
             yield steps, replace(arm, learning_rate=rate)
 
 
@@ -94,20 +92,18 @@ def _rows(
     facts = {"seed": seed, "steps": steps, **_facts(arm)}
     done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
     ways = WAYS if arm.learning_rate else {**WAYS, **OF_UNTRAINED}
-    wanted = [(FLOAT_BITS, "none"), *product(BITS[task], ways)]
-    if set(wanted) <= set(done) or (seed and not arm.learning_rate and task == "minilm"):
+    wanted = [(FLOAT_BITS, "none"), *product(recipe(task).bits, ways)]
+    if set(wanted) <= set(done) or (seed and not arm.learning_rate):
         return  # what is not trained is the same for each seed
-    job = _with_steps(task, steps)(seed)
-    began = time.monotonic()
+    job = _job(task, steps, seed)
     model = job.prepare(arm, lambda: None)
-    seconds = round(time.monotonic() - began, 1)
     for bits, way in (key for key in wanted if key not in done):
         quantized = model
         if bits != FLOAT_BITS:
             options = {"data": job.calibration(), **ways[way]}
             quantized = quantize(copy.deepcopy(model), bits, **options)
         value = job.evaluate(quantized, split)
-        yield {**facts, "bits": bits, "way": way, "value": value, "seconds": seconds}
+        yield {**facts, "bits": bits, "way": way, "value": value}
 
 
 def _facts(arm: Arm) -> dict[str, Any]:
@@ -120,9 +116,10 @@ def _facts(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _with_steps(task: str, steps: int) -> Any:
+@lru_cache(1)
+def _job(task: str, steps: int, seed: int) -> Any:
     make: Any = recipe(task)
-    return type(make.__name__, (make,), {"steps": steps})
+    return type(make.__name__, (make,), {"steps": steps})(seed)
 
 
 if __name__ == "__main__":

@@ -167,3 +167,63 @@ def test_the_tables_of_methods_have_a_row_for_each_way_and_a_column_for_each_arm
     assert table["gptq"] == ["-", "**0.800 ±0.141**"]
     assert table["percentile"] == ["-", "-"]
     assert "**0.125**" in text[full:]
+
+
+def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):
+    arm = {"steps": 240, "refit": 0.25, "learning_rate": 4e-4}
+    rows = [
+        {"seed": seed, "arm": "both", **arm, "finish_steps": 120, "finish_bits": [8, 6], **found}
+        for seed, values in enumerate([(0.9, 0.7, 0.5), (0.8, 0.6, 0.4)])
+        for found in (
+            {"bits": 32, "way": "none", "value": values[0]},
+            {"bits": 8, "way": "minmax", "value": values[1]},
+            *([{"bits": 6, "way": "minmax", "value": values[2]}] if seed else []),
+        )
+    ]
+    rows.append({**rows[0], "arm": "base", "refit": None, "learning_rate": 0.0})
+    rows.append({**rows[-1], "bits": 8, "way": "percentile", "value": 0.25})
+    measured = {"task": "minilm", "rows": rows}
+    table = from_benchmarks("summarize").refit_table(measured).splitlines()
+    both = "| both | 240 | 0.0004 | 0.25 | 120 (8, 6) | minmax | 2 |"
+    assert table[2] == f"{both} 0.850 ±0.071 | 0.650 ±0.071 | 0.400 |"
+    assert len(table) == 4
+    assert table[3].startswith("| base |  |  |  |")
+    assert table[3].endswith("| percentile | 1 | 0.900 | 0.250 |  |")
+    only = from_benchmarks("summarize").refit_table(measured, ["percentile"])
+    assert only.splitlines()[2:] == table[3:]
+
+
+def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
+    refitting = from_benchmarks("refitting")
+
+    class Job:
+        bits = (8, 6)
+
+        def __init__(self, seed):
+            self.prepared = 0
+
+        def prepare(self, arm, on_step):
+            self.prepared += 1
+            return torch.nn.Sequential(torch.nn.Linear(3, 3))
+
+        def calibration(self):
+            return [torch.ones(2, 3)]
+
+        def evaluate(self, model, split):
+            return float(split == "test")
+
+    monkeypatch.setattr(refitting, "recipe", lambda task: Job)
+    monkeypatch.setattr(refitting, "WAYS", {"minmax": {}})
+    arm = refitting.FINISHED
+    rows = list(refitting._rows("minilm", 0, 5, arm, "test", []))
+    assert [(row["bits"], row["way"]) for row in rows] == [
+        (32, "none"), (8, "minmax"), (6, "minmax"),
+    ]  # fmt: skip
+    assert {row["value"] for row in rows} == {1.0}
+    again = list(refitting._rows("minilm", 0, 5, arm, "test", rows[:2]))
+    assert again == rows[2:]
+    assert refitting._job("minilm", 5, 0).prepared == 2
+    assert not list(refitting._rows("minilm", 0, 5, arm, "test", rows))
+    assert not list(refitting._rows("minilm", 1, 5, refitting.REFIT, "test", []))
+    assert refitting._job("minilm", 5, 0).prepared == 2
+    refitting._job.cache_clear()
