@@ -203,7 +203,7 @@ def refit_table(measured: Any, ways: Collection[str] = ()) -> str:
         if way != "none" and (not ways or way in ways):
             exact = values[*arm, "none"][FLOAT_BITS]
             means = [_mean(seeds, digits) for seeds in (exact, *(found[bits] for bits in widths))]
-            lines.append((*arm, way, str(len(found[widths[0]])), *means))
+            lines.append((*arm, way, str(max(map(len, found.values()))), *means))
     settings = "steps", "learning rate", "refit's tolerance", "rounded steps"
     names = (methods.width(bits, bits) for bits in widths)
     return table(("arm", *settings, "quantized by", "seeds", "fp32", *names), lines)
