@@ -17,6 +17,7 @@ from ..jobs.settings import Settings
 from ..losses import LOSSES
 from ..tuning import schedule
 from ..tuning.attach import BALANCES
+from ..tuning.finishing import BITS
 from . import options
 from .terminal import Json, progress_bar, say, write_numbers
 
@@ -52,7 +53,9 @@ def _tuning(
     ] = 0,
     finish_bits: Annotated[
         list[int] | None,
-        typer.Option(help="A width of theirs; repeat for several.", show_default="16, 8 and 6"),
+        typer.Option(
+            help="A width of theirs; repeat for several.", show_default=", ".join(map(str, BITS))
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Check the arguments of `quanttune.attach`, and return them."""
@@ -62,7 +65,7 @@ def _tuning(
         "alpha": alpha, "decay": decay, "balance": balance, "detach_deviation": detach_deviation,
         "loss": loss, "observe_every": observe_every, "fuse": fuse, "include": include or ["*"],
         "exclude": exclude or [], "finish_steps": finish_steps,
-        "finish_bits": finish_bits or [16, 8, 6],
+        "finish_bits": finish_bits or [*BITS],
     }  # fmt: skip
 
 

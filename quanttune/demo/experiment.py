@@ -13,6 +13,7 @@ from ..environment import environment
 from ..losses import OutlierLoss
 from ..quantization.calibrators import SEARCHES
 from ..quantization.simulation import quantize, requantize
+from ..tuning.finishing import BITS
 from .residual_ranges import residual_ranges
 
 FLOAT_BITS = 32
@@ -32,7 +33,7 @@ class Arm:
     qat_bits: int | None = None  # fake quantization in the loop
     refit: float | None = None  # the tolerance of a refit before the first step
     finish_steps: int = 0  # the last of the steps, which are rounded
-    finish_bits: tuple[int, ...] = (16, 8, 6)
+    finish_bits: tuple[int, ...] = BITS
     same_as: str | None = None  # an arm whose result this one has by construction
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from . import encoding, models
 from .models import ModelSource, find_model
-from .rows import Labels, fingerprint, labels_of, load_rows
+from .rows import Labels, drawn, fingerprint, labels_of, load_rows
 from .settings import Settings
 
 
@@ -50,10 +50,7 @@ class Dataset(ModelSource):
 
         limit: take so many, drawn by the seed.
         """
-        rows = self.rows
-        if limit is not None:
-            generator = torch.Generator().manual_seed(settings.seed)
-            rows = Subset(rows, torch.randperm(len(rows), generator=generator)[:limit].tolist())
+        rows = drawn(self.rows, limit, settings.seed)
         loader = DataLoader(rows, settings.batch_size, collate_fn=self.collate)
         return Batches(loader, next(model.parameters()).device)
 
@@ -93,8 +90,7 @@ def load_dataset(
             )
         found = _classes(config, task, labels, new_head, said)
         classes = dict(zip(labels.values, found, strict=True))
-    if limit and limit < len(rows):
-        rows = rows.shuffle(settings.seed).select(range(limit))
+    rows = drawn(rows, limit, settings.seed)
     processor, tokens = models.load_processor(name, task), settings.tokens
     if task != "image-classification" and (most := models.longest(config, processor)) < tokens:
         tokens = most

@@ -86,6 +86,11 @@ def labels_of(rows: Dataset) -> Labels:
     return Labels([str(int(value)) for value in values], values, True)
 
 
+def drawn(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    """Return so many rows, drawn by a seed; all, in their order, where there are no more."""
+    return rows.shuffle(seed).select(range(limit)) if limit and limit < len(rows) else rows
+
+
 def fingerprint(rows: Dataset) -> str:
     """Return a hash of the rows; of an image it takes the name of its file, not the pixels."""
     digest = hashlib.sha256(f"{len(rows)} {rows.features}".encode())

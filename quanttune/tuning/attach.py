@@ -8,7 +8,7 @@ from torch import nn
 from ..losses import OutlierLoss, find_loss
 from ..masks import Mask
 from . import schedule
-from .finishing import Finishing, check_finish
+from .finishing import BITS, Finishing, check_finish
 from .hooks import is_attached, refuse_compiled_parts
 from .observers import Observers
 from .sites import PAPER, find_heads, find_sites, find_unobserved
@@ -34,7 +34,7 @@ def attach(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     finish_steps: int = 0,
-    finish_bits: Sequence[int] = (16, 8, 6),
+    finish_bits: Sequence[int] = BITS,
 ) -> Tuner:
     """Observe the inputs and outputs of every Linear and LayerNorm of a model while it trains.
 

@@ -14,6 +14,8 @@ from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from ..quantization.scheme import DYNAMIC, Scheme
 from .hooks import Hook
 
+BITS = (16, 8, 6)  # with one width only, the model would learn the codes of one grid by heart
+
 
 class Finishing:
     """A model that rounds while it trains, from `begin` to `end`; in evaluation it is float.
@@ -51,10 +53,7 @@ class Finishing:
             self._undo = undo.pop_all()
 
     def round_to(self, step: int) -> None:
-        """Take the width of a step: the widths take turns, so that a step is enough to go on from.
-
-        With any width but one, the model learns no code of a single grid by heart.
-        """
+        """Take the width of a step; they take turns, so that a step is enough to go on from."""
         bits = self._bits[step % len(self._bits)]
         self._sites.scheme = replace(self._sites.scheme, bits=bits)
         for quantizer in self._quantizers():
