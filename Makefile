@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test wheel bench peers lint sanitize clean
+.PHONY: demo test test-all wheel bench peers lint sanitize clean
 
 # glibc gives memory above 128 KiB back at once, and the kernel clears it anew for each activation: a
 # third of a training step here. With these it keeps what it has.
@@ -16,8 +16,10 @@ demo: $(VENV)/.demo
 
 # a file of tests per process, each of one thread: two that share two cores wait for each other. Where a
 # test takes more, those that wait sleep: by default they spin, on a core that another test could use.
-test: $(VENV)/.test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+# `test` leaves out what another test holds already (tests/slow.py); `test-all` leaves out nothing.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test test-all: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTEST) $(if $(filter test,$@),-m 'not slow') $(ARGS)
 
 # dist/: the sources, and a wheel for every Linux that its name tells
 wheel: $(VENV)/.wheel
@@ -58,9 +60,12 @@ sanitize: $(VENV)/.test
 clean:
 	rm -rf .venv .venv-* build dist quanttune.egg-info quanttune/*.so
 
-# one stamp per extra: the package is installed again when its C++ sources or its metadata change
+# One stamp per extra: the package is installed again when its C++ sources or its metadata change. It is
+# compiled while torch is installed; modules are compiled when they are imported, which few of them are.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[$*]' $(WITH)
+	$(PIP) --no-deps --editable . & own=$$!; $(PIP) torch $(WITH) && wait $$own
+	$(PIP) 'quanttune[$*]' $(WITH)
 	touch $@

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow import mark
 
 # Test the installed package, never the checkout that happens to be the working directory.
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,9 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 LONGEST = ("wheel", "ahead_of_time", "sharded", "cpu_kernels", "export_sizes", "bench_command")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before those with the mark are left out
+def pytest_collection_modifyitems(items, config):
+    mark(items, complete=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 

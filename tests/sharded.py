@@ -8,7 +8,7 @@ import datetime
 import json
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,8 +180,8 @@ CASES |= {
 # ------------------------------------------------------------------------------------ the processes
 
 
-def run_cases(rank: int, folder: Path) -> None:
-    """Run every case in a process group of its own, and keep errors and tracebacks in a file."""
+def run_cases(rank: int, folder: Path, cases: Sequence[str]) -> None:
+    """Run each case in a process group of its own, and keep errors and tracebacks in a file."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory is poisoned, as in conftest
     warnings.simplefilter("error")
@@ -191,12 +191,12 @@ def run_cases(rank: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
     outcomes: dict[str, float | str] = {}
-    for name, case in CASES.items():
+    for name in cases:
         store = dist.FileStore(str(folder / name), WORLD)
         limit = datetime.timedelta(seconds=30)  # where the other process has failed
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
         try:
-            outcomes[name] = case()
+            outcomes[name] = CASES[name]()
         except Exception:  # whatever it is, the parent shows it, and the next case runs
             outcomes[name] = traceback.format_exc()
         dist.destroy_process_group()

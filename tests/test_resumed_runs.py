@@ -78,14 +78,19 @@ def hide_in_a_file(run):
     (run / "checkpoint-2").write_text("")
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        flip_a_bit, spoil("{"), spoil("[]"), spoil("[" * 10**5), spoil('{"files": 3}'),
-        spoil('{"files": {}}'), hide_in_a_file,
-        lambda run: (run / "checkpoint-2" / "trainer_state.json").write_text("{"),
-    ],
-)  # fmt: skip
+HARMS = {
+    "a bit": flip_a_bit,
+    "{": spoil("{"),
+    "[]": spoil("[]"),
+    "nested": spoil("[" * 10**5),
+    "no list of files": spoil('{"files": 3}'),
+    "no file": spoil('{"files": {}}'),
+    "a file": hide_in_a_file,
+    "state": lambda run: (run / "checkpoint-2" / "trainer_state.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
 def test_a_checkpoint_that_changed_is_skipped(harm, command, tmp_path):
     assert tune(*command, *ONE).exit_code == 0
     run = tmp_path / "run"

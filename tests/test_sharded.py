@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import TOLERANCE
 from sharded import CASES, WORLD, run_cases
+from slow import wanted
 
 SECONDS = 300  # several times what all cases take; a hang must fail
 # A gradient in bfloat16 has 8 bits and is rounded once by the tap, twice by autograd: measured
@@ -17,10 +18,11 @@ TOLERANCE_WEIGHTS = 1e-4
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, float | str]]:
-    """Run all cases at once, for a process takes longer to start than to run a case."""
+def outcomes(request, tmp_path_factory) -> list[dict[str, float | str]]:
+    """Run what is asked for at once: a process takes longer to start than to run a case."""
     folder = tmp_path_factory.mktemp("sharded")
-    processes = torch.multiprocessing.spawn(run_cases, (folder,), WORLD, join=False)
+    cases = wanted(request, "case")
+    processes = torch.multiprocessing.spawn(run_cases, (folder, cases), WORLD, join=False)
     end = time.monotonic() + SECONDS
     while not processes.join(timeout=1):  # raises what a process has raised
         if time.monotonic() > end:

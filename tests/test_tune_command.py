@@ -15,6 +15,7 @@ from cases import LOADERS, contents, opt_case, run, save_tokenizer, some_words, 
 from models import WORDS
 from oracle import assert_near, constant, quiet
 from safetensors.torch import load_file
+from slow import wanted
 from transformers import BertConfig, BertForSequenceClassification
 
 from quanttune.jobs.models import match_labels, resolve
@@ -43,8 +44,8 @@ LANES = {
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory):
-    """Run all lanes; return for each its folder, its log and the exit codes."""
+def lanes(request, tmp_path_factory):
+    """Run the lanes that are asked for; return for each its folder, its log and the exit codes."""
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forks")
     root = tmp_path_factory.mktemp("lanes")
@@ -58,8 +59,10 @@ def lanes(tmp_path_factory):
     lengths = torch.randint(3, 9, (18,)).tolist()
     rows = [(" ".join(some_words(n)), ["bad", "good", "so"][n % 3]) for n in lengths]
     write_csv(root / "data.csv", ("text", "label"), rows)
+    killed = wanted(request, "name")
+    lanes = {name: deaths for name, deaths in LANES.items() if name in killed or deaths == [None]}
     plan = []
-    for name, deaths in LANES.items():
+    for name, deaths in lanes.items():
         command = ["tune", str(root / "bert"), "--data", str(root / "data.csv"), *STEPS]
         command += ["--out", str(root / name), *(OTHERS if "otherwise" in name else [])]
         for i, death in enumerate(deaths):
@@ -79,7 +82,7 @@ def lanes(tmp_path_factory):
             log=(root / f"{name}.log").read_text(),
             codes=[next(codes) for _ in deaths],
         )
-        for name, deaths in LANES.items()
+        for name, deaths in lanes.items()
     }
 
 

@@ -221,7 +221,8 @@ def test_the_doctors_remedy_builds_the_extension(source, wheel, tmp_path):
 def test_the_tests_refuse_a_package_of_another_checkout(tmp_path):
     for folder in ("tests", "quanttune"):
         (tmp_path / folder).mkdir()
-    shutil.copy2(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    for file in ("conftest.py", "slow.py"):
+        shutil.copy2(ROOT / "tests" / file, tmp_path / "tests")
     (tmp_path / "quanttune" / "__init__.py").touch()
     (tmp_path / "tests" / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
     done = subprocess.run(

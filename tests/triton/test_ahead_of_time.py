@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slow import wanted
 
 STATISTICS = "outlier_statistics_partial_kernel"
 MERGE = "outlier_statistics_merge_kernel"
@@ -70,12 +71,13 @@ TARGETS = ["sm_80", "sm_90", "gfx942"]
 
 
 @pytest.fixture(scope="module")
-def all_audits():
+def all_audits(request):
     """Compile in a process of its own: this one may interpret Triton, and that cannot be undone."""
     script = Path(__file__).with_name("ahead_of_time.py")
+    targets = wanted(request, "audits")
     environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, script, *TARGETS], env=environment, capture_output=True, text=True
+        [sys.executable, script, *targets], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

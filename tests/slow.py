@@ -1,0 +1,181 @@
+"""What `make test` leaves out and `make test-all` runs: what another test holds already.
+
+By file and test (* is each test of the file): the parameters that are left out, or None for the
+test as a whole. Beside each stays one of its kind, which takes less time, or breaks more easily.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+# fmt: off
+SLOW: dict[str, dict[str, list[str] | None]] = {
+    "test_ahead_of_time": {"*": ["sm_80", "gfx942"]},
+    "test_analyze_command": {
+        "test_a_model_and_its_data_are_analysed": ["opt_case", "vit_case"],
+        "test_a_recipe_is_analysed_beside_an_arm": None,  # test_tune_command has the recipe
+    },
+    "test_bench_command": {
+        "test_the_float_file_is_what_torch_makes_of_the_model": None,  # test_benchmarks exports it
+        "test_models_that_methods_changed_are_timed": None,
+        "test_a_language_model_that_caches_is_timed": None,  # its answers are compared
+    },
+    "test_benchmarks": {
+        "test_the_gpu_suite_runs_dry": None,  # one section of it does
+        "test_benchmarks_run_on_their_smallest_shapes": None,
+    },
+    "test_compile": {
+        "test_one_graph_has_the_gradient_of_every_alpha": ["opt-1"],
+        "test_a_forward_in_several_graphs_is_right_or_refused": ["4"],
+        "test_models_of_one_class_with_and_without_a_tuner": None,
+        "test_many_forwards_of_one_loss": None,  # test_a_module_that_is_called_three_times
+        "test_without_a_forward_before_it_says_what_to_do": None,
+        "test_a_compiled_model_can_be_attached_and_accumulates": None,
+    },
+    "test_compiled_quantized": {"test_a_whole_graph_has_the_numbers_of_eager": ["opt-eager"]},
+    "test_cpu_kernels": {
+        "test_every_instruction_set_gives_the_same_bits": None,  # half a minute to compile, each
+        "test_calls_leave_memory_flat": ["shape0-5000"],
+        "test_fake_quant_beyond_two_to_the_31": ["fake_quant_backward-0"],
+        "test_the_gradient_of_a_row_of_billions": None,
+        "test_statistics_of_rows_beyond_two_to_the_31": None,
+    },
+    "test_demo": {"test_docstring_splits_share_neither_text_nor_module": None},
+    "test_export": {
+        "*": [
+            "('vit', 7, 'linear')", "('opt', 6, 'linear')", "('opt', 8, 'full')",
+            "('deit', 7, 'full')",
+        ],
+    },
+    "test_export_external": {
+        "test_killed_at_any_step_the_older_or_the_newer_is_there": ["1073741824"],
+    },
+    "test_export_options": {
+        "test_all_widths_run_as_simulated": [
+            "6-12-Words", "6-12-Pixels", "6-12-Shared", "12-8-Pixels", "12-8-Shared",
+        ],
+        "test_zero_points_are_ours": ["8-int8", "5-uint8"],
+    },
+    "test_export_sizes": {
+        "test_files_run_at_every_pair_of_lengths": ["bart", "captioner", "t5"],
+    },
+    "test_installed": {"test_forked_children_work_alone": ["data.mul(2)"]},
+    "test_interpreter": {
+        "test_statistics_of_every_kind": ["1023-dtype1", "1023-dtype2", "3075-dtype0"],
+        "test_median_of_neighbouring_floats": ["6-False", "7-True", "1025-True"],
+        "test_statistics_of_bad_rows": ["dtype1"],
+        "test_exact_statistics_beyond_the_registers": ["dtype1"],
+    },
+    "test_interpreter_observed": {"test_bad_samples_leave_others_alone": ["inf-dtype1"]},
+    "test_interpreter_padding": {
+        "test_statistics": ["False-False-37", "False-True-32", "True-False-32", "True-True-32"],
+        "test_gradient": ["9-True-False-32", "9-True-True-37", "300-False-True-32"],
+    },
+    "test_labels_and_data": {
+        "test_the_model_keeps_the_names_of_the_labels": [
+            "labels1-expected1", "labels2-expected2", "labels3-expected3",
+        ],
+    },
+    "test_layer_by_layer": {
+        "test_equals_a_pass_for_each_layer": [
+            f"{model}-{method}"
+            for model in ("deit", "opt", "gpt2") for method in ("gptq", "bias_correction")
+        ],
+    },
+    "test_leaks": {
+        "test_steps_leave_memory_flat": ["False"],
+        "test_attaching_and_detaching_leaves_memory_flat": ["False"],
+    },
+    "test_lightning_callback": {"test_a_compiled_model": None},
+    "test_losses": {"test_one_compiled_graph": ["of rows"]},
+    "test_masks": {"test_one_compiled_graph_serves_every_mask": ["left"]},
+    "test_methods": {
+        "test_weights_end_on_a_constant_grid_and_outputs_are_nearer": [
+            f"{model}-{bits}-{method}"
+            for model in ("swin", "bert", "gpt2") for method in ("gptq", "erq")
+            for bits in ("W8A8", "W6A6")
+        ],
+    },
+    "test_openvino": {"test_class_tokens_beside_rounded_patches": ["deit"]},
+    "test_ops": {"test_a_missing_backend_is_said_once_and_replaced": ["triton without a GPU"]},
+    "test_products": {"test_products_in_float_have_their_reason": ["coverage", "probabilities"]},
+    "test_resumed_runs": {
+        "test_a_checkpoint_that_changed_is_skipped": [
+            "[]", "nested", "no list of files", "no file", "state",
+        ],
+    },
+    "test_sharded": {
+        "test_the_gradient_is_that_of_one_process": [
+            f"{model}-{way}"
+            for model, ways in {
+                "vit": ["fsdp", "fsdp-reentrant"],
+                "swin": ["ddp", "fsdp", "fsdp-checkpoints", "fsdp-reentrant"],
+                "opt": [
+                    "ddp", "fsdp", "fsdp-checkpoints", "fsdp-reentrant", "ddp-uneven", "bfloat16",
+                ],
+                "bert": [
+                    "fsdp-checkpoints-attached-first", "fsdp-in-wrappers", "fsdp-uneven",
+                    "accelerate-checkpoints", "fsdp-micro-batches", "ddp-scale", "fsdp-balance",
+                ],
+            }.items() for way in ways
+        ],
+    },
+    "test_statistics_group": {
+        "test_a_group_has_the_bits_of_one_tensor_at_a_time": ["256"],
+        "test_a_model_s_sites_are_merged_at_the_end_of_its_forward": ["copied"],
+    },
+    "test_torch_export": {
+        "test_the_program_computes_the_simulation": ["bert-6-linear", "vit-6-full"],
+        "test_all_schemes_run_as_simulated": ["{'bits': 12}", "{'weight_bits': 12}"],
+    },
+    "test_trainer": {
+        "test_a_compiled_model": ["bert-none-eager"],
+        "test_a_resumed_training_is_the_same": ["none"],
+    },
+    "test_training_docs": {"test_the_snippets_for_two_processes": None},
+    "test_tune_command": {
+        "test_a_killed_run_ends_with_the_same_bits": [
+            "before the first checkpoint, otherwise", "between two checkpoints",
+            "with a checkpoint not marked", "before the model has its name",
+        ],
+    },
+    "test_verify": {
+        "test_a_right_file_passes": [
+            "('vit', {'bits': 6}, 'int8')", "('shared', {'bits': 8}, 'uint8')",
+        ],
+        "test_keys_that_a_group_shares_are_compared": ["2-False-batches1"],
+    },
+    "test_verify_command": {"*": ["opt_case", "vit_case"]},
+    "test_wheel": {"test_the_doctors_remedy_builds_the_extension": None},
+}
+# fmt: on
+
+
+def mark(items: Iterable[Any], complete: bool) -> None:
+    """Mark what is slow; where all tests were collected, refuse entries that no test has."""
+    entries, found = set(_entries()), set()
+    for item in items:
+        own = {None, item.callspec.id} if hasattr(item, "callspec") else {None}
+        of_item = {(item.path.stem, name, one) for name in (item.originalname, "*") for one in own}
+        if slow := of_item & entries:
+            item.add_marker(pytest.mark.slow)
+            found |= slow
+    if complete and entries != found:
+        raise pytest.UsageError(f"no test is what tests/slow.py has: {entries - found}")
+
+
+def _entries() -> Iterator[tuple[str, str, str | None]]:
+    for file, tests in SLOW.items():
+        for test, parameters in tests.items():
+            yield from ((file, test, one) for one in parameters or [None])
+
+
+def wanted(request: Any, argument: str) -> list[Any]:
+    """Return the values of a parameter that are to run, for a fixture that does all at once."""
+    given = [
+        item.callspec.params.get(argument)
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    return list(dict.fromkeys(given))
