@@ -63,13 +63,18 @@ def pytest_collection_finish():
 
 
 def read_once():
-    """Let torch.onnx parse the sources of its operators in the first export, not in every one."""
+    """Let torch look its operators up, and their sources, in the first export and not in each."""
     from onnxscript._internal import values
-    from torch.onnx._internal.exporter import _registration
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _registration, _schemas
 
-    operators = _registration.onnxscript_apis
-    operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
-    traced = values.TracedOnnxFunction
+    operators, traced = _registration.onnxscript_apis, values.TracedOnnxFunction
+    for owner, name in (
+        (operators, "get_torchlib_ops"),
+        (_schemas, "op_signature_from_function"),
+        (utils, "_materialize_cpp_cia_ops"),
+    ):
+        setattr(owner, name, functools.cache(getattr(owner, name)))
     traced.function_ir = property(functools.cache(traced.function_ir.fget))
 
 
