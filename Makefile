@@ -61,11 +61,14 @@ clean:
 	rm -rf .venv .venv-* build dist quanttune.egg-info quanttune/*.so
 
 # One stamp per extra: the package is installed again when its C++ sources or its metadata change. It is
-# compiled while torch is installed; modules are compiled when they are imported, which few of them are.
+# compiled while torch is installed, and Python's modules at the end, in parallel, which pip does not;
+# but for the models of transformers, of which few are ever imported.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile
+COMPILE := PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 -x 'transformers/models/|/tests?/'
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(PIP) --no-deps --editable . & own=$$!; $(PIP) torch $(WITH) && wait $$own
 	$(PIP) 'quanttune[$*]' $(WITH)
+	$(COMPILE) $(VENV)/lib >/dev/null 2>&1 || true  # some packages hold templates that are no Python
 	touch $@

@@ -55,6 +55,11 @@ WAYS: Mapping[str, dict[str, Any]] = {"minmax": {}, "omse, repq, erq": METHODS}
 OF_UNTRAINED: Mapping[str, dict[str, Any]] = {
     "percentile": {"calibrator": "percentile"},
     "linear, omse, repq, erq, zero points": {**METHODS, "coverage": "linear", "symmetric": False},
+    "linear, smooth_inputs, repq, erq, zero points": {
+        "methods": ["smooth_inputs", "repq", "erq"],
+        "coverage": "linear",
+        "symmetric": False,
+    },
 }
 
 

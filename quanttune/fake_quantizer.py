@@ -11,6 +11,9 @@ from . import ops, reference
 
 def integer_range(bits: int, narrow: bool = False) -> tuple[int, int]:
     """Return (qmin, qmax) of `bits`-bit signed integers; `narrow` leaves the lowest one out."""
+    if not isinstance(bits, int):
+        kind = type(bits).__name__
+        raise TypeError(f"bits must be a whole number from 2 to 16, got an object of type {kind}")
     if not 2 <= bits <= 16:
         raise ValueError(f"bits must be from 2 to 16, got {bits}")
     qmax = 2 ** (bits - 1) - 1

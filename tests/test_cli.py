@@ -33,7 +33,7 @@ def test_dry_run_writes_nothing(tmp_path):
     out = tmp_path / "out"
     result = runner.invoke(cli.app, ["demo", "--dry-run", "--out", str(out)])
     assert result.exit_code == 0
-    assert "base, control, qat8, qat6, paper, detached" in result.output
+    assert "base, control, qat8, qat6, paper, detached, refit, recipe" in result.output
     assert not out.exists()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from oracle import assert_same_bits
 from torch import nn
+from torch.nn import functional as F
 
-from quanttune.demo import docstrings, experiment, recipe
+from quanttune.demo import docstrings, experiment, recipe, rival
 from quanttune.demo.digits import Digits
 from quanttune.demo.experiment import Arm
 from quanttune.demo.minilm import MiniLM
@@ -103,11 +104,13 @@ def test_digits_rows_are_complete_and_repeatable(short_digits):
             for b in Digits.bits
             if w == "channel" or not arm.qat_bits
         ]
+        + [(8, "torch-dynamic", "channel")]
     }
     assert {(r.arm, r.bits, r.calibrator, r.weights) for r in results.rows} == expected
     assert len(results.rows) == len(expected)
     assert all(0 <= row.value <= 100 for row in results.rows)
     assert sum(reports) == experiment.units(Digits, 1)
+    assert any("PyTorch's dynamic" in caveat for caveat in results.caveats)
     again = experiment.run(Digits, 1, lambda text, units: None)
     assert again.rows == results.rows
     assert json.dumps(results.as_dict())
@@ -128,6 +131,25 @@ def test_searched_ranges_are_those_of_each_width(short_digits):
         )
         assert value == job.evaluate(quantized)
     assert len(measured) == 4
+    assert not any("PyTorch" in caveat for caveat in results.caveats)
+
+
+def test_the_rival_rounds_weights_per_channel_and_inputs_by_their_own_range():
+    torch.manual_seed(0)
+    model, x = network().eval(), torch.randn(5, 6)
+    found = rival.quantized(model)
+    weight, rounded = model[0].weight.detach(), found[0].weight().dequantize()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((rounded - weight).abs() <= step * 0.51).all()
+    assert not torch.equal(rounded, weight)
+    exact = F.linear(x, rounded, model[0].bias)
+    span = x.amax().clamp_min(0) - x.amin().clamp_max(0)
+    # at least 7 bits: half a step of each input, times the weights that read it
+    bound = span / 127 / 2 * rounded.abs().sum(1) * 1.01
+    with torch.no_grad():
+        error = (found[0](x) - exact).abs()
+    assert (error <= bound).all()
+    assert error.max() > 0
 
 
 def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):

@@ -424,6 +424,14 @@ def test_bad_arguments_say_what_was_wanted(options, message):
         quantize(nn.Sequential(nn.Linear(6, 2)), **arguments)
 
 
+@pytest.mark.parametrize("bits", [[torch.randn(3, 6)], 8.0, "8", None])
+def test_what_is_no_width_is_named(bits):
+    model = nn.Sequential(nn.Linear(6, 2))
+    with pytest.raises(TypeError, match=f"whole number .* of type {type(bits).__name__}"):
+        quantize(model, bits, data=[torch.randn(3, 6)])
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_model_without_weights_and_a_quantized_one_are_refused():
     with pytest.raises(ValueError, match="ReLU has no Linear, Conv1D, convolution, Embedding"):
         quantize(nn.ReLU(), data=[torch.randn(2)])

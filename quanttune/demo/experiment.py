@@ -14,6 +14,7 @@ from ..losses import OutlierLoss
 from ..quantization.calibrators import SEARCHES
 from ..quantization.simulation import quantize, requantize
 from ..tuning.finishing import BITS
+from . import rival
 from .residual_ranges import residual_ranges
 
 FLOAT_BITS = 32
@@ -106,7 +107,8 @@ def run(
 ) -> Results:
     """Run every arm of a recipe for seeds 0 .. seeds - 1.
 
-    calibrators: to quantize with; by default those of the recipe. `options` are of the recipe.
+    calibrators: to quantize with; by default those of the recipe, and PyTorch's own dynamic
+    quantization beside them. `options` are of the recipe.
     """
     began = time.monotonic()
     results: Results | None = None
@@ -117,7 +119,7 @@ def run(
             results = Results(
                 recipe.name,
                 recipe.metric,
-                list(recipe.caveats),
+                [*recipe.caveats, *([rival.CAVEAT] if _has_rival(calibrators) else [])],
                 {"steps": recipe.steps, "arms": [asdict(arm) for arm in recipe.arms]},
                 environment(),
             )
@@ -133,7 +135,8 @@ def units(recipe: Any, seeds: int, calibrators: Sequence[str] = ()) -> float:
     trained = sum(arm.learning_rate > 0 for arm in recipe.arms)
     measured = [arm for arm in recipe.arms if arm.same_as is None]
     evaluations = sum(
-        1 + len(_ways(recipe, arm, calibrators)) * len(recipe.bits) for arm in measured
+        1 + len(_ways(recipe, arm, calibrators)) * len(recipe.bits) + _has_rival(calibrators)
+        for arm in measured
     )
     return seeds * (trained * recipe.steps + evaluations)
 
@@ -148,6 +151,10 @@ def _ways(recipe: Any, arm: Arm, calibrators: Sequence[str]) -> list[tuple[str, 
     ]
 
 
+def _has_rival(calibrators: Sequence[str]) -> bool:
+    return not calibrators and rival.is_here()
+
+
 def _run_seed(
     recipe: Recipe, seed: int, calibrators: Sequence[str], results: Results, progress: Progress
 ) -> None:
@@ -160,19 +167,18 @@ def _run_seed(
             continue
         model = recipe.prepare(arm, partial(progress, f"seed {seed}: tuning {arm.name}", 1))
         ranges[arm.name] = residual_ranges(model, recipe.calibration())
-        ways = _ways(recipe, arm, calibrators)
-        results.rows += _measure(recipe, seed, arm, ways, model, progress)
+        results.rows += _measure(recipe, seed, arm, calibrators, model, progress)
 
 
 def _measure(
     recipe: Recipe,
     seed: int,
     arm: Arm,
-    ways: Sequence[tuple[str, str]],
+    calibrators: Sequence[str],
     model: nn.Module,
     progress: Progress,
 ) -> list[Row]:
-    rows = []
+    ways, rows = _ways(recipe, arm, calibrators), []
 
     def add(bits: int, calibrator: str, weights: str, quantized: nn.Module) -> None:
         value = recipe.evaluate(quantized)
@@ -182,6 +188,8 @@ def _measure(
     add(FLOAT_BITS, "none", "channel", model)
     for calibrator, weights, bits, quantized in quantized_in(recipe, ways, model):
         add(bits, calibrator, weights, quantized)
+    if _has_rival(calibrators):
+        add(rival.BITS, rival.NAME, "channel", rival.quantized(model))
     return rows
 
 

@@ -49,6 +49,8 @@ class MiniLM:
         Arm("qat6", "6-bit fake quantization in the loop", 3e-4, qat_bits=6),
         Arm("paper", "QuantTune as published", 5e-4, alpha=0.5),
         Arm("detached", "its deviation held constant", 6e-4, alpha=0.5, detach_deviation=True),
+        Arm("refit", "Linear modules solved anew, no training", refit=0.1),
+        Arm("recipe", "refit, then detached", 3e-4, alpha=0.5, detach_deviation=True, refit=0.1),
     )
 
     def __init__(self, seed: int, model: str | None = None) -> None:

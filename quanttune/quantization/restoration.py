@@ -1,4 +1,4 @@
-"""LayerNorms that compute equalized channels, for the Linear modules among what reads them."""
+"""Factors of channels that modules apply: what LayerNorms restore, and inputs that are smoothed."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,8 @@ class Restoration(KeepsFloat32):
 
     The LayerNorm computes (x - shift) / scale, and that is what its quantizer rounds. The model
     gets x back; only `readers` take (x - shift) / scale again, which lies on the same grid.
+
+    A Linear that holds one is its own and only reader: its input is divided by `scale`, alone.
     """
 
     scale: Tensor  # float32, (channels,)
@@ -42,6 +44,11 @@ class Restoration(KeepsFloat32):
         x, *others = args
         return ((x - self.shift.to(x.dtype)) / self.scale.to(x.dtype), *others)
 
+    def smooth(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Divide an input; a forward pre-hook of a Linear. Runtimes multiply, which takes less."""
+        x, *others = args
+        return (x * self.scale.reciprocal().to(x.dtype), *others)
+
 
 def add_restoration(norm: Any, readers: Iterable[nn.Module]) -> Restoration:
     """Restore the output of a LayerNorm for all but `readers`; it scales by 1 until told more."""
@@ -52,6 +59,16 @@ def add_restoration(norm: Any, readers: Iterable[nn.Module]) -> Restoration:
         handle = reader.register_forward_pre_hook(restoration.equalize)
         restoration.handles.append(handle)
     return restoration
+
+
+def add_smoothing(module: Any, scale: Tensor) -> None:
+    """Divide the input of a Linear or Conv1D by float32 factors, beside those it is divided by."""
+    found: Any = getattr(module, NAME, None)
+    if found is None:
+        found = Restoration([module], len(scale), module.weight.device)
+        module.add_module(NAME, found)
+        found.handles.append(module.register_forward_pre_hook(found.smooth))
+    found.scale = found.scale * scale
 
 
 def drop_restorations(model: nn.Module) -> None:
@@ -69,7 +86,10 @@ def restorations(model: nn.Module) -> dict[str, Restoration]:
 
 
 def described_restorations(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of LayerNorms that have restorations, with those of their readers."""
+    """Return the names of LayerNorms that have restorations, with those of their readers.
+
+    A Linear whose input is smoothed is there with its own name.
+    """
     names = {module: name for name, module in model.named_modules()}
     return {n: [names[m] for m in found.readers] for n, found in restorations(model).items()}
 
@@ -80,12 +100,15 @@ def add_described(model: nn.Module, described: Mapping[str, list[str]]) -> None:
     Raises:
         ValueError: the model has no such LayerNorms and Linear modules.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     counts = Counter(reader for readers in described.values() for reader in readers)
     if twice := [reader for reader, count in counts.items() if count > 1]:
         raise ValueError(f"restorations: {twice[0]!r} is listed more than once")
     for name, readers in described.items():
         norm = modules.get(name)
+        if readers == [name] and isinstance(norm, (QuantizedLinear, QuantizedTransposed)):
+            add_smoothing(norm, norm.weight.new_ones(_channels(norm), dtype=torch.float32))
+            continue
         if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine):
             raise ValueError(f"restorations: {name!r} is no LayerNorm with weights of this model")
         if unknown := [reader for reader in readers if reader not in modules]:
@@ -99,8 +122,12 @@ def add_described(model: nn.Module, described: Mapping[str, list[str]]) -> None:
         add_restoration(norm, [modules[reader] for reader in readers])
 
 
-def _multiplies(module: nn.Module, channels: int) -> bool:
+def _multiplies(module: Any, channels: int) -> bool:
     """Tell whether a module is quantized, and multiplies this many channels with a weight."""
     if not isinstance(module, (QuantizedLinear, QuantizedTransposed)):
         return False
-    return module.weight.shape[1 - module.output_axis] == channels
+    return _channels(module) == channels
+
+
+def _channels(module: Any) -> int:
+    return int(module.weight.shape[1 - module.output_axis])

@@ -79,8 +79,8 @@ def quantize(
         ValueError: an argument is out of range, `data` is missing or empty, an activation is not
             finite, the model has nothing to quantize, is quantized already or not on one device, a
             module has a forward of its own on the instance, an override matches nothing, a method
-            cannot be applied. TypeError: a calibrator of one's own has no
-            range(), with symmetric=False.
+            cannot be applied. TypeError: `bits` is no whole number, or a calibrator of one's own
+            has no range(), with symmetric=False.
     """
     equalizations, roundings = methods_of(methods)
     names = tuple(method.name for method in (*equalizations, *roundings))

@@ -14,12 +14,22 @@ from .method import Method as Method
 from .method import Rounding as Rounding
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
 from .repq import RepQ as RepQ
+from .smooth_inputs import SmoothInputs as SmoothInputs
 from .smoothquant import SmoothQuant as SmoothQuant
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         method.name: method
-        for method in (SmoothQuant, OutlierSuppression, AWEQ, RepQ, BiasCorrection, GPTQ, ERQ)
+        for method in (
+            SmoothQuant,
+            OutlierSuppression,
+            AWEQ,
+            RepQ,
+            SmoothInputs,
+            BiasCorrection,
+            GPTQ,
+            ERQ,
+        )
     }
 )
 

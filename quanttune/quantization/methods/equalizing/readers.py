@@ -35,6 +35,33 @@ def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
     Raises:
         ValueError: there is no batch, or no pair.
     """
+    pairs = _watched(model, data).pairs()
+    if not pairs:
+        raise ValueError(
+            f"{type(model).__name__} has no LayerNorm whose output a Linear module reads, so there "
+            "is nothing to equalize"
+        )
+    return pairs
+
+
+def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
+    """Run a float model on the first batch and return the Linear modules that read no LayerNorm.
+
+    Those without a weight of their own are left alone.
+
+    Raises:
+        ValueError: there is no batch, or no such module.
+    """
+    others = _watched(model, data).others()
+    if not others:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear module with a weight of its own that reads "
+            "something else than a LayerNorm, so there is no input to smooth"
+        )
+    return others
+
+
+def _watched(model: nn.Module, data: Data) -> "_Watch":
     watch = _Watch(model)
     with ExitStack() as undo:
         for handle in watch.handles():
@@ -42,13 +69,7 @@ def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
         undo.enter_context(watch)
         if not forward_batches(model, islice(data.batches, 1), data.mask):
             raise ValueError("data is empty: calibration needs at least one batch of inputs")
-    pairs = watch.pairs()
-    if not pairs:
-        raise ValueError(
-            f"{type(model).__name__} has no LayerNorm whose output a Linear module reads, so there "
-            "is nothing to equalize"
-        )
-    return pairs
+    return watch
 
 
 class _Watch(TorchFunctionMode):
@@ -95,6 +116,14 @@ class _Watch(TorchFunctionMode):
                 stacklevel=4,
             )
         return [pair for pair in found if pair]
+
+    def others(self) -> dict[str, Any]:
+        """Return the modules that read something else than LayerNorms, by name."""
+        return {
+            self._names[module]: module
+            for module, norms in self._read.items()
+            if norms == {None} and module not in self._shared
+        }
 
     def _pair(self, norm: Any) -> Pair | None:
         if hasattr(norm, NAME):  # an equalization was here before
