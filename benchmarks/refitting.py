@@ -49,6 +49,7 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (240, CONTROL),
     ]
 }
+REFIT_ROWS = 640  # more than the demo takes time for
 RATES = (3e-4, 4e-4, 6e-4)  # that are tried with --choose
 METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
 WAYS: Mapping[str, dict[str, Any]] = {"minmax": {}, "omse, repq, erq": METHODS}
@@ -124,7 +125,7 @@ def _facts(arm: Arm) -> dict[str, Any]:
 @lru_cache(1)
 def _job(task: str, steps: int, seed: int) -> Any:
     make: Any = recipe(task)
-    return type(make.__name__, (make,), {"steps": steps})(seed)
+    return type(make.__name__, (make,), {"steps": steps, "refit_rows": REFIT_ROWS})(seed)
 
 
 if __name__ == "__main__":

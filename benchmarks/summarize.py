@@ -247,7 +247,8 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
     arms = dict.fromkeys(arm for _, arm, _ in values)
     measured = {key[:2] for key in values}
     columns = [(width, arm) for width in names for arm in arms if (width, arm) in measured]
-    ways = [methods.way(*choice) for choice in methods.CHOICES]
+    of_rows = {key[2] for key in values}  # a method may be younger than the run
+    ways = [way for choice in methods.CHOICES if (way := methods.way(*choice)) in of_rows]
     cells = [cells_of([values.get((*column, way), []) for way in ways]) for column in columns]
     rows = zip(ways, zip(*cells, strict=True), strict=True)
     bold = ((way, *(_bold(cell, digits) for cell in row)) for way, row in rows)

@@ -24,7 +24,6 @@ TOKENS = 24
 BATCH = 16
 TASK_WEIGHT = 20.0  # lifts the distillation loss to the size of the outlier loss
 CALIBRATION_ROWS, EVALUATION_BATCH = 160, 256
-REFIT_ROWS = 640
 
 
 class MiniLM:
@@ -37,6 +36,7 @@ class MiniLM:
     bits = (8, 7, 6)
     ways = MappingProxyType({"minmax": ("channel", "tensor"), "percentile": ("channel",)})
     steps = 90
+    refit_rows = 256
     caveats = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
         "Text: docstrings of installed packages, 24 tokens each, split by module; no padding.",
@@ -72,7 +72,7 @@ class MiniLM:
 
     def _refitted(self, tolerance: float) -> nn.Module:
         if tolerance not in self._refits:  # the arms of a seed begin with the same model
-            rows = self._rows.tuning[:REFIT_ROWS].split(BATCH)
+            rows = self._rows.tuning[: self.refit_rows].split(BATCH)
             data = [{"input_ids": ids} for ids in rows]
             model = copy.deepcopy(self._teacher)
             self._refits[tolerance] = refit(model, data, tolerance=tolerance)

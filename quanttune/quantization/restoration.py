@@ -47,7 +47,8 @@ class Restoration(KeepsFloat32):
     def smooth(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Divide an input; a forward pre-hook of a Linear. Runtimes multiply, which takes less."""
         x, *others = args
-        return (x * self.scale.reciprocal().to(x.dtype), *others)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x * self.scale.to(wide).reciprocal().to(x.dtype), *others)
 
 
 def add_restoration(norm: Any, readers: Iterable[nn.Module]) -> Restoration:

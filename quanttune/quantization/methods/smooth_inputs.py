@@ -57,6 +57,6 @@ class SmoothInputs(Equalization):
         weights = columns.abs().amax(0).to(channels.absmax).clamp_min(SMALLEST)
         scale = channels.absmax**self.alpha / weights ** (1 - self.alpha)
         # both sides must know the same factors, in a model of half precision too
-        scale = scale.clamp_min(SMALLEST).to(columns.dtype)
+        scale = scale.clamp_min(SMALLEST).float().to(columns.dtype)
         columns.mul_(scale)
         add_smoothing(module, scale.float())
