@@ -76,6 +76,7 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
         "test_files_run_at_every_pair_of_lengths": ["bart", "captioner", "t5"],
         "test_caches_of_any_part_are_left_out_of_programs_too": None,
     },
+    "test_fused_modules": {"test_compiled": None},  # test_ops compiles their ops
     "test_habits": {"test_a_spawned_process_gets_a_quantized_model": None},  # test_saving has one
     "test_installed": {"test_forked_children_work_alone": ["data.mul(2)"]},
     "test_interpreter": {
