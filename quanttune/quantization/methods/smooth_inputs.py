@@ -1,24 +1,18 @@
 """Smoothing of the inputs that no LayerNorm gives, by a multiplication of its own."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import nn
 
-from ...progress import track
-from ..restoration import add_smoothing
-from ..running import Data, forward_batches
-from ..scheme import Scheme
-from .equalizing.channel_factors import SMALLEST, Channels
-from .equalizing.pairs import columns_of
+from ..running import Data
+from .equalizing.pairs import Input
 from .equalizing.readers import find_other_readers
-from .method import Equalization
+from .smoothquant import SmoothQuant
 
 
 @dataclass(frozen=True)
-class SmoothInputs(Equalization):
+class SmoothInputs(SmoothQuant):
     """Divide channel c of other inputs by max|x_c|^alpha / max|W_c|^(1 - alpha), explicitly.
 
     These are the inputs that equalizations of LayerNorms leave alone: of Linear modules behind an
@@ -35,28 +29,5 @@ class SmoothInputs(Equalization):
     name: ClassVar[str] = "smooth_inputs"
     alpha: float = 0.8
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        modules = find_other_readers(model, data)
-        seen = {name: Channels(most=0) for name in modules}
-        with ExitStack() as undo:
-            for name, module in modules.items():
-                undo.callback(module.register_forward_pre_hook(seen[name].see).remove)
-            forward_batches(model, data.track(f"{self.name}: ranges"), data.mask)
-        for name in track(list(modules), self.name, data.progress):
-            if not seen[name].absmax.isfinite().all():
-                raise ValueError(f"{name} got NaN, inf or nothing during calibration")
-            self._smooth(modules[name], seen[name])
-
-    def _smooth(self, module: Any, channels: Channels) -> None:
-        columns = columns_of(module)
-        weights = columns.abs().amax(0).to(channels.absmax).clamp_min(SMALLEST)
-        scale = channels.absmax**self.alpha / weights ** (1 - self.alpha)
-        # both sides must know the same factors, in a model of half precision too
-        scale = scale.clamp_min(SMALLEST).float().to(columns.dtype)
-        columns.mul_(scale)
-        add_smoothing(module, scale.float())
+    def find(self, model: nn.Module, data: Data) -> list[Input]:
+        return [Input(name, module) for name, module in find_other_readers(model, data).items()]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..scheme import Scheme
 from .equalizing.channel_factors import SMALLEST, ChannelEqualization, Channels
-from .equalizing.pairs import Pair
+from .equalizing.pairs import Input, Pair
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class SmoothQuant(ChannelEqualization):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
 
-    def factors(self, pair: Pair, channels: Channels, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, pair: Pair | Input, channels: Channels, scheme: Scheme
+    ) -> tuple[Tensor, Tensor]:
         weights = torch.cat(pair.columns()).abs().amax(0).to(channels.absmax).clamp_min(SMALLEST)
         scale = channels.absmax**self.alpha / weights ** (1 - self.alpha)
         return scale.clamp_min(SMALLEST), torch.zeros_like(scale)

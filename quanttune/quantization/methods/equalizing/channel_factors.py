@@ -1,6 +1,7 @@
 """What equalizations share: ranges of channels, and factors that LayerNorms are divided by."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,9 +70,13 @@ class ChannelEqualization(Equalization):
     def factors(self, pair: Pair, channels: Channels, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return what each channel is divided by, and what is subtracted before, or zeros."""
 
+    def find(self, model: nn.Module, data: Data) -> Sequence[Any]:
+        """Return what is equalized: pairs, or what has their name, readers, columns and fold."""
+        return find_pairs(model, data)
+
     @torch.no_grad()
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        pairs = find_pairs(model, data)
+        pairs = self.find(model, data)
         seen = {pair.name: Channels(self.rows) for pair in pairs}
         with ExitStack() as undo:
             for pair in pairs:
@@ -82,5 +87,5 @@ class ChannelEqualization(Equalization):
         for pair in track(pairs, self.name, data.progress):
             channels = seen[pair.name]
             if not channels.absmax.isfinite().all():
-                raise ValueError(f"{pair.name} returned NaN, inf or nothing during calibration")
+                raise ValueError(f"{pair.name} {pair.verb} NaN, inf or nothing during calibration")
             pair.fold(*self.factors(pair, channels, scheme))

@@ -1,14 +1,14 @@
-"""A LayerNorm and the Linear modules that read it, whose parameters can be changed together."""
+"""What can be changed together: a LayerNorm and the Linear modules that read it, or one's input."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...modules import quantized_class_of
-from ...restoration import NAME, add_restoration
+from ...restoration import NAME, add_restoration, add_smoothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,7 @@ class Pair:
     alone: nothing but they reads it, so that what they take can be changed at once.
     """
 
+    verb: ClassVar[str] = "returned"  # what an error tells of the name
     name: str
     norm: nn.LayerNorm
     readers: dict[str, nn.Module]
@@ -59,6 +60,31 @@ class Pair:
         found = found or add_restoration(self.norm, self.readers.values())
         found.shift = found.shift + shift * found.scale
         found.scale = found.scale * scale
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a Linear or Conv1D reads, and no LayerNorm gave: its factors are multiplied with."""
+
+    verb: ClassVar[str] = "got"
+    name: str
+    module: Any
+
+    @property
+    def readers(self) -> dict[str, nn.Module]:
+        return {self.name: self.module}
+
+    def columns(self) -> list[Tensor]:
+        """Return the weight as (outputs, channels), which is a view."""
+        return [columns_of(self.module)]
+
+    @torch.no_grad()
+    def fold(self, scale: Tensor, _: Tensor) -> None:
+        """Divide the input by `scale`, (channels,), and let the module compute what it did."""
+        # both sides must know the same factors, in a model of half precision too
+        scale = scale.float().to(self.module.weight.dtype)
+        columns_of(self.module).mul_(scale)
+        add_smoothing(self.module, scale.float())
 
 
 def columns_of(module: Any) -> Tensor:
