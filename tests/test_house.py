@@ -84,6 +84,7 @@ def test_circles_are_seen_in_functions_too(tmp_path, monkeypatch):
     [
         ("quanttune.analysis.report", "quanttune.report.report", "write_report"),
         ("quanttune.inference.products", "quanttune.deploy.products", "explain"),
+        ("quanttune.quantization.insertion", "quanttune.quantization.state", "quantizers"),
     ],
 )
 def test_names_that_were_documented_work_with_a_warning(old, new, name):
