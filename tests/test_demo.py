@@ -160,6 +160,8 @@ def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):
     assert not torch.equal(first._images["test"], second._images["test"])
     with pytest.raises(ValueError, match="the digits demo makes its own model"):
         Digits(0, model="x")
+    with pytest.raises(ValueError, match="the digits demo measures on 100 rows"):
+        Digits(0, test_rows=7)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,11 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
     assert not torch.equal(
         untrained.encoder.layer[0].output.dense.weight, base.encoder.layer[0].output.dense.weight
     )
+    fewer = MiniLM(0, model=tiny_encoder, test_rows=100)
+    assert torch.equal(fewer._rows.test, job._rows.test[:100])
+    assert fewer.caveats[-1] == "100 test rows of 512."
+    with pytest.raises(ValueError, match="test rows must be 1 to 512, got 513"):
+        MiniLM(0, model=tiny_encoder, test_rows=513)
     # at alpha = 0 self-distillation is exactly zero: the control is the base
     loss = job._distillation_loss(base, 0)
     assert loss.item() == pytest.approx(0, abs=1e-5)

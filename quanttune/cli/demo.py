@@ -9,6 +9,8 @@ from rich.table import Table
 
 from .terminal import Json, console, progress_bar, write_numbers, written
 
+ROWS = 128  # of minilm: measuring 512 in every way takes longer than tuning
+
 
 def run(
     task: Annotated[str, typer.Option(help="minilm or digits.")] = "minilm",
@@ -17,6 +19,10 @@ def run(
     json: Json = None,
     model: Annotated[
         str | None, typer.Option(help="minilm: another Hugging Face id or local folder.")
+    ] = None,
+    test_rows: Annotated[
+        int | None,
+        typer.Option(help=f"minilm: rows to measure on, {ROWS} if not given, 512 for tables."),
     ] = None,
     calibrator: Annotated[
         list[str] | None,
@@ -46,7 +52,8 @@ def run(
         def advance(description: str, units: float) -> None:
             progress.update(bar, description=description, advance=units)
 
-        options = {"model": model} if model else {}
+        rows = test_rows if task != "minilm" else ROWS if test_rows is None else test_rows
+        options = {"model": model, "test_rows": rows}
         results = experiment.run(make, seeds, advance, calibrators, **options)
     written.append(out)
     files = report.write(results, out)

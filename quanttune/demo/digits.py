@@ -44,9 +44,11 @@ class Digits:
         Arm("detached", "its deviation held constant", 2e-3, alpha=0.3, detach_deviation=True),
     )
 
-    def __init__(self, seed: int, model: str | None = None) -> None:
+    def __init__(self, seed: int, model: str | None = None, test_rows: int | None = None) -> None:
         if model:
             raise ValueError("the digits demo makes its own model: --model is for minilm")
+        if test_rows:
+            raise ValueError(f"the digits demo measures on {TEST} rows: --test-rows is for minilm")
         self._seed = seed
         images, labels = _load(seed)
         sizes = [len(images) - TEST - VALIDATION, VALIDATION, TEST]

@@ -6,6 +6,7 @@ alpha = 0 the loss is zero, so the control is the base model itself.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ TOKENS = 24
 BATCH = 16
 TASK_WEIGHT = 20.0  # lifts the distillation loss to the size of the outlier loss
 CALIBRATION_ROWS, EVALUATION_BATCH = 160, 256
+TEST_ROWS = 512
 
 
 class MiniLM:
@@ -34,10 +36,10 @@ class MiniLM:
     name = "minilm"
     metric = "cosine"
     bits = (8, 7, 6)
-    ways = MappingProxyType({"minmax": ("channel", "tensor"), "percentile": ("channel",)})
+    ways = MappingProxyType(dict.fromkeys(("minmax", "percentile"), ("channel",)))
     steps = 90
     refit_rows = 256
-    caveats = (
+    caveats: tuple[str, ...] = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
         "Text: docstrings of installed packages, 24 tokens each, split by module; no padding.",
     )
@@ -53,8 +55,12 @@ class MiniLM:
         Arm("recipe", "refit, then detached", 3e-4, alpha=0.5, detach_deviation=True, refit=0.1),
     )
 
-    def __init__(self, seed: int, model: str | None = None) -> None:
-        self._teacher, self._rows = _load(model or packaged_model())
+    def __init__(self, seed: int, model: str | None = None, test_rows: int = TEST_ROWS) -> None:
+        if not 0 < test_rows <= TEST_ROWS:
+            raise ValueError(f"test rows must be 1 to {TEST_ROWS}, got {test_rows}")
+        self._teacher, rows = _load(model or packaged_model())
+        self._rows = replace(rows, test=rows.test[:test_rows])
+        self.caveats = (*self.caveats, f"{test_rows} test rows of {TEST_ROWS}.")
         generator = torch.Generator().manual_seed(seed)
         count = len(self._rows.tuning)
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
@@ -142,4 +148,4 @@ def _load(path: str) -> tuple[nn.Module, docstrings.Splits]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, **_offline(path))
-    return load_encoder(path), docstrings.load(tokenizer, TOKENS)
+    return load_encoder(path), docstrings.load(tokenizer, TOKENS, test=TEST_ROWS)
