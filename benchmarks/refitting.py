@@ -21,6 +21,7 @@ from quanttune.demo import recipe
 from quanttune.demo.experiment import FLOAT_BITS, Arm
 from quanttune.environment import environment
 from quanttune.files import write_json
+from quanttune.quantization.methods import SmoothInputs
 from quanttune.quantization.simulation import quantize
 
 BASE, REFIT = Arm("base", "untrained"), Arm("refit", "untrained", refit=0.1)
@@ -35,6 +36,8 @@ FINISHED = replace(
     finish_bits=(8, 6),
 )
 CONTROL = replace(FINISHED, name="refit, alpha = 0, finished", alpha=0)
+TUNED = replace(DETACHED, alpha=0.3, learning_rate=2e-3)
+ROUNDED = replace(TUNED, name="detached, finished", finish_steps=93, finish_bits=(5, 4))
 # steps and arms; their rates were chosen on validation rows, for minilm at alpha = 0 there is no
 # loss without a refit, so that its control is the base
 CHOSEN: dict[str, list[tuple[int, Arm]]] = {
@@ -47,20 +50,41 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (90, replace(DETACHED, learning_rate=4e-4)),
         (240, replace(DETACHED, learning_rate=3e-4)),
         (240, CONTROL),
-    ]
+    ],
+    "digits": [
+        (186, BASE),
+        (186, TUNED),
+        (186, ROUNDED),
+        (186, replace(ROUNDED, name="alpha = 0, finished", alpha=0)),
+        (186, replace(ROUNDED, name="refit, detached, finished", refit=0.1)),
+    ],
 }
 REFIT_ROWS = 640  # more than the demo takes time for
-RATES = (3e-4, 4e-4, 6e-4)  # that are tried with --choose
+# what is tried with --choose, and on how many seeds: the validation rows of digits are 150
+RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3, 3e-3)}
+CHOSEN_ON = {"minilm": 1, "digits": 3}
 METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
-WAYS: Mapping[str, dict[str, Any]] = {"minmax": {}, "omse, repq, erq": METHODS}
-OF_UNTRAINED: Mapping[str, dict[str, Any]] = {
-    "percentile": {"calibrator": "percentile"},
-    "linear, omse, repq, erq, zero points": {**METHODS, "coverage": "linear", "symmetric": False},
+PERCENTILE: dict[str, Any] = {"calibrator": "percentile"}
+BITS = {"minilm": (8, 7, 6), "digits": (8, 7, 6, 5, 4)}
+WAYS: dict[str, Mapping[str, dict[str, Any]]] = {
+    "minilm": {"minmax": {}, "omse, repq, erq": METHODS},
+    "digits": {"minmax": {}, "percentile": PERCENTILE, "omse": {"calibrator": "omse"}},
+}
+LINEAR: dict[str, Any] = {"coverage": "linear", "symmetric": False}
+OF_UNTRAINED: dict[str, Any] = {
+    "percentile": PERCENTILE,
+    "linear, omse, repq, erq, zero points": {**METHODS, **LINEAR},
     "linear, smooth_inputs, repq, erq, zero points": {
+        **LINEAR,
         "methods": ["smooth_inputs", "repq", "erq"],
-        "coverage": "linear",
-        "symmetric": False,
     },
+}
+SMOOTHINGS = {
+    f"linear, smooth_inputs at {alpha}, repq, erq, zero points": {
+        **LINEAR,
+        "methods": [SmoothInputs(alpha=alpha), "repq", "erq"],
+    }
+    for alpha in (0.7, 0.75, 0.8, 0.85, 0.9)  # of which the default was chosen
 }
 
 
@@ -74,7 +98,7 @@ def main() -> None:
     path, split = options.out / f"refit-{task}.json", "test"
     if options.choose:
         path, split = options.out / f"settings-refit-{task}.json", "validation"
-        seeds, plans = range(1), list(_candidates(task))
+        seeds, plans = range(CHOSEN_ON[task]), list(_candidates(task))
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"task": task, "split": split, "environment": environment()}
     for seed in seeds:
@@ -88,7 +112,7 @@ def main() -> None:
 def _candidates(task: str) -> Iterator[tuple[int, Arm]]:
     """Yield what was chosen from: its kinds, each with several learning rates."""
     for steps, arm in CHOSEN[task]:
-        for rate in RATES if arm.learning_rate else ():
+        for rate in RATES[task] if arm.learning_rate else (0.0,):
             yield steps, replace(arm, learning_rate=rate)
 
 
@@ -97,10 +121,13 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     facts = {"seed": seed, "steps": steps, **_facts(arm)}
     done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
-    ways = WAYS if arm.learning_rate else {**WAYS, **OF_UNTRAINED}
-    wanted = [(FLOAT_BITS, "none"), *product(recipe(task).bits, ways)]
-    if set(wanted) <= set(done) or (seed and not arm.learning_rate):
-        return  # what is not trained is the same for each seed
+    pretrained = task == "minilm" and not arm.learning_rate  # the same for each seed
+    ways = {**WAYS[task], **(OF_UNTRAINED if pretrained else {})}
+    if pretrained and split == "validation" and not arm.refit:
+        ways |= SMOOTHINGS
+    wanted = [(FLOAT_BITS, "none"), *product(BITS[task], ways)]
+    if set(wanted) <= set(done) or (seed and pretrained):
+        return
     job = _job(task, steps, seed)
     model = job.prepare(arm, lambda: None)
     for bits, way in (key for key in wanted if key not in done):

@@ -197,8 +197,6 @@ def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
     refitting = from_benchmarks("refitting")
 
     class Job:
-        bits = (8, 6)
-
         def __init__(self, seed):
             self.prepared = 0
 
@@ -213,7 +211,8 @@ def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
             return float(split == "test")
 
     monkeypatch.setattr(refitting, "recipe", lambda task: Job)
-    monkeypatch.setattr(refitting, "WAYS", {"minmax": {}})
+    monkeypatch.setattr(refitting, "WAYS", {"minilm": {"minmax": {}}})
+    monkeypatch.setattr(refitting, "BITS", {"minilm": (8, 6)})
     arm = refitting.FINISHED
     rows = list(refitting._rows("minilm", 0, 5, arm, "test", []))
     assert [(row["bits"], row["way"]) for row in rows] == [
