@@ -55,14 +55,14 @@ CHOSEN: dict[str, list[tuple[int, Arm]]] = {
         (186, BASE),
         (186, TUNED),
         (186, ROUNDED),
-        (186, replace(ROUNDED, name="alpha = 0, finished", alpha=0)),
+        (186, replace(ROUNDED, name="alpha = 0, finished", alpha=0, learning_rate=3e-3)),
         (186, replace(ROUNDED, name="refit, detached, finished", refit=0.1)),
     ],
 }
 REFIT_ROWS = 640  # more than the demo takes time for
 # what is tried with --choose, and on how many seeds: the validation rows of digits are 150
 RATES = {"minilm": (3e-4, 4e-4, 6e-4), "digits": (1e-3, 2e-3, 3e-3)}
-CHOSEN_ON = {"minilm": 1, "digits": 3}
+CHOSEN_ON = {"minilm": 1, "digits": 2}
 METHODS: dict[str, Any] = {"calibrator": "omse", "methods": ["repq", "erq"]}
 PERCENTILE: dict[str, Any] = {"calibrator": "percentile"}
 BITS = {"minilm": (8, 7, 6), "digits": (8, 7, 6, 5, 4)}
