@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-all wheel bench peers lint sanitize clean
+.PHONY: demo test test-all wheel bench peers runtimes lint sanitize clean
 
 # glibc gives memory above 128 KiB back at once, and the kernel clears it anew for each activation: a
 # third of a training step here. With these it keeps what it has.
@@ -41,6 +41,12 @@ bench: $(VENV)/.test
 peers:
 	$(MAKE) VENV=.venv-peers .venv-peers/.peers
 	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
+
+# exported programs in PyTorch's runtime for devices, in an environment of its own
+runtimes:
+	$(MAKE) VENV=.venv-executorch .venv-executorch/.executorch
+	.venv-executorch/bin/python -m pytest tests/runtimes $(ARGS)
+	.venv-executorch/bin/python benchmarks/executorch_run.py --out build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from quanttune.deploy.onnx_model import has_vnni
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.state import quantizers
 
+PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 CASES = [("vit", 8, "linear"), ("vit", 6, "full"), ("bert", 8, "full"), ("bert", 6, "linear")]
 
 
@@ -138,3 +139,85 @@ def test_linear_modules_compile_to_integer_kernels():
     assert code.count("onednn.qlinear_pointwise") == linear
     if has_vnni() is not False:  # else oneDNN lets products of 8 bits saturate
         assert error(actual, example.logits()) < lost / 20
+
+
+def executorch(model, inputs):
+    return qt.export_torch(model, inputs, target="executorch")
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+@torch.no_grad()
+def test_what_executorch_gets_is_made_of_constants(name):
+    """It packs weights before anything runs, and takes aten.linear for a product."""
+    model, example, _ = quantized(name, 8, "full")
+    program = executorch(model, example.inputs)
+    inputs = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    weights = program.graph.find_nodes(
+        op="call_function", target=torch.ops.quantized_decomposed.dequantize_per_channel.default
+    )
+    assert weights
+    for node in weights:
+        assert {argument.name for argument in node.args[:3]} <= inputs
+        assert all(product.target in PRODUCTS for product in node.users)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "options", "message"),
+    [
+        ("linear", {}, r"hidden.weight \(2 such\) is not. Quantize with coverage 'full_no"),
+        ("full", {"overrides": {"head.output_quantizer": None}}, r"head.weight \(1 such\) is not"),
+        ("full", {"bits": 6}, r"rounds to 8 bits, .* patches.input_quantizer has 6"),
+        ("full", {"bits": 12}, r"rounds to 8 bits, .* patches.input_quantizer has 12"),
+    ],
+    ids=str,
+)
+def test_what_executorch_would_compute_in_float_is_refused(coverage, options, message):
+    model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
+    qt.quantize(model, data=[images], coverage=coverage, **options)
+    with pytest.raises(ValueError, match=message):
+        executorch(model, images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "coreml"}, "target must be one of inductor, executorch, litert, got 'coreml'"),
+        ({"target": "executorch", "dynamic": {0: "batch"}}, "dynamic must be empty"),
+    ],
+    ids=str,
+)
+def test_targets_that_are_not_known_are_refused(options, message):
+    model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
+    qt.quantize(model, data=[images], coverage="full")
+    with pytest.raises(ValueError, match=message):
+        qt.export_torch(model, images, **options)
+
+
+@torch.no_grad()
+def test_packed_projections_keep_a_scale_per_output():
+    """Those of nn.MultiheadAttention, which are (3 * width, width)."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    rows = torch.randn(4, 5, 8)
+    exact = model(rows)
+    qt.quantize(model, coverage="linear", data=[rows])
+    program = qt.export_torch(model, rows)
+    assert error(program.module()(rows), model(rows)) < error(exact, model(rows)) / 20
+
+
+@torch.no_grad()
+def test_what_litert_gets_rounds_floats_to_the_codes():
+    """Its converter takes no codes; those that it computes are the weight's."""
+    model, example, _ = quantized("vit", 8, "full_no_softmax")
+    stored = executorch(model, example.inputs)
+    program = qt.export_torch(model, example.inputs, target="litert")
+    assert torch.equal(example.logits(program.module()), example.logits(stored.module()))
+    assert not any(tensor.dtype == torch.int8 for tensor in program.state_dict.values())
+    found = targets(program)
+    weights = found.count("quantized_decomposed.quantize_per_channel.default")
+    assert weights == sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
+
+
+def test_a_rounded_softmax_is_refused_for_litert():
+    model, example, _ = quantized("vit", 8, "full")
+    with pytest.raises(ValueError, match=r"steps of 1/256 only, and .* 'full_no_softmax'"):
+        qt.export_torch(model, example.inputs, target="litert")

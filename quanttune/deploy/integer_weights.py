@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +14,6 @@ from ..quantization.state import weight_quantizers
 
 MAX_INTEGER_BITS = 8  # of what runtimes multiply
 CENTERS = {"uint8": 128, "int8": 0}  # codes of uint8 are those of int8, shifted
-
-
-@contextmanager
-def integer_weights(model: nn.Module, dtype: str = "int8") -> Iterator[None]:
-    """Let a quantized model compute from integer weights, in the layout that runtimes multiply.
-
-    Args:
-        dtype: of the codes of what meets integers: "int8", or "uint8", whose zero point is 128.
-    """
-    with ExitStack() as undo:
-        for module, quantizer in weight_quantizers(model).values():
-            undo.callback(setattr, module, "weight_quantizer", quantizer)
-            if not isinstance(module, QuantizedModule):  # one parameter of several
-                module.weight_quantizer = IntegerParameter(module.weight, quantizer, dtype)
-                continue
-            undo.callback(setattr, module, "__class__", type(module))
-            held: Any = IntegerWeight(module, quantizer, dtype)
-            module.weight_quantizer = held
-            module.__class__ = _integer_class(type(module))
-        yield
 
 
 class IntegerWeight(nn.Module):
@@ -94,8 +74,12 @@ class IntegerParameter(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         """Return the parameter in float; the one that is given is not looked at."""
-        weight = dequantize(self.codes, self.scale, self.axis) if self.is_integer else self.codes
+        weight = self.dequantized() if self.is_integer else self.codes
         return self.of_stack.stack(weight, self.shape[0]) if self.of_stack else weight
+
+    def dequantized(self) -> Tensor:
+        """Return in float what is held as integers."""
+        return dequantize(self.codes, self.scale, self.axis)  # type: ignore[no-any-return]
 
 
 class IntegerLinear(QuantizedModule, nn.Module):
@@ -130,10 +114,41 @@ class IntegerEmbedding(QuantizedModule, nn.Module):
         return rows.float() * scale
 
 
-def _integer_class(quantized: type) -> Any:
+class Layout(NamedTuple):
+    """What stands for the weight of a module, for a parameter, and for a Linear."""
+
+    weight: Any = IntegerWeight
+    parameter: Any = IntegerParameter
+    linear: Any = IntegerLinear
+
+
+ONNX = Layout()
+
+
+@contextmanager
+def integer_weights(model: nn.Module, dtype: str = "int8", layout: Layout = ONNX) -> Iterator[None]:
+    """Let a quantized model compute from integer weights, in the layout that runtimes multiply.
+
+    Args:
+        dtype: of the codes of what meets integers: "int8", or "uint8", whose zero point is 128.
+    """
+    with ExitStack() as undo:
+        for module, quantizer in weight_quantizers(model).values():
+            undo.callback(setattr, module, "weight_quantizer", quantizer)
+            if not isinstance(module, QuantizedModule):  # one parameter of several
+                module.weight_quantizer = layout.parameter(module.weight, quantizer, dtype)
+                continue
+            undo.callback(setattr, module, "__class__", type(module))
+            held: Any = layout.weight(module, quantizer, dtype)
+            module.weight_quantizer = held
+            module.__class__ = _integer_class(type(module), layout)
+        yield
+
+
+def _integer_class(quantized: type, layout: Layout) -> Any:
     if issubclass(quantized, QuantizedConvolution):
         return quantized
-    return IntegerEmbedding if issubclass(quantized, QuantizedEmbedding) else IntegerLinear
+    return IntegerEmbedding if issubclass(quantized, QuantizedEmbedding) else layout.linear
 
 
 def _codes(steps: Tensor, dtype: str) -> Tensor:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import arguments_of
+from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
 from ..tuning.hooks import is_attached
+from .integer_weights import MAX_INTEGER_BITS
 
+TARGETS = ("inductor", "executorch", "litert")
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
 
 
@@ -48,6 +51,32 @@ def check_types(act_dtype: str, opset: int) -> None:
         raise ValueError(
             f"opset must be from {known[0]} to {known[-1]} with {act_dtype} activations, "
             f"got {opset}"
+        )
+
+
+def check_target(
+    target: str, dynamic: Mapping[int, str] | None, sites: Mapping[str, ActivationQuantizer]
+) -> None:
+    """Refuse a target that is unknown, or that could not run what it would get."""
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if target == "inductor":
+        return
+    if dynamic:
+        raise ValueError(
+            f"dynamic must be empty for {target}, got {dict(dynamic)}: what has other sizes than "
+            "the example would not become integers"
+        )
+    if others := [site for site, one in sites.items() if one.bits != MAX_INTEGER_BITS]:
+        raise ValueError(
+            f"{target} rounds to 8 bits, whatever a program says, and {others[0]} has "
+            f"{sites[others[0]].bits}"
+        )
+    softmax = [site for site, one in sites.items() if one.kind == "probability"]
+    if target == "litert" and softmax:
+        raise ValueError(
+            f"LiteRT rounds a softmax to steps of 1/256 only, and {softmax[0]} has others: "
+            "quantize with coverage 'full_no_softmax'"
         )
 
 

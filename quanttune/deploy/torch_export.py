@@ -1,7 +1,8 @@
-"""Export a quantized model to a program that PyTorch's own compiler computes in integers."""
+"""Export a quantized model to a program that PyTorch's own tools compute in integers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,21 +11,27 @@ from torch import Tensor, nn
 from ..fake_quantizer import integer_range
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers
-from .integer_weights import MAX_INTEGER_BITS, dequantize
-from .requirements import check_example, check_model
+from .constant_weights import CONSTANTS, REROUNDED
+from .edge_products import check_products
+from .integer_weights import MAX_INTEGER_BITS
+from .requirements import check_example, check_model, check_target
 from .tracing import BATCH, traced
 
-_ops, _aten = torch.ops.quantized_decomposed, torch.ops.aten
+_ops = torch.ops.quantized_decomposed
 
 
 def export_torch(
-    model: nn.Module, example_inputs: Any, *, dynamic: Mapping[int, str] = BATCH
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    target: str = "inductor",
+    dynamic: Mapping[int, str] | None = None,
 ) -> torch.export.ExportedProgram:
     """Export a quantized model to a program of PyTorch, which rounds where the model does.
 
     Roundings to 8 bits or fewer are pairs of quantized_decomposed.quantize_per_tensor and
-    dequantize_per_tensor, weights int8 behind dequantize_per_channel: what PyTorch's compilers
-    look for. `torch.compile` makes integer products of them on x86 processors where
+    dequantize_per_tensor, weights int8 constants behind dequantize_per_channel: what PyTorch's
+    compilers look for. `torch.compile` makes integer products of them on x86 processors where
     torch._inductor.config.freezing is set and torchao's X86InductorQuantizer was imported. Those
     of attention stay in float. Run as it is, the program simulates.
 
@@ -33,20 +40,30 @@ def export_torch(
 
     Meanwhile no other thread may call a module: see `export_onnx`.
 
-    Args: as those of `export_onnx`.
+    Args:
+        model, example_inputs: as those of `export_onnx`.
+        target: who will run it: "inductor", "executorch" with XNNPACK, or "litert". The last two
+            round to 8 bits, and multiply integers where the product is rounded too: by coverage
+            "full_no_softmax", in ExecuTorch "full" as well.
+        dynamic: as that of `export_onnx`; for the last two all sizes are those of the example.
 
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
-            not fit.
+            not fit, or the target would not multiply integers.
     """
-    import torch.ao.quantization.fx._decomposed  # registers the ops; takes time
-
+    import_module("torch.ao.quantization.fx._decomposed")  # registers the ops; takes time
     check_model(model)
-    args, kwargs = check_example(example_inputs, dynamic, model)
+    check_target(target, dynamic, quantizers(model))
+    compiled = target == "inductor"
+    sizes = (BATCH if compiled else {}) if dynamic is None else dynamic
+    layout = REROUNDED if target == "litert" else CONSTANTS
+    args, kwargs = check_example(example_inputs, sizes, model)
     with _decomposed(model):
-        program = traced(model, args, kwargs, dynamic)
-    torch.fx.replace_pattern(program.graph_module, _stacked_product, _plain_product)
-    return program.run_decompositions({dequantize: _dequantized})
+        program = traced(model, args, kwargs, sizes, layout=layout)
+    program = program.run_decompositions({})
+    if not compiled:
+        check_products(program, target)
+    return program
 
 
 @contextmanager
@@ -70,26 +87,3 @@ def _rounding(quantizer: ActivationQuantizer) -> Callable[[Tensor], Tensor]:
         return _ops.dequantize_per_tensor.default(codes, *grid)  # type: ignore[no-any-return]
 
     return rounded
-
-
-def _stacked_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply two matrices as `IntegerLinear` does for ONNX Runtime; compilers want them alone."""
-    product = _aten.matmul.default(_aten.unsqueeze.default(x, 0), weight)
-    return _aten.squeeze.dim(product, 0)  # type: ignore[no-any-return]
-
-
-def _plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    return _aten.matmul.default(x, weight)  # type: ignore[no-any-return]
-
-
-def _dequantized(codes: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    """Dequantize a weight; a product's as (outputs, inputs), which the compiler looks for."""
-    is_product = codes.dim() == 2
-    if is_product:
-        codes = codes.t().contiguous()
-    outputs = codes.shape[0]
-    zeros = torch.zeros(outputs, dtype=torch.int64, device=codes.device)
-    weight: Tensor = _ops.dequantize_per_channel.default(
-        codes, scale.expand(outputs), zeros, 0, *integer_range(MAX_INTEGER_BITS), torch.int8
-    )
-    return weight.t() if is_product else weight

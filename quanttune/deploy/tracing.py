@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from ..quantization.running import evaluating
 from .caches import without_caches
 from .dimensions import check_free
-from .integer_weights import integer_weights
+from .integer_weights import ONNX, Layout, integer_weights
 
 BATCH = MappingProxyType({0: "batch"})
 
@@ -22,8 +22,9 @@ def traced(
     kwargs: dict[str, Any],
     dynamic: Mapping[int, str],
     dtype: str = "int8",
+    layout: Layout = ONNX,
 ) -> torch.export.ExportedProgram:
-    """Trace a model in evaluation mode; if it is quantized, with weights of that type."""
+    """Trace a model in evaluation mode; if it is quantized, with weights as they are asked for."""
     # not torch.export.Dim(name), which would have to know how many tokens a model takes; nor
     # DYNAMIC, with which texts beside images could not have tokens, whose channels are fixed
     size = torch.export.Dim.AUTO
@@ -34,7 +35,7 @@ def traced(
         torch.no_grad(),
         evaluating(model),
         without_caches(model),
-        integer_weights(model, dtype),
+        integer_weights(model, dtype, layout),
     ):
         program = torch.export.export(
             model,
