@@ -217,6 +217,14 @@ def test_what_litert_gets_rounds_floats_to_the_codes():
     assert weights == sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
 
 
+def test_what_litert_would_compute_in_float_is_refused():
+    model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
+    options = {"overrides": {"head.output_quantizer": None}}
+    qt.quantize(model, data=[images], coverage="full", **options)
+    with pytest.raises(ValueError, match=r"head.weight \(1 such\) is not"):
+        qt.export_torch(model, images, target="litert")
+
+
 def test_a_rounded_softmax_is_refused_for_litert():
     model, example, _ = quantized("vit", 8, "full")
     with pytest.raises(ValueError, match=r"steps of 1/256 only, and .* 'full_no_softmax'"):

@@ -32,7 +32,10 @@ def _unrounded(program: ExportedProgram) -> Iterator[str]:
     dequantize = _ops.dequantize_per_channel.default
     for weight in program.graph.find_nodes(op="call_function", target=dequantize):
         if not all(_is_rounded(product) for product in weight.users):
-            yield buffers[weight.args[0].name].rsplit("_quantizer", 1)[0]
+            (held, *_) = weight.all_input_nodes
+            while held.op != "placeholder":  # LiteRT's are rounded first
+                (held, *_) = held.all_input_nodes
+            yield buffers[held.name].rsplit("_quantizer", 1)[0]
 
 
 def _is_rounded(product: Node) -> bool:
