@@ -3,6 +3,7 @@
 //
 // All elements of a bin have the same code, on each grid. With a bin's anchor a and d = x - a, the errors of
 // code c add up to n (a - c)^2 + 2 (a - c) sum(d) + sum(d^2), the last of which is the same for all grids.
+// These cancel where elements are near the grid and far from the anchors: see kCancelled.
 
 #pragma once
 
@@ -90,6 +91,7 @@ class GridBins {
     sums.squares += squares;
   }
 
+  // NaN where so little of the terms is left that it may be their rounding: that grid is to be tried.
   QUANTTUNE_CLONES double error(const BinSums& sums, std::int64_t grid) const {
     const double step = steps_[grid];
     const double *counts = sums.counts.data(), *excess = sums.excess.data();
@@ -108,11 +110,13 @@ class GridBins {
     }
     double error = sums.squares;
     for (double lane : lanes) error += lane;
-    return std::max(error, 0.0);
+    return error > kCancelled * sums.squares ? error : std::numeric_limits<double>::quiet_NaN();
   }
 
  private:
   static constexpr std::int64_t kCells = 1 << 17;
+  // Sums of 2^18 squares are off by 1e-13 as a rule, so what is left is right to 1e-10.
+  static constexpr double kCancelled = 1e-3;
 
   // The smallest number that has the code: codes do not fall with the number.
   float threshold(float step, float code) const {

@@ -13,12 +13,14 @@ namespace {
 // d(ratio_grad * ratio)/da = slope (a - mean) +- at_maximum -+ at_median, for one row.
 template <class Scalar>
 struct RowGradient {
+  // The gradient divides by its square, which below would be no normal number.
+  static constexpr Scalar kLeastDeviation = sizeof(Scalar) == 8 ? Scalar(0x1p-511) : Scalar(0x1p-63);
   bool live;
   Scalar mean, slope, maximum, at_maximum, median, at_median;
 
   RowGradient(const Scalar* statistics, Scalar ratio_grad, std::int64_t size, bool detach) {
     const Scalar deviation = statistics[kDeviation];
-    live = deviation != 0 && ratio_grad != 0;
+    live = !(deviation < kLeastDeviation) && ratio_grad != 0;  // NaN stays NaN
     const Scalar unit = ratio_grad / (live ? deviation : 1);
     const Scalar freedom = Scalar(std::max<std::int64_t>(size - 1, 1));
     mean = statistics[kMean];

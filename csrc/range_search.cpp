@@ -79,8 +79,11 @@ bool try_bins(const T* x, const float* steps, double* errors, std::int64_t size,
     bins.add(x + start, std::min(length, size - start), sums[task]);
   });
   for (std::int64_t task = 1; task < tasks; ++task) sums[0].add(sums[task]);
+  if (!std::isfinite(sums[0].squares)) return false;
   parallel_for(candidates, threads, [&](std::int64_t k) { errors[k] = bins.error(sums[0], k); });
-  return std::isfinite(sums[0].squares);
+  for (std::int64_t k = 0; k < candidates; ++k)
+    if (std::isnan(errors[k])) try_each(x, steps + k, errors + k, size, 1, bounds, threads);
+  return true;
 }
 
 // `tables` has kTables counters per bin. NaN fails the comparison, and counts in the last bin.

@@ -406,6 +406,20 @@ def test_huge_and_tiny_values_have_finite_statistics(dtype, unit):
 
 
 @pytest.mark.parametrize("module", [cpu, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_deviation_whose_square_is_no_number_has_no_gradient(dtype, module):
+    least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny ** 0.5
+    x, grad = torch.randn(2, 1025, dtype=torch.float64), torch.randn(2, 1025).to(dtype)
+    for size, has_gradient in ((0.9, False), (1e-19, False), (1.1, True)):
+        scaled = (x / x.std(1, keepdim=True) * least * size).to(dtype)
+        columns = module.outlier_statistics(scaled, 2, False)
+        ratio_grad = torch.ones(2, dtype=columns.dtype)
+        result = module.outlier_statistics_backward(grad, scaled, columns, ratio_grad, False, False)
+        assert result.isfinite().all()
+        assert torch.equal(result, grad) != has_gradient
+
+
+@pytest.mark.parametrize("module", [cpu, reference])
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 0.1, 1e-45, 65504.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constants_have_no_ratio_and_no_gradient(dtype, value, module):

@@ -97,10 +97,32 @@ def test_errors_of_many_elements(kind, bounds):
     x = ELEMENTS[kind]()
     finest = 0.013 if kind == "ties" else x.abs().max() / 400
     steps = finest * torch.tensor([1.0, 0.51, 1.9, 3.0, 1.0, 77.0])
-    expected = slow_errors(x, steps, *bounds)
-    # where an element is on the grid, what is left of its squares is their rounding
-    rounding = 1e-15 * MANY * steps.double().square() + 10 * ROUNDING * expected
-    assert ((cpu.quantization_errors(x, steps, *bounds) - expected).abs() <= rounding).all()
+    torch.testing.assert_close(
+        cpu.quantization_errors(x, steps, *bounds),
+        slow_errors(x, steps, *bounds),
+        rtol=100 * ROUNDING,
+        atol=0,
+    )
+
+
+ON_THE_GRID = {  # far from where codes change: sums of squares cancel
+    "zeros": (torch.zeros(MANY), 0.8237),
+    "constant": (torch.full((MANY,), -1.7), 1.7),
+    "rounded": (torch.randn(MANY).div(0.3).round() * 0.3, 0.3),
+    "one at a million": (torch.randn(MANY).index_fill(0, torch.tensor(5), 1e6), 1e6 / 63),
+    "one at a billion": (torch.randn(MANY).index_fill(0, torch.tensor(5), 1e9), 1e9 / 63),
+}
+
+
+@pytest.mark.parametrize(("x", "step"), ON_THE_GRID.values(), ids=ON_THE_GRID)
+def test_errors_of_elements_on_the_grid(x, step):
+    steps = step * torch.tensor([0.9, 1.0, 1.1])
+    torch.testing.assert_close(
+        cpu.quantization_errors(x, steps, -63, 63),
+        slow_errors(x, steps, -63, 63),
+        rtol=100 * ROUNDING,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,9 @@ THREADS = 128
 def load_weights(row_ptr, upstream, size):
     """Return whether a row has a gradient, then its weights in deviation, maximum and median."""
     deviation = tl.load(row_ptr + DEVIATION)
-    live = (deviation != 0.0) & (upstream != 0.0)
+    # below 2^-63 its square, which the slope divides by, is no normal number
+    live = (deviation < 1.0842021724855044e-19) == 0
+    live = live & (upstream != 0.0)
     divisor = tl.where(live, deviation, 1.0)
     unit = tl.div_rn(upstream, divisor)
     steps = tl.cast(tl.maximum(size - 1, 1), tl.float32)

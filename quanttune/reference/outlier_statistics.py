@@ -100,8 +100,9 @@ def outlier_statistics_backward(
 
     dr/da = sign(a) / (count * deviation) on every element at the maximum, the same negated on every
     sampled element at the median, and -r (a - mean) / ((N - 1) deviation^2) everywhere, which
-    `detach_deviation` leaves out. A sample with deviation 0 or ratio_grad 0 keeps `grad` as it is,
-    and so does padding: see `outlier_statistics`.
+    `detach_deviation` leaves out. A sample with ratio_grad 0 keeps `grad` as it is, and so do one
+    whose deviation is 0, or so small (1e-19) that its square is no normal number, and padding: see
+    `outlier_statistics`.
     """
     total = grad.clone(memory_format=torch.contiguous_format)
     if x.numel() == 0:
@@ -132,7 +133,8 @@ def _gradient_of(
     size = rows.shape[1]
     column = statistics.unbind(1)
     upstream = ratio_grad.to(rows.dtype)
-    live = (column[DEVIATION] != 0) & (upstream != 0)
+    least = torch.finfo(rows.dtype).tiny ** 0.5
+    live = ~(column[DEVIATION] < least) & (upstream != 0)  # NaN stays NaN
     unit = upstream / torch.where(live, column[DEVIATION], 1)
     slope = -unit * column[RATIO] / (torch.where(live, column[DEVIATION], 1) * max(size - 1, 1))
     magnitude, sign = rows.abs(), rows.sign()

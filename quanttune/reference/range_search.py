@@ -1,7 +1,7 @@
 """The ops that search the range of a grid, in plain PyTorch.
 
-The kernels read a tensor once for all candidates. They add in another order, so their sums differ
-from these in the last bits of float64; counts are equal.
+The kernels read a tensor once for all candidates. They add in another order, so their sums agree
+with these to 1e-10 of themselves; counts are equal.
 """
 
 import torch

@@ -35,6 +35,17 @@ def test_gradient(size, exact, detach_deviation, small_sample):
     assert ((actual - truth).abs() <= 4e-6 * scale).all()
 
 
+@pytest.mark.parametrize("unit", [2.0**-62, 2.0**-64, 1e-39])
+def test_deviations_whose_square_is_no_number(unit, small_sample):
+    x = make_rows(["normal"], 1025, torch.float32)
+    x = x / x.std() * unit
+    statistics, grad = reference.outlier_statistics(x, 1, False), torch.randn_like(x)
+    upstream = torch.ones(1, device=DEVICE)
+    actual = backward(triton_kernels, x, grad, statistics, upstream)
+    assert torch.equal(actual, backward(reference, x, grad, statistics, upstream))
+    assert torch.equal(actual, grad) == (unit < 2.0**-63)
+
+
 def test_gradient_of_the_kernels_own_statistics(small_sample):
     x = make_rows(["normal", "ties", "rectified"], 3 * 1025, torch.float32)
     grad = torch.zeros_like(x)
