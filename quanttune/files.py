@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,21 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before long work, a name that nothing could be written under.
+
+    Raises:
+        ValueError: the folder is read-only, or none.
+    """
+    parents = [path] if path.is_dir() else path.absolute().parents
+    folder = next(parent for parent in parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}): choose another name") from error
 
 
 def sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from quanttune import cli
 from quanttune.cli.options import grouped
+from quanttune.files import check_writable
 from quanttune.quantization.methods import METHODS
 
 runner = CliRunner()
@@ -109,6 +110,30 @@ def test_a_full_disk_is_one_line(write, tmp_path, monkeypatch, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert exit_info.value.code == 2
     assert "error: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "m", "--out", "{file}/m.onnx"],
+        ["analyze", "--out", "{file}/a/b"],
+        ["demo", "--out", "{file}/d"],
+        ["report", "r.json", "--out", "{file}/r.html"],
+        ["evaluate", "m", "--data", "d", "--json", "{file}/n.json"],
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(arguments, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    result = runner.invoke(cli.app, [text.format(file=file) for text in arguments])
+    assert str(result.exception).startswith(f"{file}")
+    assert "cannot be written ([Errno 20] Not a directory" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b/c", ""])
+def test_a_check_of_a_folder_leaves_nothing(name, tmp_path):
+    check_writable(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_wrong_with_quanttune_is_a_traceback(monkeypatch):

@@ -8,7 +8,7 @@ import typer
 from ..jobs.settings import Settings
 from ..quantization.coverage import PRESETS
 from . import options
-from .terminal import Json, progress_bar, say, write_numbers, written
+from .terminal import Json, progress_bar, say, writable, write_numbers, written
 
 OF_DATA = (
     "task", "subset", "split", "text", "label", "tokens", "rows", "limit", "batch_size",
@@ -48,7 +48,9 @@ def run(
         list[str] | None,
         typer.Option(help="Another model, such as the tuned one; or an arm of the recipe."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("analysis"),
+    out: Annotated[Path, typer.Option(help="Folder of the report.", callback=writable)] = Path(
+        "analysis"
+    ),
     seed: options.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
     json: Json = None,

@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .terminal import Json, console, progress_bar, write_numbers, written
+from .terminal import Json, console, progress_bar, writable, write_numbers, written
 
 ROWS = 128  # of minilm: measuring 512 in every way takes longer than tuning
 
@@ -15,7 +15,9 @@ ROWS = 128  # of minilm: measuring 512 in every way takes longer than tuning
 def run(
     task: Annotated[str, typer.Option(help="minilm or digits.")] = "minilm",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from 0.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the report.", callback=writable)] = Path(
+        "demo"
+    ),
     json: Json = None,
     model: Annotated[
         str | None, typer.Option(help="minilm: another Hugging Face id or local folder.")

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from . import options
-from .terminal import Json, say, write_numbers
+from .terminal import Json, say, writable, write_numbers
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A folder of quanttune calibrate.")],
-    out: Annotated[Path, typer.Option(help="The file.")],
+    out: Annotated[Path, typer.Option(help="The file.", callback=writable)],
     task: options.Task = None,
     act_dtype: Annotated[
         str, typer.Option(help="Of the codes: uint8 for ONNX Runtime, int8 for TensorRT.")

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .terminal import say
+from .terminal import say, writable
 
 
 def run(
     results: Annotated[
         list[Path], typer.Argument(help="results.json of demos, analysis.json of analyses.")
     ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page.", callback=writable)] = Path("report.html"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all; stop.")] = False,
 ) -> None:
     """Put results files on one page, with their figures and tables.

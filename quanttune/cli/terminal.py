@@ -14,13 +14,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from ..files import check_writable
 from ..progress import Progress
 from .language import in_options
 
 console = Console()
 _PACKAGE = Path(__file__).parent.parent
 
-Json = Annotated[Path | None, typer.Option(help="Write the numbers to this file as well.")]
+
+def writable(path: Path | None) -> Path | None:
+    """Check what an option says is to be written."""
+    if path:
+        check_writable(path)
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option(help="Write the numbers to this file as well.", callback=writable)
+]
 
 
 written: list[Path] = []  # what a verb has begun to write in several steps
