@@ -2,7 +2,7 @@
 
 python benchmarks/mutants.py --json benchmarks/results/<machine>/mutants.json [--only WORD ...]
 
-Each is made in a copy of the checkout, and its tests must fail: then it is killed, else it survived,
+Each is made in a copy of the checkout, and its tests must fail: it is killed, or it survived,
 and a test is missing. The tests that saw faults run without one, too, and must pass. It goes on
 where it was stopped; what survived is tried again.
 """

@@ -431,6 +431,24 @@ def test_dynamic_kernels_agree(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_dynamic_kernels_see_the_end_of_long_tensors(dtype):
+    x = torch.randn(5 * 2**15 + 7).to(dtype)
+    for position in (0, 2**17, len(x) - 1):
+        x[position] = 20 + position // 2**15
+        expected = reference.dynamic_fake_quant(x, -128, 127, None)
+        assert_same_bits(cpu.dynamic_fake_quant(x, -128, 127, None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dynamic_kernels_of_the_smallest_floats(dtype):
+    x = (torch.randn(50, dtype=torch.float64) * 1e-41).to(dtype)
+    for axis in (None, 0):
+        actual = cpu.dynamic_fake_quant(x, -128, 127, axis)
+        assert actual.isfinite().all()
+        assert_same_bits(actual, reference.dynamic_fake_quant(x, -128, 127, axis))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_rounding_in_place(dtype, axis):
     whole = torch.randn(33, 50).to(dtype)

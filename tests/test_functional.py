@@ -107,6 +107,8 @@ class Gate(nn.Module):
                 p = p.flatten(0, 1).view(p.shape)
             case "heads":
                 p = p * self.heads
+            case "dropped":
+                p = F.dropout(p, 0.1, self.training)
             case "sliced":  # attention with a sink
                 p = F.pad((q @ k.mT), (0, 1)).softmax(-1)[..., :-1]
             case "transposed":
@@ -114,7 +116,7 @@ class Gate(nn.Module):
         return p @ v
 
 
-@pytest.mark.parametrize("how", ["plain", "view", "heads", "sliced", "transposed"])
+@pytest.mark.parametrize("how", ["plain", "view", "heads", "dropped", "sliced", "transposed"])
 def test_a_softmax_is_known_behind_views_and_masks(how):
     x = torch.randn(2, 5, 8)
     model = qt.quantize(Gate(how).eval(), 8, coverage="full", data=[x])

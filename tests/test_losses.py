@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quanttune as qt
 from quanttune import ops
-from quanttune.losses import LOSSES, HingeRatio, Kurtosis, LogRatio, Ratio, Tweo
+from quanttune.losses import LOSSES, HingeRatio, Kurtosis, LogRatio, Ratio, Tweo, find_loss
 
 # each loss, and what it costs in plain PyTorch: a ratio, or the rows of a tensor
 RATIO_LOSSES = {
@@ -89,6 +89,13 @@ def test_losses_of_the_ratio_fuse_and_detach(loss, detach_deviation):
     for _ in range(2):
         total = tuner.combine(example.task_loss())
         assert_near(gradients(example.model, total), expected)
+
+
+@pytest.mark.parametrize("option", ["exact", "detach_deviation"])
+def test_an_option_of_the_loss_itself_counts(option):
+    for loss, options in ((HingeRatio(**{option: True}), {}), (HingeRatio(), {option: True})):
+        found = find_loss(loss, **{"exact": False, "detach_deviation": False} | options, fuse=False)
+        assert found == HingeRatio(**{option: True})
 
 
 @pytest.mark.parametrize("loss", [Ratio(), *RATIO_LOSSES, *ROW_LOSSES], ids=str)

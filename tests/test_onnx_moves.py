@@ -24,6 +24,28 @@ class Heads(nn.Module):
         return self.mix(y.transpose(1, 2).flatten(2)).transpose(1, 2)
 
 
+class Halves(nn.Module):
+    """Gives one half of a product, and goes on with the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.mix = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x):
+        one, other = self.both(x).chunk(2, -1)
+        return one, self.mix(other)
+
+
+def test_an_output_of_the_model_is_no_code(tmp_path):
+    x = torch.randn(3, 5, 8)
+    model = qt.quantize(Halves().eval(), coverage="full", data=[x])
+    qt.export_onnx(model, x, tmp_path / "m.onnx")
+    file = onnx.load(tmp_path / "m.onnx")
+    assert [value.type.tensor_type.elem_type for value in file.graph.output] == [1, 1]  # floats
+    for found, expected in zip(OnnxModel(tmp_path / "m.onnx")(x).values(), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+
 def test_codes_are_moved_not_floats(tmp_path, monkeypatch):
     x = torch.randn(3, 5, 8)
     model = qt.quantize(Heads().eval(), coverage="full", data=[x])

@@ -19,7 +19,9 @@ from torch import nn
 import quanttune as qt
 from quanttune.deploy import external_data
 from quanttune.deploy.onnx_model import OnnxModel
-from quanttune.deploy.verification.agreement import Distances, Layer, compare_codes
+from quanttune.deploy.verification.agreement import Distance, Distances, Layer, compare_codes
+from quanttune.deploy.verification.problems import wrong_output
+from quanttune.deploy.verification.result import Output
 from quanttune.deploy.verification.simulated_codes import NOISE, perturbed
 from quanttune.quantization.state import quantizers
 
@@ -535,6 +537,15 @@ def test_distances_are_those_of_all_batches():
     scores = Distances()
     scores.add(torch.ones(3, 1), torch.zeros(3, 1))
     assert scores.distance().argmax is None
+
+
+def test_an_output_of_nan_is_a_problem():
+    right = Distance(0.0, 0.0, None)
+    assert not list(wrong_output(Output("y", 1.0, right, right, right)))
+    wrong = Distance(math.nan, math.nan, None)
+    same, mean = wrong_output(Output("y", 1.0, file=wrong, noise=right, same_codes=wrong))
+    assert "differs by nan" in same
+    assert "is nan from the simulation's" in mean
 
 
 def test_batches_may_hold_several_inputs(tmp_path):
