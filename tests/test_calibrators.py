@@ -350,6 +350,13 @@ def test_kl_of_a_range_that_grows(factor, monkeypatch):
     assert calibrator.absmax() == np.float32(expected)
 
 
+def test_kl_of_a_range_that_grows_to_an_odd_number_of_bins(monkeypatch):
+    monkeypatch.setattr(entropy, "MOST_BINS", 4096)
+    batches = [torch.full((7,), bins / 2048) for bins in (2048, 2048.5, 5000)]
+    assert len(updated(Entropy(8), *batches[:2])._counts) == 2049
+    assert updated(Entropy(8), *batches)._counts.sum() == 21  # none is lost where bins are merged
+
+
 def test_kl_clips_a_far_outlier_of_laplace_data():
     x = torch.distributions.Laplace(0.0, 1.0).sample((20000,))
     x[7] = 60

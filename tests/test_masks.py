@@ -8,6 +8,8 @@ from oracle import Oracle, assert_near, constant, gradients, quiet
 from torch import Tensor, nn
 
 from quanttune.losses import Kurtosis
+from quanttune.masks import counts_of
+from quanttune.tuning.layout import has_holes
 
 ALPHA = 0.4
 MASKS = {
@@ -187,3 +189,25 @@ def test_forwards_that_differ_in_their_padding_before_one_backward():
     total = sum(task_loss(example, mask) for mask in masks)
     with pytest.raises(RuntimeError, match="one of several forwards that differ in their padding"):
         tuner.combine(total).backward()
+
+
+def test_which_tokens_count_by_masks_of_all_senses():
+    counts = torch.tensor([[True, True, False], [False, True, True]])
+    added = torch.where(counts, 0.0, -1e4)
+    for mask in (
+        counts,
+        counts.long(),
+        counts.float(),
+        added,
+        added.masked_fill(~counts, -torch.inf),
+    ):
+        assert torch.equal(counts_of(mask), counts)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [("1100", False), ("0011", False), ("0110", False), ("1011", True), ("0101", True)],
+)
+def test_padding_between_tokens_is_a_hole(row, expected):
+    counts = torch.tensor([[token == "1" for token in row], [True] * 4])
+    assert has_holes(counts) == expected

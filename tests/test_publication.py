@@ -56,6 +56,25 @@ def test_a_folder_that_another_process_has_just_published(tmp_path, monkeypatch)
     assert contents(tmp_path) == ["out", "out/model", "out/words"]
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_folder_that_was_there_first_and_became_another_s(is_gone, tmp_path, monkeypatch):
+    """The other process was at work when this one looked, and done when this one held its lock."""
+    out, acquire = tmp_path / "out", publication.FileLock.acquire
+
+    def late(lock):
+        monkeypatch.setattr(publication.FileLock, "acquire", acquire)
+        publish(Part("model"), Part("words"), out)
+        if is_gone:
+            raise FileNotFoundError  # where the folder went while the lock was being made
+        acquire(lock)
+
+    (tmp_path / ".out").mkdir()
+    monkeypatch.setattr(publication.FileLock, "acquire", late)
+    with pytest.raises(ValueError, match="is not empty"), reserved(out):
+        pass
+    assert contents(tmp_path) == ["out", "out/model", "out/words"]
+
+
 def test_what_comes_during_the_work_stays(tmp_path):
     out = tmp_path / "out"
 

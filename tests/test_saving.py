@@ -446,6 +446,20 @@ def test_other_zero_points_are_refused(change, message, tmp_path):
     refuse(other, path, re.escape(message))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_learned_scales_that_are_none_are_refused(value, tmp_path):
+    example, other = pair("vit")
+    qt.learn_scales(example.model)
+    path = tmp_path / "model.safetensors"
+    qt.save(example.model, path)
+    tensors = load_file(path)
+    site = next(name for name in tensors if name.endswith("input_quantizer.factor"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors | {site: torch.full((), value)}, path, metadata)
+    refuse(other, path, re.escape(f"{site.removesuffix('.factor')}.scale must be finite"))
+
+
 def test_from_pretrained_refuses_unknown_fields(tmp_path):
     example, _ = pair("bert")
     example.model.save_pretrained(tmp_path)

@@ -23,14 +23,17 @@ def held(folder: Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"another process is at work in {folder}: wait for its end, or choose another --out"
-        ) from error
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except FileNotFoundError:
+            continue  # another process has just published the folder, or removed it
+        except Timeout as error:
+            raise ValueError(
+                f"another process is at work in {folder}: wait for its end, or choose another --out"
+            ) from error
     try:
         yield
     finally:
@@ -50,9 +53,14 @@ def reserved(folder: Path) -> Iterator[None]:
         ValueError: it holds something, or another process is about to write it.
     """
     check_empty(folder)
-    with held(partial_of(folder)):
-        check_empty(folder)  # which another process may have done in between
-        yield
+    partial = partial_of(folder)
+    try:
+        with held(partial):
+            check_empty(folder)  # which another process may have done in between
+            yield
+    finally:
+        with suppress(OSError):  # it holds something, or is gone
+            partial.rmdir()  # that of another process was there first, and became its folder
 
 
 def publish(model: Any, processor: Any, folder: Path) -> None:
