@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-all wheel bench peers runtimes lint sanitize clean
+.PHONY: demo test test-all wheel bench peers runtimes lint sanitize attack mutants clean
 
 # glibc gives memory above 128 KiB back at once, and the kernel clears it anew for each activation: a
 # third of a training step here. With these it keeps what it has.
@@ -62,6 +62,17 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \
 	$(BIN)/python -m pytest $(KERNEL_TESTS:%=tests/test_%.py) $(ARGS)
+
+# cases that nobody wrote down, for half an hour; ARGS such as --minutes 5. It goes on where it was stopped.
+# ATTACKED=benchmarks/results/<machine>/attack.json keeps what came of it.
+ATTACKED ?= build/attack.json
+attack: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/attack.py --json $(ATTACKED) $(ARGS)
+
+# faults made on purpose, one at a time: which of them does no test see?
+MUTATED ?= build/mutants.json
+mutants: $(VENV)/.test
+	$(BIN)/python benchmarks/mutants.py --json $(MUTATED) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist quanttune.egg-info quanttune/*.so
