@@ -78,6 +78,7 @@ STEPS = {}  # how many places there are to interrupt each function at
 
 def interrupt(data, name, function):
     """Interrupt a function somewhere; tell whether it ended before."""
+    share = data.draw(st.integers(0, 10**6), label="millionths of the way")
     if name not in STEPS:
         with Interrupted(0) as counting:
             function()
@@ -85,7 +86,7 @@ def interrupt(data, name, function):
         return True
     ended = False
     with contextlib.suppress(KeyboardInterrupt):
-        with Interrupted(data.draw(st.integers(1, STEPS[name]), label="moment")):
+        with Interrupted(1 + share * (STEPS[name] - 1) // 10**6):
             function()
         ended = True
     assert torch._C._len_torch_function_stack() == 0
