@@ -41,6 +41,15 @@ def test_statistics(exact, left, channels, small_sample):
     check_statistics(x, exact, ranges)
 
 
+def test_less_than_a_stratum_counts_as_nothing(small_sample):
+    x = torch.randn(3, 1000, 3, device=DEVICE)  # strata of six elements
+    ranges = torch.tensor([[0, 3000], [30, 3], [30, 6]], device=DEVICE)
+    expected = reference.outlier_statistics(x, 3, False, ranges)
+    actual = triton_kernels.outlier_statistics(x, 3, False, ranges)
+    assert torch.equal(actual[:, EXACT_COLUMNS], expected[:, EXACT_COLUMNS])
+    assert actual.any(1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("dtype", "exact", "channels"),
     [(torch.float16, False, 37), (torch.bfloat16, False, 32), (torch.bfloat16, True, 37)],
