@@ -148,11 +148,13 @@ def main():
     arguments = parser.parse_args()
     mutants = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
     mutants = {f"{m['name']} [{digest(m)}]": m for m in mutants}
+    every = mutants
     if arguments.only:
         mutants = {k: m for k, m in mutants.items() if any(word in k for word in arguments.only)}
     found = {"cores": os.cpu_count(), "control": {}, "mutants": {}}
     if arguments.json.exists():
         found = json.loads(arguments.json.read_text())
+        found["mutants"] = {k: one for k, one in found["mutants"].items() if k in every}
     now = commit()
     preload()
 
