@@ -37,10 +37,15 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BRIEF)
 	$(BIN)/python benchmarks/ratios.py --runs 3 --json $(JSON) $(ARGS)
 
-# other libraries' fake quantization, in an environment of its own
-peers:
+# other libraries, in an environment of their own: what their fake quantization takes, and what their
+# models are worth on the rows of the demo, which depend on the packages of its own environment
+ROWS := build/rival-rows.safetensors
+RIVALS ?= build
+peers: $(VENV)/.demo
 	$(MAKE) VENV=.venv-peers .venv-peers/.peers
 	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
+	$(BIN)/python benchmarks/rivals.py --rows $(ROWS) --write-rows
+	.venv-peers/bin/python benchmarks/rivals.py --rows $(ROWS) --out $(RIVALS)
 
 # exported programs in PyTorch's runtime for devices, in an environment of its own
 runtimes:
