@@ -64,7 +64,7 @@ def _onnxruntime() -> Iterator[Way]:
                   zero, weights)  # fmt: skip
     for method in ("MinMax", "Entropy", "Percentile"):
         options_of = list(_static_options())
-        for name, scope, options in options_of if method == "MinMax" else options_of[::3]:
+        for name, scope, options in options_of if method == "MinMax" else options_of[::5]:
             weights = "per channel" if options.get("per_channel") else "per tensor"
             yield Way(
                 "onnxruntime",
@@ -78,13 +78,21 @@ def _onnxruntime() -> Iterator[Way]:
 
 
 def _static_options() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    exact = {"per_channel": True, "reduce_range": True, "activation_type": "QUInt8"}
+    best = {"per_channel": True, "reduce_range": True, "activation_type": "QUInt8"}
     yield "", "everything", {}
-    yield ", per channel, uint8, reduced range", "everything", exact
-    inputs = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
-    products = {**exact, "op_types_to_quantize": ["MatMul"], "extra_options": inputs}
+    yield ", per channel, uint8, reduced range", "everything", best
+    inputs: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
+    products = {**best, "op_types_to_quantize": ["MatMul"], "extra_options": inputs}
     yield ", the same, inputs of MatMul alone", "attention", products
     yield ", the same without attention's", "linear", {**products, "nodes_to_exclude": ATTENTION}
+    # or sums that read the tensor read it rounded: findings/onnxruntime_rounded_readers.sh
+    pairs = {**products, "extra_options": {**inputs, "DedicatedQDQPair": True}}
+    yield ", inputs of MatMul alone, DedicatedQDQPair", "attention", pairs
+    yield (
+        ", without attention's, DedicatedQDQPair",
+        "linear",
+        {**pairs, "nodes_to_exclude": ATTENTION},
+    )
 
 
 def _float(model: Any, rows: Rows) -> Built:

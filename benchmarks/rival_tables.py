@@ -71,8 +71,8 @@ Any grid:
 
 {_decision_table(found)}
 
-Only static grids with one scale per activation tensor and no zero points, which every integer runtime
-executes:
+Only static grids with one scale per activation tensor and no zero points, which every integer
+runtime executes:
 
 {_decision_table([candidate for candidate in found if candidate.plain])}
 """

@@ -50,7 +50,8 @@ def _modelopt_model(model: Any, rows: Rows, config: str, norms: bool, bits: int)
         if (entry.get("cfg") or {}).get("num_bits") == 8:
             entry["cfg"]["num_bits"] = bits
     if not norms:
-        chosen["quant_cfg"].append({"quantizer_name": "*LayerNorm*", "enable": False})
+        of_norms = {"quantizer_name": "*input_quantizer", "parent_class": "nn.LayerNorm"}
+        chosen["quant_cfg"].append({**of_norms, "enable": False})
 
     def forwards(model: Any) -> None:
         for batch in rows.calibration():
@@ -101,7 +102,7 @@ def _brevitas_model(model: Any, rows: Rows, name: str, bits: int) -> Built:
 
 
 def _quanto() -> Iterator[Way]:
-    yield Way("optimum-quanto", "qint8, Calibration", _quanto_model, "linear", STATIC, False)  # fmt: skip
+    yield Way("optimum-quanto", "qint8", _quanto_model, "linear", STATIC, False)
 
 
 def _quanto_model(model: Any, rows: Rows) -> Built:
@@ -116,15 +117,11 @@ def _quanto_model(model: Any, rows: Rows) -> Built:
 
 
 def _torchao() -> Iterator[Way]:
-    for name, zero in (("default", False),):
-        yield Way("torchao", f"Int8DynamicActivationInt8WeightConfig, {name}", _torchao_dynamic,
-                  "linear", TOKEN, zero)  # fmt: skip
+    yield Way("torchao", "Int8DynamicActivationInt8WeightConfig", _torchao_dynamic, "linear", TOKEN,
+              False)  # fmt: skip
     yield Way("torchao", "Int8StaticActivationInt8WeightConfig, per tensor", _torchao_static,
               "linear", STATIC, False)  # fmt: skip
-    for reduced in (False, True):
-        name = "x86 quantizer" + (", reduced range" if reduced else "")
-        yield Way("torchao", f"prepare_pt2e, {name}", partial(_pt2e, reduced=reduced), "linear",
-                  STATIC, True)  # fmt: skip
+    yield Way("torchao", "prepare_pt2e, X86InductorQuantizer", _pt2e, "linear", STATIC, True)
 
 
 def _torchao_dynamic(model: Any, rows: Rows) -> Built:
@@ -175,7 +172,7 @@ def _weights(model: Any) -> float:
     return round(sizes / 2**20, 1)
 
 
-def _pt2e(model: Any, rows: Rows, reduced: bool) -> Built:
+def _pt2e(model: Any, rows: Rows) -> Built:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -184,7 +181,7 @@ def _pt2e(model: Any, rows: Rows, reduced: bool) -> Built:
         States(model), (rows.calibration()[0],), dynamic_shapes={"input_ids": {0: batch}}
     )
     quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=reduced))
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(program.module(), quantizer)
     with torch.no_grad():
         for ids in rows.calibration():
