@@ -15,7 +15,7 @@ from torch import Tensor
 from quanttune.demo.minilm import load_encoder, packaged_model
 
 STATIC, DYNAMIC = "static, per tensor", "dynamic, per tensor"
-ATTENTION = "attention"  # what of a graph's node names tells attention's products
+ATTENTION = "attention"  # stands for the names of attention's products, which a graph has
 
 
 def ways() -> Iterator[Way]:
@@ -54,14 +54,13 @@ def _session(path: Any) -> Embed:
 
 def _onnxruntime() -> Iterator[Way]:
     yield Way("onnxruntime", "float", _float, "", "", False, "", (32, 32))
-    zero = True
     for name, options in {
         "quantize_dynamic": {},
         "quantize_dynamic, per channel, reduced range": {"per_channel": True, "reduce_range": True},
     }.items():
         weights = "per channel" if options else "per tensor"
         yield Way("onnxruntime", name, lambda m, r, o=options: _dynamic(m, o), "linear", DYNAMIC,
-                  zero, weights)  # fmt: skip
+                  True, weights, note="tables of embeddings, too")  # fmt: skip
     for method in ("MinMax", "Entropy", "Percentile"):
         options_of = list(_static_options())
         for name, scope, options in options_of if method == "MinMax" else options_of[::5]:
@@ -72,27 +71,27 @@ def _onnxruntime() -> Iterator[Way]:
                 lambda m, r, method=method, o=options: _static(m, r, method, dict(o)),
                 scope,
                 STATIC,
-                zero,
+                True,
                 weights,
+                note="" if scope == "everything" else "sums read rounded tensors, too",
             )
 
 
 def _static_options() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield as it comes first, then what the documentation has for processors without VNNI."""
     best = {"per_channel": True, "reduce_range": True, "activation_type": "QUInt8"}
     yield "", "everything", {}
     yield ", per channel, uint8, reduced range", "everything", best
     inputs: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
     products = {**best, "op_types_to_quantize": ["MatMul"], "extra_options": inputs}
-    yield ", the same, inputs of MatMul alone", "attention", products
-    yield ", the same without attention's", "linear", {**products, "nodes_to_exclude": ATTENTION}
-    # or sums that read the tensor read it rounded: findings/onnxruntime_rounded_readers.sh
+    yield ", MatMul inputs", "attention", products
+    # not MatMulConstBOnly: findings/onnxruntime_ignored_const_only.sh
+    yield ", Linear inputs", "linear", {**products, "nodes_to_exclude": ATTENTION}
+    # fewer sums, then: findings/onnxruntime_rounded_readers.sh
     pairs = {**products, "extra_options": {**inputs, "DedicatedQDQPair": True}}
-    yield ", inputs of MatMul alone, DedicatedQDQPair", "attention", pairs
-    yield (
-        ", without attention's, DedicatedQDQPair",
-        "linear",
-        {**pairs, "nodes_to_exclude": ATTENTION},
-    )
+    yield ", MatMul inputs, DedicatedQDQPair", "attention", pairs
+    alone = {**pairs, "nodes_to_exclude": ATTENTION}
+    yield ", Linear inputs, DedicatedQDQPair", "linear", alone
 
 
 def _float(model: Any, rows: Rows) -> Built:
@@ -227,14 +226,17 @@ def _aimet_sim(model: Any, rows: Rows, scheme: str, config: str, bits: tuple[int
 
 def _nncf() -> Iterator[Way]:
     yield Way("openvino", "float", _openvino_float, "", "", False, "", (32, 32))
-    for name, scope, batch in (
-        ("default", "everything", 32),
-        ("model_type=TRANSFORMER", "linear", 32),
-        ("model_type=TRANSFORMER, batches of one row", "linear", 1),
-        ("model_type=TRANSFORMER, accurate bias", "linear", 32),
+    of_sums = "residual sums, inputs of LayerNorm, queries and keys, too"
+    yield Way("nncf", "default", lambda m, r: _openvino(m, r, {}, 32), "linear", STATIC, False,
+              note=of_sums)  # fmt: skip
+    for name, options, batch in (
+        ("model_type=TRANSFORMER", {}, 32),
+        ("model_type=TRANSFORMER, batches of one row", {}, 1),
+        ("model_type=TRANSFORMER, fast_bias_correction=False", {"fast_bias_correction": False}, 32),
     ):
-        yield Way("nncf", name, lambda m, r, a=(name, batch): _openvino(m, r, *a), scope, STATIC,
-                  True)  # fmt: skip
+        chosen = {"model_type": "TRANSFORMER", **options}
+        yield Way("nncf", name, lambda m, r, a=(chosen, batch): _openvino(m, r, *a), "linear",
+                  STATIC, True, note="queries and keys, too")  # fmt: skip
 
 
 def _openvino_float(model: Any, rows: Rows) -> Built:
@@ -245,15 +247,13 @@ def _openvino_float(model: Any, rows: Rows) -> Built:
     )
 
 
-def _openvino(model: Any, rows: Rows, name: str, batch: int) -> Built:
+def _openvino(model: Any, rows: Rows, chosen: dict[str, Any], batch: int) -> Built:
     import nncf
     import openvino
 
-    options: dict[str, Any] = {}
-    if "TRANSFORMER" in name:
-        options["model_type"] = nncf.ModelType.TRANSFORMER
-    if "accurate" in name:
-        options["fast_bias_correction"] = False
+    options = dict(chosen)
+    if "model_type" in options:
+        options["model_type"] = nncf.ModelType[options["model_type"]]
     source = openvino.convert_model(States(model), example_input=rows.calibration()[0])
     data = nncf.Dataset(rows.calibration(batch), lambda ids: ids.numpy())
     done = nncf.quantize(source, data, **options)

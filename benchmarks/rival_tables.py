@@ -38,7 +38,9 @@ def rivals_section(measured: Any) -> str:
 
 {facts["processor"]}, {facts["cores"]} cores, {facts["threads"]} threads; {named}. The same
 160 rows calibrate each, those of the demo. "Integer" is what was seen to be rounded, not what was
-asked for. MB: the file, or the weights in memory; empty where a library only simulates.
+asked for. MB: the file, or the weights in memory; empty where a library only simulates. ONNX
+Runtime's "MatMul inputs" and "Linear inputs" are with weights per channel, uint8, reduced range and
+outputs left out.
 
 {table(heads, map(_line, measured["rows"]), 0)}
 """
@@ -50,7 +52,8 @@ def _line(row: Any) -> tuple[str, ...]:
     else:
         zero = "yes" if row["zero_points"] else "no"
         width = f"W{row['weight_bits']}A{row['bits']}"
-        what = (row["scope"], row["activations"], zero, row["weights"], width)
+        integer = f"{row['scope']}; {row['note']}" if row["note"] else row["scope"]
+        what = (integer, row["activations"], zero, row["weights"], width)
     if "reason" in row:
         return (row["library"], row["setting"], *what, "", "", f"did not run: {row['reason']}")
     size = "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
@@ -65,8 +68,8 @@ def decision_section(rivals: Any, refits: Any, methods: Any) -> str:
 
 MiniLM on the test rows, cosine to the float model. A way that rounds more counts in the rows above,
 too. A rival's setting was chosen on validation rows; of ours it is the best committed row of this
-page, so chosen on test rows, and the mean of its seeds.
-
+page, so chosen on test rows, and the mean of its seeds. A dash: nothing was measured.
+{_missing(rivals)}
 Any grid:
 
 {_decision_table(found)}
@@ -76,6 +79,14 @@ runtime executes:
 
 {_decision_table([candidate for candidate in found if candidate.plain])}
 """
+
+
+def _missing(measured: Any) -> str:
+    """Return what is still to be measured, without which no best of rivals is certain."""
+    left = measured.get("missing", {})
+    names = ", ".join(f"{library} ({count})" for library, count in left.items())
+    said = "Settings not measured yet, so the rivals' best may be better than what stands here"
+    return f"\n**{said}:** {names}.\n" if names else ""
 
 
 def _decision_table(found: list[Candidate]) -> str:

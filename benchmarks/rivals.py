@@ -11,6 +11,7 @@ import json
 import re
 import time
 import traceback
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def main() -> None:
     for way in wanted:
         if not _is_known(way, known):
             results["rows"].append(measured(way, rows))
+            left = Counter(way.library for way in ways if not _is_known(way, known))
+            results["missing"] = dict(left)  # settings to be measured yet
             print(results["rows"][-1], flush=True)
             write_json(path, results)
 
@@ -78,7 +81,7 @@ def measured(way: Way, rows: Rows) -> dict[str, Any]:
 
 
 def _name(way: Way) -> str:
-    return f"{way.library} {way.setting} {way.bits[1]}"
+    return f"{way.library} {way.setting} W{way.bits[0]}A{way.bits[1]}"
 
 
 def _is_known(way: Way, known: list[Any]) -> bool:

@@ -114,6 +114,12 @@ def test_a_table_chooses_rivals_on_validation_rows_and_counts_who_rounds_more(be
     assert cells[1][2:] == ["0.625 (all: s)", "0.700 (base; repq)", tuned]
     assert cells[2][2:] == ["0.625 (all: s)", "0.500 (refit; minmax)", tuned]
     assert cells[3][2] == "0.625 (all: s)"  # of plain ones: chosen by validation rows still
+    assert "not measured yet" not in text
+    text = bench["rival_tables"].decision_section({**rivals, "missing": {"x": 2}}, refits, methods)
+    assert (
+        "not measured yet, so the rivals' best may be better than what stands here:** x (2)."
+        in text
+    )
 
 
 def test_the_page_has_the_tables_that_the_committed_results_give(bench):
