@@ -1,8 +1,10 @@
 """Tables of a run of rivals.py: every row of it, and what to take when so much must be integers."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -24,6 +26,17 @@ class Candidate:
     bits: int
     chosen_by: float
     test: float
+
+
+def rival_sections(here: Path, methods: Path) -> list[str]:
+    """Return both sections, of the results in a folder and of methods.py's in another."""
+    if not (here / "rivals-minilm.json").exists():
+        return []
+    rivals, refits, compared = (
+        json.loads((folder / f"{name}-minilm.json").read_text())
+        for folder, name in ((here, "rivals"), (here, "refit"), (methods, "methods"))
+    )
+    return [decision_section(rivals, refits, compared), rivals_section(rivals)]
 
 
 def rivals_section(measured: Any) -> str:

@@ -30,7 +30,7 @@ def _torch_dynamic(model: Any, rows: Rows) -> Built:
 
 
 def _modelopt() -> Iterator[Way]:
-    # as it comes it rounds LayerNorms' inputs, too: findings/modelopt_layer_norm_inputs.sh
+    # as it comes it rounds LayerNorms' inputs, too: nn.LayerNorm is registered, and '*' means all
     for config in ("INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"):
         for norms in (True, False):
             for bits in (8,) if norms else (8, 7, 6):

@@ -17,7 +17,7 @@ import methods
 from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from markdown_table import table
 from onnx_latency import COVERAGES, figures
-from rival_tables import decision_section, rivals_section
+from rival_tables import rival_sections
 
 from quanttune.demo import recipe
 from quanttune.demo.experiment import FLOAT_BITS, Row
@@ -61,7 +61,7 @@ def main() -> None:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
-    sections = [f"{head}{MARK}\n", *_rivals_sections()]
+    sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]
     for name, demo in demos.items():
         sections += [_demo_section(name, demo), _settings_section(settings[name])]
         sections += [_demo_section(f"Zero points on {name}", _read(f"zero-points-{name}.json"))]
@@ -77,15 +77,6 @@ def main() -> None:
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))
-
-
-def _rivals_sections() -> list[str]:
-    path = REFIT / "rivals-minilm.json"
-    if not path.exists():
-        return []
-    rivals, refits = (_read(f"{name}-minilm.json", REFIT) for name in ("rivals", "refit"))
-    decision = decision_section(rivals, refits, _read("methods-minilm.json"))
-    return [decision, rivals_section(rivals)]
 
 
 def _read(name: str, folder: Path = RESULTS) -> Any:
