@@ -78,6 +78,10 @@ OF_UNTRAINED: dict[str, Any] = {
         **LINEAR,
         "methods": ["smooth_inputs", "repq", "erq"],
     },
+    "linear, smooth_inputs, repq, erq": {
+        "methods": ["smooth_inputs", "repq", "erq"],
+        "coverage": "linear",
+    },
 }
 SMOOTHINGS = {
     f"linear, smooth_inputs at {alpha}, repq, erq, zero points": {
