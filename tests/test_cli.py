@@ -7,11 +7,15 @@ import sys
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from quanttune import cli
+from quanttune.cli import demo
 from quanttune.cli.options import grouped
+from quanttune.demo.experiment import Results, Row
+from quanttune.demo.minilm import MiniLM
 from quanttune.files import check_writable
 from quanttune.quantization.methods import METHODS
 
@@ -28,6 +32,20 @@ def test_demo_writes_its_files_and_prints_the_table(short_digits, tmp_path):
     assert copied == json.loads((tmp_path / "out" / "results.json").read_text())
     for text in ("accuracy on the test rows", "W8A8", "detached", "Synthetic"):
         assert text in result.output
+
+
+def test_the_demo_s_table_fits_into_80_columns(monkeypatch):
+    arms = [arm.name for arm in MiniLM.arms]
+    ways = [(32, "none", "channel"), (8, "torch-dynamic", "channel"), (8, "minmax", "tensor")]
+    rows = [Row(0, arm, *way, "cosine", 0.5) for arm in arms for way in ways]
+    monkeypatch.setattr(demo, "console", console := Console(record=True, width=80))
+    demo._print_results(Results("minilm", "cosine", [], {}, {}, rows=rows))
+    lines = console.export_text().splitlines()
+    assert next(line.split() for line in lines if "control" in line) == arms
+    numbers = ["0.500"] * len(arms)
+    assert ["fp32", *numbers] in [line.split() for line in lines]
+    assert ["W8A8", "torch-dynamic", *numbers] in [line.split() for line in lines]
+    assert ["W8A8", "minmax", "/tensor", *numbers] in [line.split() for line in lines]
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -69,9 +69,10 @@ def _print_results(results: Any) -> None:
 
     summary = tabulate(results.rows)
     table = Table(
-        title=f"{results.task}: {results.metric} on the test rows",
+        title=f"{results.task}: {results.metric} on the test rows; weights per channel if not said",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=0,  # eight arms fit into 80 columns
     )
     table.add_column("", no_wrap=True)
     for arm in summary.arms:

@@ -26,7 +26,11 @@ class Way:
 
     @property
     def short(self) -> str:
-        return "" if self.calibrator == "none" else f"{self.calibrator} /{self.weights}"
+        if self.calibrator == "none":
+            return ""
+        return (
+            self.calibrator if self.weights == "channel" else f"{self.calibrator} /{self.weights}"
+        )
 
     @property
     def label(self) -> str:
