@@ -205,13 +205,14 @@ def _aimet() -> Iterator[Way]:
 def _aimet_sim(model: Any, rows: Rows, scheme: str, config: str, bits: tuple[int, int]) -> Built:
     import aimet_onnx
     import onnx
+    from aimet_onnx.common.defs import QuantScheme
 
     path = exported()
     sim = aimet_onnx.QuantizationSimModel(
         onnx.load(path),
         param_type=aimet_onnx.qtype.int(bits[0]),
         activation_type=aimet_onnx.qtype.int(bits[1]),
-        quant_scheme=aimet_onnx.QuantScheme.from_str(scheme),
+        quant_scheme=QuantScheme.from_str(scheme),
         config_file=config,
     )
     sim.compute_encodings([{"input_ids": batch.numpy()} for batch in rows.calibration()])

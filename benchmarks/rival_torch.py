@@ -143,7 +143,8 @@ def _torchao_static(model: Any, rows: Rows) -> Built:
     largest: dict[str, torch.Tensor] = {}
 
     def note(module: Any, inputs: Any, name: str) -> None:
-        found = inputs[0].abs().max()
+        # a scale must have as many dimensions as the input, or there is an AssertionError
+        found = inputs[0].abs().max().reshape([1] * inputs[0].dim())
         largest[name] = torch.maximum(largest.get(name, found), found)
 
     hooks = [m.register_forward_pre_hook(partial(note, name=n)) for n, m in linears(model)]
@@ -154,7 +155,7 @@ def _torchao_static(model: Any, rows: Rows) -> Built:
         hook.remove()
     for name, absmax in largest.items():
         config = Int8StaticActivationInt8WeightConfig(
-            act_quant_scale=(absmax / 127.5).reshape(1, 1),
+            act_quant_scale=absmax / 127.5,
             granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda m, n, name=name: n == name)
