@@ -1,7 +1,9 @@
 """Figures hold the numbers they are given, with units and legends."""
 
 import pytest
+from matplotlib.colors import to_hex
 
+from quanttune.demo.minilm import MiniLM
 from quanttune.quantization.coverage import PRESETS
 from quanttune.report.analysis_sections import NAMES
 from quanttune.report.plots import (
@@ -89,6 +91,12 @@ def test_ranges():
     assert lines(axes)["tuned"][0] == 2
     assert (axes.get_yscale(), axes.get_ylabel()) == ("log", "max |x|")
     assert legend(figure) == ["base", "tuned"]
+
+
+def test_the_arms_of_a_demo_can_be_told_apart():
+    (axes,) = draw_ranges({arm.name: {"a": 1.0} for arm in MiniLM.arms}, "norms").axes
+    looks = {(to_hex(line.get_color()), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(MiniLM.arms)
 
 
 def test_sensitivity():

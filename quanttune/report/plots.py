@@ -25,6 +25,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     "qat6": {"color": "tab:olive", "linewidth": 1, "linestyle": "--", "marker": "."},
     "paper": {"color": "tab:blue", "marker": "s"},
     "detached": {"color": "tab:red", "marker": "D"},
+    "refit": {"color": "tab:cyan", "marker": "^"},
+    "recipe": {"color": "tab:orange", "marker": "v"},
 }
 _DULL = ("bert", "encoder", "decoder", "model", "layer", "layers", "blocks")
 _KINDS = {
