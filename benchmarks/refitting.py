@@ -71,24 +71,19 @@ WAYS: dict[str, Mapping[str, dict[str, Any]]] = {
     "digits": {"minmax": {}, "percentile": PERCENTILE, "omse": {"calibrator": "omse"}},
 }
 LINEAR: dict[str, Any] = {"coverage": "linear", "symmetric": False}
+SMOOTHED: dict[str, Any] = {"coverage": "linear", "methods": ["smooth_inputs", "repq", "erq"]}
 OF_UNTRAINED: dict[str, Any] = {
     "percentile": PERCENTILE,
     "linear, omse, repq, erq, zero points": {**METHODS, **LINEAR},
-    "linear, smooth_inputs, repq, erq, zero points": {
-        **LINEAR,
-        "methods": ["smooth_inputs", "repq", "erq"],
-    },
-    "linear, smooth_inputs, repq, erq": {
-        "methods": ["smooth_inputs", "repq", "erq"],
-        "coverage": "linear",
-    },
+    "linear, smooth_inputs, repq, erq, zero points": {**SMOOTHED, "symmetric": False},
+    "linear, smooth_inputs, repq, erq": SMOOTHED,
 }
 SMOOTHINGS = {
     f"linear, smooth_inputs at {alpha}, repq, erq, zero points": {
         **LINEAR,
         "methods": [SmoothInputs(alpha=alpha), "repq", "erq"],
     }
-    for alpha in (0.7, 0.75, 0.8, 0.85, 0.9)  # of which the default was chosen
+    for alpha in (0.7, 0.75, 0.8, 0.85, 0.9)
 }
 
 

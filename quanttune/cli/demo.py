@@ -54,7 +54,7 @@ def run(
         def advance(description: str, units: float) -> None:
             progress.update(bar, description=description, advance=units)
 
-        rows = test_rows if task != "minilm" else ROWS if test_rows is None else test_rows
+        rows = ROWS if test_rows is None and task == "minilm" else test_rows
         options = {"model": model, "test_rows": rows}
         results = experiment.run(make, seeds, advance, calibrators, **options)
     written.append(out)

@@ -47,7 +47,7 @@ class Digits:
     def __init__(self, seed: int, model: str | None = None, test_rows: int | None = None) -> None:
         if model:
             raise ValueError("the digits demo makes its own model: --model is for minilm")
-        if test_rows:
+        if test_rows is not None:
             raise ValueError(f"the digits demo measures on {TEST} rows: --test-rows is for minilm")
         self._seed = seed
         images, labels = _load(seed)

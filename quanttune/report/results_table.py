@@ -28,9 +28,7 @@ class Way:
     def short(self) -> str:
         if self.calibrator == "none":
             return ""
-        return (
-            self.calibrator if self.weights == "channel" else f"{self.calibrator} /{self.weights}"
-        )
+        return self.calibrator + ("" if self.weights == "channel" else f" /{self.weights}")
 
     @property
     def label(self) -> str:
