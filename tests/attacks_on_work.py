@@ -43,11 +43,14 @@ class Interrupted:
         sys.setprofile(None)
 
     def look(self, frame, event, _):
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
+        if event in ("call", "c_return") and self.watches(frame):
             self.seen += 1
             if self.seen == self.left:
                 sys.setprofile(None)
                 raise KeyboardInterrupt
+
+    def watches(self, frame):
+        return frame.f_code.co_filename.startswith(PACKAGE)
 
 
 @contextlib.contextmanager

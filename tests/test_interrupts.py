@@ -2,8 +2,8 @@
 
 import contextlib
 import itertools
-import sys
 
+import attacks_on_work
 import pytest
 import torch
 from torch import nn
@@ -23,29 +23,15 @@ class Residual(nn.Module):
         return x + self.f(self.norm(x))
 
 
-class Interrupted:
-    """Raises where Python looks for signals the n-th time, in some functions and what they call.
-
-    That is where a function begins, and behind calls of what is written in C.
-    """
+class Interrupted(attacks_on_work.Interrupted):
+    """The same in some functions alone, and what they call."""
 
     def __init__(self, step, *functions):
-        self.left, self.codes = step, {function.__code__ for function in functions}
+        super().__init__(step)
+        self.codes = {function.__code__ for function in functions}
 
-    def __enter__(self):
-        sys.setprofile(self.look)
-        return self
-
-    def __exit__(self, *_):
-        sys.setprofile(None)
-
-    def look(self, frame, event, _):
-        frames = {frame.f_code, frame.f_back and frame.f_back.f_code}
-        if event in ("call", "c_return") and frames & self.codes:
-            self.left -= 1
-            if self.left == 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
+    def watches(self, frame):
+        return bool({frame.f_code, frame.f_back and frame.f_back.f_code} & self.codes)
 
 
 def test_a_forward():
@@ -58,7 +44,7 @@ def test_a_forward():
             assert torch.equal(model(x), expected)
         assert torch._C._len_torch_function_stack() == 0
         assert modes.under_way() is None
-        if interrupted.left > 0:
+        if interrupted.seen < interrupted.left:
             break
     assert step > 10
 
@@ -80,6 +66,6 @@ def test_modules_that_are_swapped():
                 qt.quantize(model, 4, data=[x])
             except KeyboardInterrupt:
                 assert state(model) == before
-        if interrupted.left > 0:
+        if interrupted.seen < interrupted.left:
             break
     assert step > 60
