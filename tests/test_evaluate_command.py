@@ -428,7 +428,10 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
             ["--calibrator", "kl", "--no-symmetric"],
             r"--calib.* minmax, .* with --no-symmetric, got",
         ),
-        (["--coverage", "all"], "--coverage must be one of linear, full_no_softmax, full, got"),
+        (
+            ["--coverage", "all"],
+            "--coverage must be one of linear, linear_embedding, full_no_softmax, full, got",
+        ),
         (["--weights", "row"], "--weights must be one of channel, tensor, got 'row'"),
         (["--method", "awe"], "--method must be one of .*gptq, erq, got 'awe'"),
         (["--method", "gptq", "--method", "repq"], "comes before what rounds it: repq, gptq"),

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import quanttune as qt
+from quanttune.origins import Origins
+from quanttune.quantization.functional import functional_sites
 from quanttune.quantization.state import quantizers
 
 
@@ -414,3 +416,27 @@ def test_a_class_keeps_its_name_and_its_signature():
     assert list(inspect.signature(model.forward).parameters) == ["x"]
     again = type(model)()  # such as transformers' from_pretrained of a model's own class
     assert again(torch.randn(2, 5, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_calibrators_compute_is_not_followed(monkeypatch, padded):
+    calls = []
+
+    def count(mode):
+        meet = mode.__torch_function__
+        monkeypatch.setattr(
+            mode, "__torch_function__", lambda *args: calls.append(args[1]) or meet(*args)
+        )
+
+    count(functional_sites._Mode)
+    count(Origins)
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2]) if padded else None
+
+    def operations(calibrator):
+        calls.clear()
+        qt.quantize(Products("bmm"), calibrator=calibrator, data=[x], mask=lambda *_: mask)
+        return len(calls)
+
+    # a percentile takes more operations than an extreme value: were they followed, it would show
+    assert operations("percentile") == operations("kl") == operations("minmax") > 0

@@ -14,7 +14,7 @@ import quanttune as qt
 from quanttune import fake_quant, quantize
 from quanttune.fake_quantizer import scale_of
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.simulation import quantizers, requantize, weight_quantizers
 
 
 class Attention(nn.Module):
@@ -129,6 +129,25 @@ def test_fused_and_written_out_attention_have_the_same_sites_and_numbers():
     assert sites[0] == sites[1]
     # q, k, v, score, probability, residual, norm in and out, linear in and out
     assert len(sites[0]) == 10
+
+
+def test_tables_of_embeddings_are_rounded_beside_a_stream_in_float():
+    example = MODELS["bert"]()
+    quantized, names = {}, {}
+    for coverage in ("linear", "linear_embedding"):
+        model = copy.deepcopy(example.model.eval())
+        quantized[coverage] = quantize(model, 8, coverage=coverage, data=[example.inputs])
+        names[coverage] = set(quantizers(model)), set(weight_quantizers(model))
+    assert names["linear_embedding"][0] == names["linear"][0]  # the same activations
+    tables = {n for n, m in example.model.named_modules() if isinstance(m, nn.Embedding)}
+    added = names["linear_embedding"][1] - names["linear"][1]
+    assert added == {f"{name}.weight_quantizer" for name in tables}
+    weight = example.model.get_input_embeddings().weight.detach()
+    ids = torch.arange(1, 9)  # row 0 is padding, all zeros
+    table = quantized["linear_embedding"].get_input_embeddings()
+    expected = torch.stack([rounded(row, 8) for row in weight[ids]])
+    torch.testing.assert_close(table(ids).detach(), expected)
+    assert torch.equal(quantized["linear"].get_input_embeddings()(ids), weight[ids])
 
 
 def test_presets_differ_in_what_they_name():
@@ -399,7 +418,10 @@ def broken(value: float) -> torch.Tensor:
         ({"bits": 1}, "bits must be from 2 to 16, got 1"),
         ({"bits": 17}, "bits must be from 2 to 16, got 17"),
         ({"calibrator": "best"}, "calibrator must be one of minmax, ema, percentile, "),
-        ({"coverage": "all"}, "coverage must be one of linear, full_no_softmax, full, got 'all'"),
+        (
+            {"coverage": "all"},
+            "coverage must be one of linear, linear_embedding, full_no_softmax, full, got 'all'",
+        ),
         ({"weights": "row"}, 'weights must be "channel" or "tensor", got \'row\''),
         ({"weight_bits": 0}, "bits must be from 2 to 16, got 0"),
         ({"overrides": {"*": {"bits": 1}}}, "bits must be from 2 to 16, got 1"),

@@ -23,7 +23,8 @@ def _quantization(
         str, typer.Option(help="How ranges are chosen, such as minmax or percentile.")
     ] = "minmax",
     coverage: Annotated[
-        str, typer.Option(help="What is quantized: linear, full_no_softmax or full.")
+        str,
+        typer.Option(help="What is quantized: linear, linear_embedding, full_no_softmax or full."),
     ] = "full_no_softmax",
     weights: Annotated[str, typer.Option(help="A scale per channel, or tensor.")] = "channel",
     residual: Annotated[bool, typer.Option(help="Quantize the residual stream.")] = True,

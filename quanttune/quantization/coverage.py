@@ -19,10 +19,13 @@ _ALL = frozenset({
     "input", "convolution", "output", "norm", "residual", "embedding", "operand", "score",
     "probability",
 })  # fmt: skip
+_PRODUCTS = frozenset({"input", "operand", "probability"})
 
 PRESETS: dict[str, frozenset[str]] = {
     # PTQ4ViT, RepQ-ViT, ERQ: inputs of Linear layers and both operands of attention's products
-    "linear": frozenset({"input", "operand", "probability"}),
+    "linear": _PRODUCTS,
+    # NNCF's for Transformers: tables hold a third to half of a small encoder's bytes
+    "linear_embedding": _PRODUCTS | {"embedding"},
     # our reading of QuantTune's "whole model except softmax and layer normalization"
     "full_no_softmax": _ALL - {"probability"},
     # FQ-ViT without its integer softmax

@@ -87,9 +87,11 @@ class ActivationQuantizer(_Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrator is not None:
-            if x.numel():
-                self.calibrator.update(without_padding(x.detach(), self.kind))
-                self.calibrated = True
+            # what a calibrator computes is no part of the model: no mode has to follow it
+            with torch._C.DisableTorchFunction():
+                if x.numel():
+                    self.calibrator.update(without_padding(x, self.kind).detach())
+                    self.calibrated = True
             return x
         return self.round(x) if self.enabled else x
 
