@@ -217,6 +217,30 @@ def test_texts_of_any_length(tmp_path):
     assert [size.dim_param or size.dim_value for size in sizes] == ["batch", "tokens", 4]
 
 
+class Segments(nn.Module):
+    """Looks up the first of more zeros than texts have words, as BERT does for its segments."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(2, 8)
+        self.register_buffer("zeros", torch.zeros(1, 80, dtype=torch.long))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, words):
+        places = torch.arange(words.shape[1])[None]
+        kinds = self.zeros.expand(1, -1).gather(1, places)
+        return self.head(self.table(words) + self.table(kinds))
+
+
+def test_nodes_that_cannot_be_folded_are_no_news(tmp_path, caplog):
+    words = torch.arange(12).reshape(2, 6) % 2
+    model = qt.quantize(Segments().eval(), 8, data=[words])
+    qt.export_onnx(model, words, tmp_path / "m.onnx")
+    assert "GatherElements" in [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert not [r.message for r in caplog.records if r.name.startswith("onnxscript")]
+    assert_runs_alike(model, tmp_path / "m.onnx", words)
+
+
 def test_large_tensors_lie_beside_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(external_data, "LARGEST", 100)
     model = qt.quantize(nn.Sequential(nn.Linear(8, 64)), data=[INPUTS[Shared]])

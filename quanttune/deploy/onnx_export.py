@@ -1,7 +1,9 @@
 """Write a quantized model to an ONNX file."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,8 @@ def _translated(
     table = translations(getattr(onnxscript, f"opset{opset}"), act_dtype)
     exported = converted(program, opset, custom_translation_table=table, optimize=False)
     name_codes(exported.model.graph)
-    exported.optimize()
+    with _folding_in_silence():
+        exported.optimize()
     finish(exported.model, names_of(exported.model.graph.inputs, dynamic))
     return exported.model
 
@@ -98,6 +101,22 @@ def converted(program: torch.export.ExportedProgram, opset: int, **options: Any)
     program.graph.eliminate_dead_code()
     spec = program.call_spec.out_spec
     names = list(outputs_by_name(pytree.tree_unflatten(range(spec.num_leaves), spec)))
-    return torch.onnx.export(
-        program, opset_version=opset, output_names=names, verbose=False, **options
-    )
+    with _folding_in_silence():
+        return torch.onnx.export(
+            program, opset_version=opset, output_names=names, verbose=False, **options
+        )
+
+
+@contextmanager
+def _folding_in_silence() -> Iterator[None]:
+    """Keep onnxscript from telling which nodes it cannot compute: they stay in the file.
+
+    BERT's GatherElements is one (onnx 1.23.2; findings/onnx_gather_elements.sh).
+    """
+    logger = logging.getLogger("onnxscript.optimizer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
