@@ -34,7 +34,7 @@ BARS = {
     "search_vs_forward": Bar("the same by search (mse, omse or kl)", 6, 4, False),
 }
 
-# On one H200, bfloat16. Half of an overhead is the goal, from statistics inside other kernels.
+# On one H200, bfloat16. Half of an overhead is the goal.
 GPU_BARS = {
     "forward_vs_read": Bar(
         "statistics, bandwidth in units of a read, from 134 MB", 0.85, 0.95, True
@@ -47,13 +47,6 @@ GPU_BARS = {
     "step OPT-1.3B": Bar("OPT-1.3B", 1.09, 1.045, False),
     "step OPT-6.7B": Bar("OPT-6.7B, its width", 1.055, 1.0275, False),
 }
-# the same bars for statistics inside other kernels: attach(..., fuse=True)
-GPU_BARS |= {
-    f"{key}, fused": bar._replace(what=f"{bar.what}, fused")
-    for key, bar in GPU_BARS.items()
-    if key.startswith("step ")
-}
-
 # In ONNX Runtime, W8A8 beside the float model's file. Each coverage has to reach a bar.
 ONNX_ROWS = {
     "vit_speed_1": "ViT-tiny, 8 images: speed over float, 1 thread",

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +10,6 @@ import eager
 import torch
 from gpu_machine import DTYPES, Machine
 from torch import Tensor
-from torch.nn import functional
 
 from quanttune import reference, triton_kernels
 from quanttune.reference import MAXIMUM, MAXIMUM_COUNT, MEDIAN, MEDIAN_COUNT
@@ -39,7 +37,6 @@ def correctness(machine: Machine) -> dict[str, Any]:
                 checked += 1
         for shape in TOKENS if machine.dry else TOKENS + GPU_TOKENS:
             x = _rows(machine, "outlier", (shape[0], shape[1] * shape[2]), dtype)
-            _check_observed(machine, x.view(shape))
             _check_padded(x.view(shape))
             checked += 1
     repeats = 2 if machine.dry else 250
@@ -125,29 +122,6 @@ def _check(machine: Machine, x: Tensor) -> None:
     _check_fake_quant(x, where)
 
 
-def _check_observed(machine: Machine, x: Tensor) -> None:
-    """Compare LayerNorm and GELU that observe themselves with their definitions in float64."""
-    machine.poison(max(8 * x.numel(), 1 << 16))
-    samples, where = len(x), f"{x.dtype} {tuple(x.shape)}"
-    share = _weights(x.flatten(1)).float()
-    parameters = [torch.linspace(a, 2, x.shape[-1], device=x.device) for a in (0.5, -1)]
-    norm = x, *(p.to(x.dtype) for p in parameters), 1e-5
-    y, mean, rstd, *statistics = triton_kernels.observed_layer_norm(*norm, samples, False)
-    terms = *statistics, share, share, False, False
-    gradients = triton_kernels.observed_layer_norm_backward(x, *norm, mean, rstd, *terms)
-    plain = [tensor.cpu().double().requires_grad_() for tensor in norm[:3]]
-    wide = functional.layer_norm(plain[0], x.shape[-1:], *plain[1:])
-    _compare_observed(x, y, wide, statistics, f"observed_layer_norm {where}")
-    _compare_gradients(x, y, wide, plain, statistics, share, gradients, where)
-
-    y, *statistics = triton_kernels.observed_activation(x, "gelu", samples, False)
-    terms = *statistics, share, share, False, False
-    gradient = triton_kernels.observed_activation_backward(x, x, "gelu", *terms)
-    wide = functional.gelu(plain[0])
-    _compare_observed(x, y, wide, statistics, f"observed_activation {where}")
-    _compare_gradients(x, y, wide, plain[:1], statistics, share, [gradient], where)
-
-
 def _check_padded(x: Tensor) -> None:
     """Compare tensors whose samples end, or begin, with padding."""
     samples, tokens, width = x.shape
@@ -164,38 +138,6 @@ def _check_padded(x: Tensor) -> None:
     wide = (tensor.cpu().double() for tensor in options[:4])
     theirs = reference.outlier_statistics_backward(*wide, False, False, ranges.cpu())
     assert _near(gradient, theirs, theirs.square().mean().sqrt()), where
-
-
-def _compare_observed(
-    x: Tensor, y: Tensor, wide: Tensor, statistics: list[Tensor], where: str
-) -> None:
-    assert _near(y, wide.detach(), wide.detach().square().mean().sqrt()), where
-    for ours, tensor in zip(statistics, (x, y), strict=True):
-        theirs = reference.outlier_statistics(tensor.cpu(), len(x), False)
-        assert torch.equal(ours.cpu()[:, COUNTED], theirs[:, COUNTED]), where
-
-
-def _compare_gradients(
-    x: Tensor,
-    y: Tensor,
-    wide: Tensor,
-    leaves: list[Tensor],
-    statistics: list[Tensor],
-    share: Tensor,
-    gradients: Sequence[Tensor],
-    where: str,
-) -> None:
-    """Take what y was rounded to, and where its terms are, from the kernel."""
-    before, after = (rows.cpu().double() for rows in statistics)
-    options = share.cpu().double(), False, False
-    data = x.cpu().double()
-    total = reference.outlier_statistics_backward(data, y.cpu().double(), after, *options)
-    first, *others = torch.autograd.grad(wide, leaves, total)
-    first = reference.outlier_statistics_backward(first, data, before, *options)
-    for ours, theirs in zip(gradients, (first, *others), strict=True):
-        # the backward of LayerNorm takes large sums from each other
-        least = 4 * theirs.square().mean().sqrt()
-        assert _near(ours, theirs, least), f"gradients: {where}"
 
 
 def _check_fake_quant(x: Tensor, where: str) -> None:

@@ -6,7 +6,6 @@ import eager
 import torch
 from gpu_machine import DTYPES, Machine
 from torch import Tensor
-from torch.nn import functional
 
 from quanttune import fused_observer, triton_kernels
 
@@ -86,33 +85,9 @@ def _site(machine: Machine, name: str, shape: tuple[int, ...], dtype: str) -> di
         "backward_gb_per_s": 3 * megabytes / backward,
         "fake_quant_vs_torch": torch_fake / fake,
     }
-    row["milliseconds"] |= _observed(machine, x, statistics, weights)
     if megabytes <= EAGER_MEGABYTES:
         _add_rivals(machine, row, x)
     return row
-
-
-def _observed(machine: Machine, x: Tensor, statistics: Tensor, weights: Tensor) -> dict[str, float]:
-    """Time LayerNorm and GELU that observe themselves, and torch's that do not."""
-    x = x.view(len(x), -1, 1000 if machine.dry else 768 if x.shape[1] % 1024 else 1024)
-    width = x.shape[-1:]
-    weight = bias = torch.ones(width, dtype=x.dtype, device=x.device)
-    both = statistics, statistics, weights, weights, False, False
-    _, mean, rstd, *_ = triton_kernels.observed_layer_norm(x, weight, bias, 1e-5, len(x), False)
-    norm = x, weight, bias, 1e-5
-    calls = {
-        "layer_norm, torch": lambda: functional.layer_norm(x, width, weight, bias),
-        "layer_norm, observed": lambda: triton_kernels.observed_layer_norm(*norm, len(x), False),
-        "layer_norm backward, observed": lambda: triton_kernels.observed_layer_norm_backward(
-            x, *norm, mean, rstd, *both
-        ),
-        "gelu, torch": lambda: functional.gelu(x),
-        "gelu, observed": lambda: triton_kernels.observed_activation(x, "gelu", len(x), False),
-        "gelu backward, observed": lambda: triton_kernels.observed_activation_backward(
-            x, x, "gelu", *both
-        ),
-    }
-    return {name: machine.milliseconds(call) for name, call in calls.items()}
 
 
 def _add_rivals(machine: Machine, row: dict[str, Any], x: Tensor) -> None:

@@ -67,7 +67,6 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
             found[key] = min(row[key] for row in large if key in row)  # plain PyTorch: not at all
     for row in result.get("steps", {}).get("rows", []):
         found[f"step {row['model']}"] = row["time_ratio"]
-        found[f"step {row['model']}, fused"] = row["fused_time_ratio"]
     return found
 
 

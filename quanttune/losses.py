@@ -223,15 +223,13 @@ LOSSES: dict[str, Callable[[], OutlierLoss]] = {
 }
 
 
-def find_loss(
-    loss: "str | OutlierLoss", exact: bool, detach_deviation: bool, fuse: bool
-) -> OutlierLoss:
+def find_loss(loss: "str | OutlierLoss", exact: bool, detach_deviation: bool) -> OutlierLoss:
     """Return the loss of a name, or the one that is given, with the options of `attach`."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         loss = LOSSES[loss]()
-    options = {"exact": exact, "detach_deviation": detach_deviation, "fuse": fuse}
+    options = {"exact": exact, "detach_deviation": detach_deviation}
     if isinstance(loss, Ratio):
         exact, detach_deviation = exact or loss.exact, detach_deviation or loss.detach_deviation
         return replace(loss, exact=exact, detach_deviation=detach_deviation)

@@ -7,14 +7,13 @@ change nor return what they are given. The one exception has a name that ends in
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial, partialmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .reference import observed_modules, range_search
+from .reference import range_search
 
 
 class Backend(NamedTuple):
@@ -73,11 +72,8 @@ def _register(
 
 
 def _kernel(module: Any, name: str) -> Callable[..., Any]:
-    """Return a module's function of that name, or what is composed of others that it has."""
-    for candidate in (module, range_search):
-        if hasattr(candidate, name):
-            return getattr(candidate, name)
-    return partial(getattr(observed_modules, name), kernels=module)
+    """Return a module's function of that name; what it lacks, the reference composes."""
+    return getattr(module if hasattr(module, name) else range_search, name)  # type: ignore[no-any-return]
 
 
 def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,28 +120,6 @@ def _fake_statistics(x: Tensor, samples: int, exact: bool, ranges: Tensor | None
     return x.new_empty((samples, reference.COLUMNS), dtype=reference.result_dtype(x))
 
 
-def _fake_layer_norm(
-    x: Tensor, weight: Any, bias: Any, eps: float, samples: int, exact: bool
-) -> tuple[Tensor, ...]:
-    moments = [x.new_empty(x.shape[:-1], dtype=reference.result_dtype(x)) for _ in range(2)]
-    statistics = [_fake_statistics(x, samples, exact) for _ in range(2)]
-    return _dense_like(x), *moments, *statistics
-
-
-def _fake_layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any
-) -> tuple[Tensor, ...]:
-    parameters = (x.new_empty(0) if p is None else _dense_like(p) for p in (weight, bias))
-    return _dense_like(x), *parameters
-
-
-def _fake_activation(
-    x: Tensor, kind: str, samples: int, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    both = _fake_statistics(x, samples, exact), _fake_statistics(x, samples, exact)
-    return _dense_like(x), *both
-
-
 fake_quant = _register(
     "fake_quant",
     "Tensor x, Tensor scale, int qmin, int qmax, int? axis",
@@ -183,14 +157,11 @@ class StatisticsGroup:
     def __init__(self) -> None:
         self._on_gpu = None if _gpu is reference else _gpu.StatisticsGroup()
 
-    def _call(self, op: str, x: Tensor, *arguments: Any) -> Any:
+    def outlier_statistics(self, x: Tensor, *arguments: Any) -> Tensor:
         if self._on_gpu is None or not _is_plain_gpu_tensor(x):
-            return getattr(torch.ops.quanttune, op).default(x, *arguments)
-        return getattr(_gpu, op)(*_contiguous((x, *arguments)), group=self._on_gpu)
-
-    outlier_statistics = partialmethod(_call, "outlier_statistics")
-    observed_layer_norm = partialmethod(_call, "observed_layer_norm")
-    observed_activation = partialmethod(_call, "observed_activation")
+            return outlier_statistics(x, *arguments)  # type: ignore[no-any-return]
+        options = _contiguous((x, *arguments))
+        return _gpu.outlier_statistics(*options, group=self._on_gpu)  # type: ignore[no-any-return]
 
     def finish(self) -> None:
         if self._on_gpu is not None:
@@ -201,35 +172,6 @@ def _is_plain_gpu_tensor(x: Tensor) -> bool:
     return x.is_cuda and type(x) is Tensor
 
 
-# what a backward knows of the ratios on both sides
-_BOTH_SIDES = (
-    "Tensor input_statistics, Tensor output_statistics, Tensor input_ratio_grad, "
-    "Tensor output_ratio_grad, bool exact, bool detach_deviation"
-)
-observed_layer_norm = _register(
-    "observed_layer_norm",
-    "Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt samples, bool exact",
-    fake=_fake_layer_norm,
-    outputs=5,
-)
-observed_layer_norm_backward = _register(
-    "observed_layer_norm_backward",
-    "Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor mean, Tensor rstd, "
-    + _BOTH_SIDES,
-    fake=_fake_layer_norm_backward,
-    outputs=3,
-)
-observed_activation = _register(
-    "observed_activation",
-    "Tensor x, str kind, SymInt samples, bool exact",
-    fake=_fake_activation,
-    outputs=3,
-)
-observed_activation_backward = _register(
-    "observed_activation_backward",
-    f"Tensor grad, Tensor x, str kind, {_BOTH_SIDES}",
-    fake=lambda grad, x, *others: _dense_like(x),
-)
 quantization_errors = _register(
     "quantization_errors",
     "Tensor x, Tensor steps, int qmin, int qmax",

@@ -76,7 +76,6 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
         "test_files_run_at_every_pair_of_lengths": ["bart", "captioner", "t5"],
         "test_caches_of_any_part_are_left_out_of_programs_too": None,
     },
-    "test_fused_modules": {"test_compiled": None},  # test_ops compiles their ops
     "test_habits": {"test_a_spawned_process_gets_a_quantized_model": None},  # test_saving has one
     "test_installed": {"test_forked_children_work_alone": ["data.mul(2)"]},
     "test_interpreter": {
@@ -84,11 +83,6 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
         "test_median_of_neighbouring_floats": ["7-False", "7-True", "1025-True"],
         "test_statistics_of_bad_rows": ["dtype1"],
         "test_exact_statistics_beyond_the_registers": ["dtype1"],
-    },
-    "test_interpreter_observed": {
-        "test_bad_samples_leave_others_alone": ["inf-dtype1"],
-        "test_layer_norm": ["100-31-kinds3-True"],
-        "test_activation": ["7-kinds0-True-gelu", "5001-kinds1-False-relu"],
     },
     "test_interpreter_padding": {
         "test_statistics": ["False-False-37", "False-True-32", "True-False-32", "True-True-32"],
@@ -105,10 +99,6 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
             for model in ("deit", "opt", "gpt2") for method in ("gptq", "bias_correction")
         ],
     },
-    "test_leaks": {
-        "test_steps_leave_memory_flat": ["False"],
-        "test_attaching_and_detaching_leaves_memory_flat": ["False"],
-    },
     "test_lightning_callback": {"test_a_compiled_model": None},
     "test_losses": {"test_one_compiled_graph": ["of rows"]},
     "test_masks": {"test_one_compiled_graph_serves_every_mask": None},  # test_compile, and eager
@@ -117,14 +107,6 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
             f"{model}-{bits}-{method}"
             for model in ("swin", "bert", "gpt2") for method in ("gptq", "erq")
             for bits in ("W8A8", "W6A6")
-        ],
-    },
-    "test_observed_modules": {
-        "test_opcheck_of_layer_norm": [
-            f"{kind}-{bias}" for kind in ("matrix", "expanded") for bias in (False, True)
-        ],
-        "test_opcheck_of_activation": [
-            f"{kind}-{name}" for kind in ("matrix", "transposed") for name in ("relu", "gelu")
         ],
     },
     "test_openvino": {

@@ -123,12 +123,11 @@ def test_weights_that_a_file_lacks_are_not_random(command, bert):
 
 
 def test_the_options_of_attach_reach_it(command, tmp_path):
-    options = ["--loss", "hinge_ratio", "--observe-every", 2, "--fuse"]
+    options = ["--loss", "hinge_ratio", "--observe-every", 2]
     assert tune(*command, *options).exit_code == 0
     tuning = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["tuning"]
     assert tuning["loss"] == "hinge_ratio"
     assert tuning["observe_every"] == 2
-    assert tuning["fuse"] is True
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
     assert first["loss_out"] == second["loss_out"]  # observed at the first step only

@@ -13,7 +13,7 @@ from quanttune.cli.language import in_options
         ("with symmetric=False it must", "with --no-symmetric it must"),
         ("exclude=[...] says so", "--exclude says so"),
         ("include=['a*', 'b'] and exclude=[]", "--include a* --include b and no --exclude"),
-        ("this model needs fuse=False", "this model needs no --fuse"),
+        ("this needs detach_deviation=False", "this needs no --detach-deviation"),
         ("detach_deviation=True is for", "--detach-deviation is for"),
         ("coverage='full' rounds it", "--coverage full rounds it"),
         ("overrides=['head']", "--override head"),

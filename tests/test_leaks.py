@@ -13,7 +13,6 @@ from torch import nn
 import quanttune as qt
 
 MEBIBYTE = 2**20
-each_way = pytest.mark.parametrize("fuse", [False, True])
 pytestmark = quiet
 
 
@@ -43,10 +42,9 @@ def hooks(model: nn.Module) -> int:
     )
 
 
-@each_way
-def test_activations_are_freed_without_the_cycle_collector(fuse):
+def test_activations_are_freed_without_the_cycle_collector():
     model, x = block(), torch.randn(BATCH, 9, 32)
-    tuner = constant(model, fuse=fuse)
+    tuner = constant(model)
     seen: list[weakref.ref] = []
     for module in model:
         module.register_forward_hook(lambda _, args, y: seen.append(weakref.ref(y)))
@@ -64,22 +62,20 @@ def test_activations_are_freed_without_the_cycle_collector(fuse):
 
 
 @linux_memory
-@each_way
-def test_steps_leave_memory_flat(fuse, one_thread):
+def test_steps_leave_memory_flat(one_thread):
     model, x = block(), torch.randn(BATCH, 9, 32)
-    tuner = constant(model, fuse=fuse)
+    tuner = constant(model)
     count = hooks(model)
     assert growth(lambda: step(model, tuner, x), 500) < MEBIBYTE
     assert hooks(model) == count
 
 
 @linux_memory
-@each_way
-def test_attaching_and_detaching_leaves_memory_flat(fuse, one_thread):
+def test_attaching_and_detaching_leaves_memory_flat(one_thread):
     model, x = block(), torch.randn(BATCH, 9, 32)
 
     def cycle() -> None:
-        tuner = constant(model, fuse=fuse)
+        tuner = constant(model)
         step(model, tuner, x)
         tuner.detach()
 

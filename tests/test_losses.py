@@ -81,11 +81,11 @@ def test_one_compiled_graph(loss, oracle):
 @quiet
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=str)
 @pytest.mark.parametrize("detach_deviation", [False, True])
-def test_losses_of_the_ratio_fuse_and_detach(loss, detach_deviation):
+def test_losses_of_the_ratio_detach(loss, detach_deviation):
     example = MODELS["bert"]()
     options = {"detach_deviation": detach_deviation}
     _, expected = expected_step(example, 0.4, cost=RATIO_LOSSES[loss], **options)
-    tuner = constant(example.model, 0.4, loss=loss, fuse=True, **options)
+    tuner = constant(example.model, 0.4, loss=loss, **options)
     for _ in range(2):
         total = tuner.combine(example.task_loss())
         assert_near(gradients(example.model, total), expected)
@@ -94,7 +94,7 @@ def test_losses_of_the_ratio_fuse_and_detach(loss, detach_deviation):
 @pytest.mark.parametrize("option", ["exact", "detach_deviation"])
 def test_an_option_of_the_loss_itself_counts(option):
     for loss, options in ((HingeRatio(**{option: True}), {}), (HingeRatio(), {option: True})):
-        found = find_loss(loss, **{"exact": False, "detach_deviation": False} | options, fuse=False)
+        found = find_loss(loss, **{"exact": False, "detach_deviation": False} | options)
         assert found == HingeRatio(**{option: True})
 
 
@@ -158,7 +158,6 @@ def test_ranges_are_the_largest_magnitudes_with_every_loss():
         ({"loss": "huber"}, "loss must be one of ratio, hinge_ratio, .*, got 'huber'"),
         ({"loss": "tweo", "detach_deviation": True}, "detach_deviation=True is for losses of the"),
         ({"loss": "kurtosis", "exact": True}, "exact=True is for losses of the ratio, not for"),
-        ({"loss": Kurtosis(), "fuse": True}, "fuse=True is for losses of the ratio"),
     ],
 )
 def test_refusals(options, message):

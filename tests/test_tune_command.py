@@ -310,7 +310,7 @@ def test_a_checkpoint_that_lost_a_file_is_skipped(command, tmp_path):
         (["--loss", "ratios"], "--loss must be one of ratio, .*, got 'ratios'"),
         (["--decay", "slow"], "decay must be one of linear"),
         (["--observe-every", "0"], "observe_every must be at least 1"),
-        (["--fuse", "--loss", "kurtosis"], "fuse=True is for losses of the ratio"),
+        (["--detach-deviation", "--loss", "kurtosis"], "detach_deviation=True is for losses of"),
         (["--include", "nothing"], "no Linear, Conv1D or LayerNorm"),
         (["--task", "regression"], "task must be one of text-classification"),
         (["--label", "grade"], "has no column grade: it has text, label"),

@@ -3,12 +3,6 @@
 from .fake_quantization import dynamic_fake_quant as dynamic_fake_quant
 from .fake_quantization import fake_quant as fake_quant
 from .fake_quantization import fake_quant_backward as fake_quant_backward
-from .observed_activation import observed_activation as observed_activation
-from .observed_activation import observed_activation_backward as observed_activation_backward
-from .observed_layer_norm import observed_layer_norm as observed_layer_norm
-from .observed_layer_norm_gradient import (
-    observed_layer_norm_backward as observed_layer_norm_backward,
-)
 from .outlier_statistics import outlier_statistics as outlier_statistics
 from .outlier_statistics_gradient import outlier_statistics_backward as outlier_statistics_backward
 from .range_search import quantization_errors as quantization_errors

@@ -141,7 +141,7 @@ def outlier_statistics(
         return reference.outlier_statistics(x, samples, exact, ranges)
     merging = StatisticsGroup() if group is None else group
     split = _split(samples, x.numel() // samples)
-    (rows,) = merging.reserve([x], samples, exact, *split, ranges)
+    rows = merging.reserve(x, samples, exact, *split, ranges)
     tile_strata = triton.next_power_of_2(triton.cdiv(TILE, rows.stride))
     with on_device_of(x):
         _partial_kernel[(samples * rows.parts,)](

@@ -5,7 +5,6 @@ sample and an entry in a table that tells where they are. The table is written o
 that no host memory is read: a CUDA graph can hold the whole step.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -174,31 +173,20 @@ class StatisticsGroup:
 
     def reserve(
         self,
-        tensors: Sequence[Tensor],
-        samples: int,
-        exact: bool,
-        parts: int,
-        part_size: int,
-        ranges: Tensor | None = None,
-    ) -> list[Rows]:
-        """Return room for the statistics of tensors of one shape, all of which the caller fills but
-        `statistics`.
-        """
-        # before any of them is there: what has been reserved must be filled when it is merged
-        for variant, pending in list(self._pending.items()):
-            if len(pending.rows) + len(tensors) > MOST_SITES or pending.size >= MOST_PENDING:
-                _launch(variant, self._pending.pop(variant))
-        return [self._reserve(x, samples, exact, parts, part_size, ranges) for x in tensors]
-
-    def _reserve(
-        self,
         x: Tensor,
         samples: int,
         exact: bool,
         parts: int,
         part_size: int,
-        ranges: Tensor | None,
+        ranges: Tensor | None = None,
     ) -> Rows:
+        """Return room for the statistics of a tensor, all of which the caller fills but
+        `statistics`.
+        """
+        # before it is there: what has been reserved must be filled when it is merged
+        for variant, pending in list(self._pending.items()):
+            if len(pending.rows) == MOST_SITES or pending.size >= MOST_PENDING:
+                _launch(variant, self._pending.pop(variant))
         size = x.numel() // samples
         stride, sample_size = strata(size, exact)
         # a whole row is its own sample; of any other it is gathered, on 32-byte boundaries

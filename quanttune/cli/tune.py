@@ -43,9 +43,6 @@ def _tuning(
     observe_every: Annotated[
         int, typer.Option(help="Observe at every k-th step only, for k times the weight.")
     ] = 1,
-    fuse: Annotated[
-        bool, typer.Option("--fuse", help="Observe inside the kernels; faster on a GPU.")
-    ] = False,
     include: Patterns = None,
     exclude: Patterns = None,
     finish_steps: Annotated[
@@ -63,7 +60,7 @@ def _tuning(
     options.one_of("--loss", loss, LOSSES)
     return {
         "alpha": alpha, "decay": decay, "balance": balance, "detach_deviation": detach_deviation,
-        "loss": loss, "observe_every": observe_every, "fuse": fuse, "include": include or ["*"],
+        "loss": loss, "observe_every": observe_every, "include": include or ["*"],
         "exclude": exclude or [], "finish_steps": finish_steps,
         "finish_bits": finish_bits or [*BITS],
     }  # fmt: skip

@@ -28,7 +28,6 @@ def attach(
     detach_deviation: bool = False,
     exact: bool = False,
     observe_every: int = 1,
-    fuse: bool = False,
     mask: Mask | None = "attention_mask",
     sites: Sequence[str] = PAPER,
     include: Sequence[str] = ("*",),
@@ -63,9 +62,6 @@ def attach(
         exact: take medians over all elements, not over a sample, of tensors with more than 65,536
             elements per sample.
         observe_every: observe at every k-th optimizer step only, and count L_out k times there.
-        fuse: let LayerNorm, GELU and ReLU modules observe themselves in the kernel that they run
-            (their class is another one meanwhile), and let torch.compile do as much: fewer passes
-            over memory on a GPU. On a CPU it costs more than it saves.
         mask: which tokens are padding, and stay out of the statistics: the name of an argument of
             the model's forward, (samples, tokens) with 0 for padding, or a function that gets all
             arguments by name and returns such a tensor. It holds for what is computed of
@@ -105,8 +101,7 @@ def attach(
         model,
         find_sites(model, include, exclude, sites),
         find_heads(model),
-        find_loss(loss, exact, detach_deviation, fuse),
-        fuse,
+        find_loss(loss, exact, detach_deviation),
         mask,
         find_unobserved(model, include, exclude, sites),
     )

@@ -172,11 +172,6 @@ class Layouts:
         self._known[key] = layout
         self._met[key] = layout.padding
 
-    def is_padded(self, x: Tensor, site: str) -> bool:
-        """Tell whether there is padding in x."""
-        layout = self._recomputed((site, x.shape)) if recomputing() else self.current(x, site)
-        return layout is not None and layout.padding is not None
-
     def current(self, x: Tensor, site: str) -> Layout:
         """Return the layout of x in a forward that is no recomputation."""
         if self._single:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..losses import OutlierLoss
 from ..origins import Source
 from .layout import Padding
 from .loss_weight import Upstream
@@ -41,7 +42,7 @@ class Forward:
 class Context:
     """What the backward of an observed tensor asks for: its loss, and how much that weighs."""
 
-    loss: Any  # an OutlierLoss; a Ratio, where modules are fused
+    loss: OutlierLoss
     upstream: Upstream
     group: ops.StatisticsGroup | None = field(default=None)  # of the forward that is under way
 

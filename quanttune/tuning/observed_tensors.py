@@ -8,7 +8,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..losses import OutlierLoss
 from ..masks import Mask
-from . import fused_modules
 from .hooks import recomputing
 from .layout import Layout, Layouts
 from .loss_weight import Upstream
@@ -23,8 +22,8 @@ class ObservedTensors:
     A tensor is known until it is changed in place; one that a checkpoint recomputes is another one.
     """
 
-    def __init__(self, model: nn.Module, loss: OutlierLoss, fuse: bool, mask: Mask | None) -> None:
-        self.model, self.fuse = model, fuse
+    def __init__(self, model: nn.Module, loss: OutlierLoss, mask: Mask | None) -> None:
+        self.model = model
         self.enabled = True
         upstream = Upstream(next(iter(model.parameters()), torch.empty(0)))
         self.context = Context(loss, upstream)
@@ -35,26 +34,21 @@ class ObservedTensors:
         self._pending: list[Observation] = []  # of the forward that is under way
         self._last: Forward | None = None
         self._known = WeakTensorKeyDictionary()
-        self._activations = fused_modules.Activations()
 
     def _observe(self, x: Any, site: str, module: nn.Module) -> Any:
         if not self._sees(x, site):
             return x
         if torch.compiler.is_compiling():
             return self._observe_planned(x, site, module)
-        deferred = site in self._activations.deferred and self._find(x) is None
-        observation = (self._new if deferred else self._sight)(x, site, module)
+        observation = self._sight(x, site, module)
         if observation is None:
             return x
         padding = observation.padding
-        if padding is None:
-            y = x if deferred else Tap.apply(x, observation, self.context)
-            return self._know(y, observation, x)
-        y = padding.unpack(Tap.apply(padding.pack(x), observation, self.context))
-        return self._know(y, observation, x)
+        y = Tap.apply(padding.pack(x) if padding else x, observation, self.context)
+        return self._know(padding.unpack(y) if padding else y, observation, x)
 
-    def _sees(self, x: Any, site: str, whole: bool = False) -> bool:
-        """Tell whether x is to be observed in the forward that is under way, and has no padding."""
+    def _sees(self, x: Any, site: str) -> bool:
+        """Tell whether x is to be observed in the forward that is under way."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return False
         if x.is_nested:
@@ -71,8 +65,7 @@ class ObservedTensors:
                 f"torch.compile broke the forward into several graphs, the first ends before {site}"
                 ": tuning needs a single one. fullgraph=True tells why it breaks"
             )
-        sees = self._inside or (recomputing() and self.enabled and self.model.training)
-        return sees and not (whole and self._layouts.is_padded(x, site))
+        return self._inside or (recomputing() and self.enabled and self.model.training)
 
     def _find(self, x: Tensor) -> Observation | None:
         known = self._known.get(x)
@@ -86,34 +79,28 @@ class ObservedTensors:
         if known and recomputing() and not known.recomputed and site in self._plan.always_new:
             known = None  # FSDP2 hands its module a view of the input, but not in a recomputation
         if known is None:
-            if self.fuse:
-                self._activations.meet(x)
             return self._new(x, site, module)
-        if not known.site:  # of a fused activation: this is the site it is made for
-            known.site, known.module, known.multiplicity = site, module, 1
-            self._count(known)
-            return None
         if not recomputing():
             layout = Layout(known.samples, known.padding, known.source)
             self._layouts.remember(x, site, layout, is_first=self._last is None)
         # a tensor from before a checkpoint's region was counted when it first came by
         known.multiplicity += known.recomputed == recomputing()
         self._visit(site, None)
-        return known if known.statistics is None else None
+        return None
 
-    def _new(self, x: Tensor, site: str, module: nn.Module, name: str = "") -> Observation | None:
-        """Return an observation of x, or of a result that has its shape; "" is no site yet."""
-        layout = self._layouts.keep(x, site or name, is_first=self._last is None)
+    def _new(self, x: Tensor, site: str, module: nn.Module) -> Observation | None:
+        layout = self._layouts.keep(x, site, is_first=self._last is None)
         if layout is None:
             return None
         samples, padding, source = layout
         graph = torch.is_grad_enabled()
         self.reentrant |= not graph
-        known = samples, recomputing(), graph, int(site != ""), padding
         ranges = padding.ranges_in(x) if padding else None
-        observation = Observation(site, module, *known, ranges, source=source)
-        if site:
-            self._count(observation)
+        known = samples, recomputing(), graph, 1, padding, ranges
+        observation = Observation(site, module, *known, source=source)
+        if not observation.recomputed:
+            self._pending.append(observation)
+        self._visit(site, observation)
         return observation
 
     def _know(self, y: Tensor, observation: Observation, x: Tensor) -> Tensor:
@@ -124,18 +111,13 @@ class ObservedTensors:
         self._known[y] = observation
         return y
 
-    def _count(self, observation: Observation) -> None:
-        if not observation.recomputed:
-            self._pending.append(observation)
-        self._visit(observation.site, observation)
-
     def _observe_planned(self, x: Tensor, site: str, module: nn.Module) -> Tensor:
         multiplicity, source = self._plan.follow(site)
         if multiplicity == 0:
             return x
         samples, padding, _ = self._layouts.planned(x, source)
         ranges = padding.ranges_in(x) if padding else None
-        options = samples, multiplicity, self.context.loss, self.fuse, ranges
+        options = samples, multiplicity, self.context.loss, ranges
         y = padding.pack(x) if padding else x
         y, statistics = PlannedTap.apply(y, self.context.upstream.coefficient, *options)
         y = padding.unpack(y) if padding else y

@@ -5,13 +5,9 @@ tap's backward adds the gradient of the outlier loss to the one that comes in, i
 much of it, the combined loss says when its own backward starts (mixing.py). Nothing here holds a
 graph, so gradient accumulation, loss scaling and both kinds of activation checkpointing need no
 bookkeeping: a tap that a checkpoint recomputes finds the coefficient published already.
-
-Modules that are fused (fused_modules.py) need no taps: they observe what they compute. LayerNorms
-are from the start; activations once the forwards before the first backward have told which of them
-stand between two sites.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..losses import OutlierLoss
 from ..masks import Mask
-from . import fused_modules
 from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .observation import Forward, Observation
 from .observed_tensors import ObservedTensors
@@ -37,12 +32,11 @@ class Observers(ObservedTensors):
         sites: dict[str, nn.Module],
         heads: set[nn.Module],
         loss: OutlierLoss,
-        fuse: bool = False,
         mask: Mask | None = None,
         unobserved: Sequence[str] = (),
     ) -> None:
         make_compiler_see_hooks()
-        super().__init__(model, loss, fuse, mask)
+        super().__init__(model, loss, mask)
         self.heads = heads
         self.unobserved = unobserved  # modules that no hook sees; they are named
         self._names = list(sites)
@@ -56,8 +50,6 @@ class Observers(ObservedTensors):
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in sites.items():
             self._handles += self._hooks_on(name, module)
-        if fuse:
-            self._handles += self._activations.fuse(model, self._activation)
         # always, so that an exception in the middle of a forward closes it too
         leave = model.register_forward_hook(Hook(self._leave), always_call=True)
         self._handles.append(leave)
@@ -81,10 +73,6 @@ class Observers(ObservedTensors):
             self._last = self._last.before
         return taken
 
-    def end_first_backward(self) -> None:
-        """Fuse activations: no forward of those that taught which ones is recomputed now."""
-        self._activations.start()
-
     def remove(self) -> None:
         """Take all hooks off, and leave the model as it was."""
         for handle in self._handles:
@@ -94,8 +82,6 @@ class Observers(ObservedTensors):
         self._plan.begin(follow=False)
 
     def _hooks_on(self, name: str, module: nn.Module) -> list[Any]:
-        if self.fuse and fused_modules.is_plain_norm(module):
-            return [fused_modules.Handle(module, Hook(self._norm, name))]
         return [
             module.register_forward_pre_hook(Hook(self._before, name), with_kwargs=True),
             module.register_forward_hook(Hook(self._after, name)),
@@ -132,7 +118,6 @@ class Observers(ObservedTensors):
             if self._plan.is_followed:
                 self._plan.check_end()
             else:
-                self._check_deferred()
                 self._leave_out_logits(output)
                 self._plan.make()
             self._last = Forward(self._pending, self._last)
@@ -161,47 +146,6 @@ class Observers(ObservedTensors):
             return None
         y = self._observe(output, f"{name}.output", module)
         return None if y is output else y
-
-    def _norm(self, name: str, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run a LayerNorm that is fused."""
-        tracing = torch.compiler.is_compiling()
-        if tracing or not (
-            fused_modules.fits(module, x) and self._sees(x, f"{name}.input", whole=True)
-        ):
-            y = plain(self._observe(x, f"{name}.input", module))
-            return self._observe(y, f"{name}.output", module)
-        before = self._sight(x, f"{name}.input", module)
-        after = self._new(x, f"{name}.output", module)  # y has its shape
-        if after is None:
-            return plain(x)
-        parameters = module.weight, module.bias, module.eps
-        y = fused_modules.FusedLayerNorm.apply(x, *parameters, before, after, self.context)
-        return self._know(y, after, x)
-
-    def _activation(
-        self, name: str, kind: str, module: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
-        """Run an activation that is fused, or learn whether it could."""
-        if torch.compiler.is_compiling() or not self._sees(x, name, whole=True):
-            return plain(x)
-        known = self._find(x)
-        if name not in self._activations.fused:
-            return self._activations.learn(name, known.site if known else "", plain(x))
-        after = self._new(x, "", module, name)
-        if after is None:
-            return plain(x)
-        before = known if known and known.statistics is None else None
-        return self._know(
-            fused_modules.FusedActivation.apply(x, kind, before, after, self.context), after, x
-        )
-
-    def _check_deferred(self) -> None:
-        lost = [o.site for o in self._pending if o.statistics is None]
-        if lost:
-            raise RuntimeError(
-                f"{lost[0]} did not reach the activation that observes it, as in the first "
-                "forward after attach(): this model needs fuse=False"
-            )
 
     def _leave_out_logits(self, output: Any) -> None:
         for leaf in tree_leaves(output):

@@ -8,7 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..losses import OutlierLoss
-from . import decomposed
 from .loss_weight import traced_ratio_grad
 from .observation import Context, Observation
 
@@ -80,20 +79,18 @@ class PlannedTap(torch.autograd.Function):
         samples: int,
         multiplicity: int,
         loss: OutlierLoss,
-        decompose: bool,
         ranges: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        kernels = decomposed if decompose and ranges is None else ops
-        statistics = loss.measure(kernels, x, samples, ranges)
+        statistics = loss.measure(ops, x, samples, ranges)
         ctx.save_for_backward(x, statistics, coefficient, ranges)
-        ctx.constants = multiplicity, loss, kernels
+        ctx.constants = multiplicity, loss
         ctx.mark_non_differentiable(statistics)
         return x.view_as(x), statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, coefficient, ranges = ctx.saved_tensors
-        multiplicity, loss, kernels = ctx.constants
+        multiplicity, loss = ctx.constants
         ratio_grad = traced_ratio_grad(coefficient, grad, len(statistics), multiplicity)
-        total = loss.backward(kernels, grad, x, statistics, ratio_grad, ranges)
-        return total, *[None] * 6
+        total = loss.backward(ops, grad, x, statistics, ratio_grad, ranges)
+        return total, *[None] * 5

@@ -233,7 +233,6 @@ class Tuner:
             if self._checked_reach:
                 return
             self._checked_reach = True
-            self._observers.end_first_backward()
             lost = [o.site for o in observations if o.awaits_gradient]
             if lost:
                 warnings.warn(

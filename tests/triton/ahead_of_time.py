@@ -55,23 +55,14 @@ GRIDS = {
     "one": [(SINGLE, (1,), None)],
 }
 
-# what observes itself: base and large models, and a width whose bytes of the mask are not its own
-TOKENS = {
-    "tokens": [(BRAIN, (64, 197, 768)), (SINGLE, (64, 197, 768))],
-    "wide tokens": [(BRAIN, (8, 2048, 4096)), (SINGLE, (8, 2048, 4096))],
-    "odd tokens": [(BRAIN, (8, 2048, 100))],
-}
-ACTIVATIONS = {"gelu": [BRAIN, SINGLE], "gelu_tanh": [BRAIN], "relu": [BRAIN]}
-HIDDEN = (64, 197 * 3072)
-
 OPTIONS = ("exact", "detached", "padded", "odd padded")
 PADDED = {"padded": (BRAIN, (64, 512, 768)), "odd padded": (SINGLE, (64, 30, 100))}
 
 # one target has everything; on the others what could differ, in one size of each
 COVERAGE = {
-    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, *OPTIONS, *TOKENS, *ACTIVATIONS}),
-    "sm_80": ([BRAIN], {"long", "tensor", "tokens", "gelu"}),
-    "gfx942": ([SINGLE, BRAIN], {"long", "one", "tensor", "tokens", "gelu"}),
+    "sm_90": ([SINGLE, HALF, BRAIN], {*ROWS, *GRIDS, *OPTIONS}),
+    "sm_80": ([BRAIN], {"long", "tensor"}),
+    "gfx942": ([SINGLE, BRAIN], {"long", "one", "tensor"}),
 }
 
 
@@ -105,27 +96,6 @@ def calls():
             yield name, triton_kernels.fake_quant_backward, (x, *arguments)
             if axis is None:
                 yield name, triton_kernels.quantization_errors, (x, empty(90), -128, 127)
-    yield from calls_of_observed()
-
-
-def calls_of_observed():
-    """As `calls`, of what observes itself. In a group, so that nothing is merged."""
-    for name, tensors in TOKENS.items():
-        for dtype, shape in tensors:
-            x, weight, moments = empty(shape, dtype), empty(shape[-1:], dtype), empty(shape[:-1])
-            samples, group = shape[0], triton_kernels.StatisticsGroup()
-            forward = (x, weight, weight, 1e-5, samples, False, group)
-            yield name, triton_kernels.observed_layer_norm, forward
-            both = [empty((samples, 7))] * 2 + [empty(samples)] * 2
-            backward = (x, x, weight, weight, 1e-5, moments, moments, *both, False, False)
-            yield name, triton_kernels.observed_layer_norm_backward, backward
-    for kind, dtypes in ACTIVATIONS.items():
-        for dtype in dtypes:
-            x, samples, group = empty(HIDDEN, dtype), HIDDEN[0], triton_kernels.StatisticsGroup()
-            yield kind, triton_kernels.observed_activation, (x, kind, samples, False, group)
-            both = [empty((samples, 7))] * 2 + [empty(samples)] * 2
-            backward = (x, x, kind, *both, False, False)
-            yield kind, triton_kernels.observed_activation_backward, backward
 
 
 def launches(launcher, arguments):

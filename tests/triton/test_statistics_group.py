@@ -74,45 +74,25 @@ def test_a_group_does_not_keep_much(monkeypatch, launches, small_sample):
     assert launches == [(1, 3), (1, 3), (1, 1)]
 
 
-def test_a_module_s_two_tensors_are_merged_together(monkeypatch, launches, small_sample):
-    """Neither is merged before both have been read, also where there is no room for both."""
-    monkeypatch.setattr(statistics_group, "MOST_SITES", 3)
-    x = make_rows(["normal", "shifted"], 34 * 50, torch.float32).view(2, 50, 34)
-    expected = triton_kernels.observed_layer_norm(x, None, None, 1e-5, 2, False)
-    group = triton_kernels.StatisticsGroup()
-    launches.clear()
-    both = [triton_kernels.observed_layer_norm(x, None, None, 1e-5, 2, False, group) for _ in "ab"]
-    assert launches == [(2, 2)]
-    group.finish()
-    assert launches == [(2, 2), (2, 2)]
-    for actual in both:
-        for ours, theirs in zip(actual, expected, strict=True):
-            assert_same_bits(ours, theirs)
-
-
 @quiet
-@pytest.mark.parametrize(
-    ("fuse", "keep"), [(True, torch.Tensor.clone), (False, lambda x: x)], ids=["copied", "as it is"]
-)
-def test_a_model_s_sites_are_merged_at_the_end_of_its_forward(fuse, keep, monkeypatch, launches):
+@pytest.mark.parametrize("keep", [torch.Tensor.clone, lambda x: x], ids=["copied", "as it is"])
+def test_a_model_s_sites_are_merged_at_the_end_of_its_forward(keep, monkeypatch, launches):
     """A copy of what autograd saves, as activation offloading makes, comes before the merge."""
     model = MODELS["vit"]().model.to(DEVICE)
     images = torch.randn(2, 3, 16, 16, device=DEVICE)
-    alone = observed_gradients(model, images, lambda x: x, fuse=False)
+    alone = observed_gradients(model, images, lambda x: x)
     monkeypatch.setattr(ops, "_gpu", triton_kernels)
     monkeypatch.setattr(ops, "_is_plain_gpu_tensor", lambda x: True)
-    for name in ("observed_layer_norm_backward", "observed_activation_backward"):
-        monkeypatch.setattr(ops, name, getattr(triton_kernels, name))  # with the same y
     launches.clear()
-    grouped = observed_gradients(model, images, keep, fuse)
+    grouped = observed_gradients(model, images, keep)
     # of each of two steps: input and output of norm and block, and what is between its two layers
     assert sorted(launches) == [(2, 2), (2, 2), (2, 3), (2, 3)]
     assert_near(grouped, alone)
 
 
-def observed_gradients(model, images, keep, fuse):
-    tuner = attach(model, 0.5, "constant", include=["blocks.0.norm2", "blocks.0.mlp.*"], fuse=fuse)
-    for _ in range(2):  # activations are fused from the second step on
+def observed_gradients(model, images, keep):
+    tuner = attach(model, 0.5, "constant", include=["blocks.0.norm2", "blocks.0.mlp.*"])
+    for _ in range(2):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = tuner.combine(model(images).square().mean())
         result = gradients(model, loss)
