@@ -35,7 +35,7 @@ BRIEF := --benchmark-max-time 0.3 --benchmark-min-rounds 5 --benchmark-group-by 
 	--benchmark-columns median,iqr,rounds --benchmark-sort fullname
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BRIEF)
-	$(BIN)/python benchmarks/ratios.py --runs 3 --json $(JSON) $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.ratios --runs 3 --json $(JSON) $(ARGS)
 
 # other libraries, in an environment of their own: what their fake quantization takes, and what their
 # models are worth on the rows of the demo, which depend on the packages of its own environment
@@ -43,15 +43,15 @@ ROWS := build/rival-rows.safetensors
 RIVALS ?= build
 peers: $(VENV)/.demo
 	$(MAKE) VENV=.venv-peers .venv-peers/.peers
-	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
-	$(BIN)/python benchmarks/rivals.py --rows $(ROWS) --write-rows
-	.venv-peers/bin/python benchmarks/rivals.py --rows $(ROWS) --out $(RIVALS)
+	.venv-peers/bin/python -m benchmarks.kernels.peers $(ARGS)
+	$(BIN)/python -m benchmarks.rivals --rows $(ROWS) --write-rows
+	.venv-peers/bin/python -m benchmarks.rivals --rows $(ROWS) --out $(RIVALS)
 
 # exported programs in PyTorch's runtime for devices, in an environment of its own
 runtimes:
 	$(MAKE) VENV=.venv-executorch .venv-executorch/.executorch
 	.venv-executorch/bin/python -m pytest tests/runtimes $(ARGS)
-	.venv-executorch/bin/python benchmarks/executorch_run.py --out build
+	.venv-executorch/bin/python -m benchmarks.deploy.executorch_run --out build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,12 +72,12 @@ sanitize: $(VENV)/.test
 # ATTACKED=benchmarks/results/<machine>/attack.json keeps what came of it.
 ATTACKED ?= build/attack.json
 attack: $(VENV)/.test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/attack.py --json $(ATTACKED) $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.reliability.attack --json $(ATTACKED) $(ARGS)
 
 # faults made on purpose, one at a time: which of them does no test see?
 MUTATED ?= build/mutants.json
 mutants: $(VENV)/.test
-	$(BIN)/python benchmarks/mutants.py --json $(MUTATED) $(ARGS)
+	$(BIN)/python -m benchmarks.reliability.mutants --json $(MUTATED) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist quanttune.egg-info quanttune/*.so

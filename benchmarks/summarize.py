@@ -1,6 +1,6 @@
 """Make docs/results.md, and the README's tables, from the committed results files.
 
-python benchmarks/summarize.py [benchmarks/results/h200/gpu.json]
+python -m benchmarks.summarize [benchmarks/results/h200/gpu.json]
 
 With the result of gpu_suite.sh it makes the README's GPU table as well.
 """
@@ -13,12 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import methods
-from bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
-from markdown_table import table
-from onnx_latency import COVERAGES, figures
-from rival_tables import rival_sections
-
+from benchmarks.accuracy import methods
+from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
+from benchmarks.deploy.onnx_latency import COVERAGES, figures
+from benchmarks.markdown_table import table
+from benchmarks.rivals.tables import rival_sections
 from quanttune.demo import recipe
 from quanttune.demo.experiment import FLOAT_BITS, Row
 from quanttune.report.results_table import DIGITS, Cell, cells_of, tabulate

@@ -4,7 +4,7 @@
 # which is where Transformers have their outliers. Nothing is said. nn.LayerNorm was registered so that its outputs can be
 # quantized (quant_layernorm.py), and the presets switch on '*input_quantizer' of whatever is registered.
 # An entry {"quantizer_name": "*input_quantizer", "parent_class": "nn.LayerNorm", "enable": False} leaves them in float.
-# all-MiniLM-L6-v2 is at a cosine of .70 to its float self with the preset (benchmarks/rivals.py; docs/results.md).
+# all-MiniLM-L6-v2 is at a cosine of .70 to its float self with the preset (benchmarks/rivals/__main__.py; docs/results.md).
 # Seen, largest error of a LayerNorm whose input has one value of 300 beside normal ones, relative to the largest output of
 # the others: "preset: 0.17", "LayerNorm off: 0.00".
 set -eu

@@ -11,18 +11,19 @@ import pytest
 import torch
 from scripts import need_triton_interpreter
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture
 def from_benchmarks(monkeypatch):
     """Import a module of the folder of benchmarks."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def gpu_suite(*arguments):
-    command = [str(FOLDER / "gpu_suite.sh"), *map(str, arguments)]
+    command = [str(FOLDER / "gpu" / "suite.sh"), *map(str, arguments)]
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -57,8 +58,8 @@ def gpu_suite_here(monkeypatch, from_benchmarks):
     """Run the GPU suite in this process, with the arguments of its command."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *map(str, arguments)])
-        from_benchmarks("gpu_suite").main()
+        monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
+        from_benchmarks("gpu.suite").main()
 
     return run
 
@@ -96,7 +97,7 @@ def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benc
     ]
     ceilings = {"read_gb_per_s": 4000, "copy_gb_per_s": 4000}
     measured = {"kernels": {"rows": rows}, "ceilings": ceilings}
-    assert from_benchmarks("gpu_suite").ratios(measured) == {
+    assert from_benchmarks("gpu.suite").ratios(measured) == {
         "forward_vs_read": 0.75,
         "backward_vs_copy": 0.8,
         "step_vs_eager": 60,
@@ -105,7 +106,7 @@ def test_the_ratios_of_sizes_where_plain_pytorch_is_left_out(tmp_path, from_benc
 
 
 def test_files_are_exported_checked_and_timed(from_benchmarks, monkeypatch):
-    script = from_benchmarks("onnx_latency")
+    script = from_benchmarks("deploy.onnx_latency")
     monkeypatch.setattr(script, "COVERAGES", ("full",))
     monkeypatch.setattr("quanttune.deploy.latency.SHORTEST", 0)
     found = script.vit(small=True)
@@ -121,7 +122,7 @@ def test_files_are_exported_checked_and_timed(from_benchmarks, monkeypatch):
 
 
 def test_bars_of_onnx_files_and_their_table(from_benchmarks):
-    script = from_benchmarks("onnx_latency")
+    script = from_benchmarks("deploy.onnx_latency")
     speeds = {"float": {"speed": 1}, "full_no_softmax": {"speed": 1.2}, "full": {"speed": 1.4}}
     cosines = {"simulation": 0.94, "noise": 0.938, "onnxruntime": 0.931}
     vit = {"latency": {"1": speeds}, "bytes": {"float": 8, "full_no_softmax": 4, "full": 2}}
@@ -194,7 +195,7 @@ def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmark
 
 
 def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
-    refitting = from_benchmarks("refitting")
+    refitting = from_benchmarks("accuracy.refitting")
 
     class Job:
         def __init__(self, seed):

@@ -1,7 +1,7 @@
 """The bench of other libraries: its rows, its metric and its tables, without any of them."""
 
+import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks"
-RESULTS = FOLDER / "results" / "epyc-2-cores"
+RESULTS = ROOT / "benchmarks" / "results" / "epyc-2-cores"
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """Import the modules of the bench."""
-    monkeypatch.syspath_prepend(FOLDER)
-    import rival_rows
-    import rival_tables
-    import rival_ways
-    import rivals
-
-    return {m.__name__: m for m in (rival_rows, rival_tables, rival_ways, rivals)}
+    monkeypatch.syspath_prepend(ROOT)
+    names = ("rows", "tables", "ways", "of_torch", "of_onnx", "__main__")
+    return {name: importlib.import_module(f"benchmarks.rivals.{name}") for name in names}
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def rows(bench, tmp_path):
     for split in ("validation", "test"):
         tensors[f"{split}_embeddings"] = embed(tensors[split])
     save_file(tensors, tmp_path / "rows.safetensors")
-    return bench["rival_rows"].Rows(tmp_path / "rows.safetensors")
+    return bench["rows"].Rows(tmp_path / "rows.safetensors")
 
 
 def embed(ids):
@@ -59,23 +54,23 @@ def test_calibration_has_every_row_once_whatever_the_batch(rows):
 
 
 def test_a_way_that_fails_is_a_row_with_its_reason(bench, rows, monkeypatch, capsys):
-    monkeypatch.setattr(bench["rivals"], "packaged_model", str)
-    monkeypatch.setattr(bench["rivals"], "load_encoder", lambda path: None)
-    ways = bench["rival_ways"]
+    monkeypatch.setattr(bench["__main__"], "packaged_model", str)
+    monkeypatch.setattr(bench["__main__"], "load_encoder", lambda path: None)
+    ways = bench["ways"]
     good = ways.Way("a", "b", lambda model, rows: ways.Built(embed, 1.0, {"MatMul": 2}),
                     "linear", "static, per tensor", False)  # fmt: skip
 
     def fails(model, rows):
         raise RuntimeError("no such operator\nat line 3")
 
-    row = bench["rivals"].measured(good, rows)
+    row = bench["__main__"].measured(good, rows)
     assert row["test"] == pytest.approx(1)
     assert row["rounded"] == {"MatMul": 2}
-    failed = bench["rivals"].measured(replace(good, build=fails), rows)
+    failed = bench["__main__"].measured(replace(good, build=fails), rows)
     assert failed["reason"] == "RuntimeError: no such operator"
     assert "test" not in failed
-    assert bench["rivals"]._is_known(good, [row])
-    assert not bench["rivals"]._is_known(replace(good, bits=(8, 6)), [row])
+    assert bench["__main__"]._is_known(good, [row])
+    assert not bench["__main__"]._is_known(replace(good, bits=(8, 6)), [row])
     assert "at line 3" in capsys.readouterr().err
 
 
@@ -106,7 +101,7 @@ def test_a_table_chooses_rivals_on_validation_rows_and_counts_who_rounds_more(be
     }
     method = {"arm": "base", "weight_bits": 8, "bits": 8, "calibrator": "minmax"}
     methods = {"rows": [{**method, "coverage": "linear", "methods": ["repq"], "value": 0.7}]}
-    text = bench["rival_tables"].decision_section(rivals, refits, methods)
+    text = bench["tables"].decision_section(rivals, refits, methods)
     lines = [line.split(" | ") for line in text.splitlines() if "W8A8" in line]
     cells = [[cell.strip("| ") for cell in line] for line in lines]
     tuned = "0.850 (detached, 90 steps; minmax)"
@@ -115,7 +110,7 @@ def test_a_table_chooses_rivals_on_validation_rows_and_counts_who_rounds_more(be
     assert cells[2][2:] == ["0.625 (all: s)", "0.500 (refit; minmax)", tuned]
     assert cells[3][2] == "0.625 (all: s)"  # of plain ones: chosen by validation rows still
     assert "not measured yet" not in text
-    text = bench["rival_tables"].decision_section({**rivals, "missing": {"x": 2}}, refits, methods)
+    text = bench["tables"].decision_section({**rivals, "missing": {"x": 2}}, refits, methods)
     assert (
         "not measured yet, so the rivals' best may be better than what stands here:** x (2)."
         in text
@@ -124,7 +119,7 @@ def test_a_table_chooses_rivals_on_validation_rows_and_counts_who_rounds_more(be
 
 def test_the_page_has_the_tables_that_the_committed_results_give(bench):
     page = (ROOT / "docs" / "results.md").read_text()
-    sections = bench["rival_tables"].rival_sections(RESULTS, RESULTS.with_name("xeon-2-cores"))
+    sections = bench["tables"].rival_sections(RESULTS, RESULTS.with_name("xeon-2-cores"))
     assert len(sections) == 2
     for section in sections:
         assert section in page
@@ -134,7 +129,7 @@ def test_the_page_has_the_tables_that_the_committed_results_give(bench):
 
 
 def test_no_library_is_imported_before_it_is_used(bench):
-    ways = [*sys.modules["rival_torch"].ways(), *sys.modules["rival_onnx"].ways()]
+    ways = [*bench["of_torch"].ways(), *bench["of_onnx"].ways()]
     names = [(way.library, way.setting, way.bits) for way in ways]
     assert len(set(names)) == len(names)
-    assert {way.scope for way in ways} <= {"", *bench["rival_ways"].SCOPES}
+    assert {way.scope for way in ways} <= {"", *bench["ways"].SCOPES}

@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 import quanttune as qt
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
 BATCH = 3
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Import a module of the folder of benchmarks."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module
+    """Import a module of the support matrix."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.support.{name}")
 
 
 @pytest.fixture
 def examine(script, monkeypatch):
     """Examine a model of one's own."""
-    check = script("support_check")
+    check = script("check")
 
     def examine(make):
-        candidate = script("support_models").Candidate(
+        candidate = script("models").Candidate(
             "toy", lambda: (make(), {"x": torch.randn(BATCH, 8)})
         )
         monkeypatch.setattr(check, "candidates", lambda library, name: [candidate])
@@ -144,7 +144,7 @@ def test_a_refusal_and_a_model_that_does_not_repeat_say_why(examine):
 
 def test_a_wrong_gradient_is_found(script, examine, monkeypatch):
     attach = partial(qt.attach, detach_deviation=True)  # another gradient of the same loss
-    monkeypatch.setattr(script("support_check").qt, "attach", attach)
+    monkeypatch.setattr(script("check").qt, "attach", attach)
     row = examine(Toy)
     assert row["outcome"] == "wrong"
     assert row["error"] > 1e-3
@@ -165,13 +165,13 @@ def test_a_crash_of_quanttune_is_told(examine, monkeypatch):
     [("timm", "test_vit", "exact"), ("transformers", "mamba", "partly")],
 )
 def test_a_model_of_each_library(script, library, name, outcome):
-    row = script("support_check").examine(library, name)
+    row = script("check").examine(library, name)
     assert (row["outcome"], row["dtype"]) == (outcome, "float64")
 
 
 def test_every_name_is_there_once_and_timm_has_all_of_its_module_files(script):
     timm = pytest.importorskip("timm")
-    names = script("support_names").names()
+    names = script("names").names()
     assert len({name[::2] for name in names}) == len(names)
     families = {family for library, family, _ in names if library == "timm"}
     assert families == set(timm.list_modules())
@@ -195,7 +195,7 @@ class FakeWorker:
 
 
 def test_a_run_goes_on_where_it_was_stopped(script, monkeypatch, tmp_path):
-    matrix, worker, file = script("support_matrix"), FakeWorker(), tmp_path / "new" / "a.json"
+    matrix, worker, file = script("matrix"), FakeWorker(), tmp_path / "new" / "a.json"
     monkeypatch.setattr(matrix, "Worker", lambda module: worker)
     result = {"rows": {"timm/swin_s3_tiny_224": {"family": "swin_transformer", "outcome": "exact"}}}
     matrix.run(result, "timm/swin_t*/*", False, file)
@@ -206,7 +206,7 @@ def test_a_run_goes_on_where_it_was_stopped(script, monkeypatch, tmp_path):
     saved = json.loads(file.read_text())
     assert set(saved["rows"]) == {"timm/swin_s3_tiny_224", *others}
     assert saved["rows"][others[0]]["family"] == "swin_transformer"
-    named = len(script("support_names").names())
+    named = len(script("names").names())
     assert saved["missing"] == named - len(saved["rows"])
     assert {"torch", "timm"} <= set(saved["environment"]["versions"])
     assert len(file.read_text().splitlines()) == len(saved["rows"]) + 2
@@ -218,7 +218,7 @@ def test_a_run_goes_on_where_it_was_stopped(script, monkeypatch, tmp_path):
 
 
 def test_a_worker_that_hangs_is_left_out_and_made_anew(script, monkeypatch):
-    matrix = script("support_matrix")
+    matrix = script("matrix")
     monkeypatch.setattr(matrix, "PATIENCE", 0)
     worker = matrix.Worker()
     for _ in range(2):
@@ -230,8 +230,8 @@ def test_a_worker_that_hangs_is_left_out_and_made_anew(script, monkeypatch):
 def test_a_run_makes_the_page(script, monkeypatch, tmp_path):
     file, page = tmp_path / "a.json", tmp_path / "a.md"
     arguments = ["--only", "timm/*/test_vit", "--json", str(file), "--markdown", str(page)]
-    monkeypatch.setattr(sys, "argv", ["support_matrix.py", *arguments])
-    script("support_matrix").main()
+    monkeypatch.setattr(sys, "argv", ["matrix", *arguments])
+    script("matrix").main()
     row = json.loads(file.read_text())["rows"]["timm/test_vit"]
     assert row["outcome"] == "exact"
     cells = ["vision_transformer", "14", f"{row['share']:.0%}", "exact", "test_vit"]
@@ -263,7 +263,7 @@ ROWS = {
 def test_the_page_tells_what_became_of_each_model(script):
     versions = {"timm": "1", "transformers": "2", "torch": "3"}
     result = {"rows": ROWS, "missing": 9, "environment": {"versions": versions}}
-    page = script("support_page")
+    page = script("page")
     text = page.page(result)
     lines = text.splitlines()
     for line in [
@@ -273,7 +273,7 @@ def test_the_page_tells_what_became_of_each_model(script):
         "observed.",
         "Largest error of what is exact or partly so: 3e-08 in float64, "
         "1e-09 in float32 (1 models: esm).",
-        "9 models of `benchmarks/support_names.py` are not run yet.",
+        "9 models of `benchmarks/support/names.py` are not run yet.",
         "| beit | 4 | 50% | partly | beit_a |",
         "| vit | 4 to 8 | 50% to 90% | exact | vit_a, vit_b |",
         "| vit | 1 | 50% | exact with a remedy | vit_c |",
@@ -292,7 +292,7 @@ def test_the_page_tells_what_became_of_each_model(script):
 
 
 def test_the_committed_page_is_that_of_the_committed_results(script):
-    matrix = script("support_matrix")
+    matrix = script("matrix")
     result = json.loads(matrix.JSON.read_text())
     situations = json.loads(matrix.JSON.with_name("situations.json").read_text())
-    assert matrix.MARKDOWN.read_text() == script("support_page").page(result, situations)
+    assert matrix.MARKDOWN.read_text() == script("page").page(result, situations)

@@ -1,0 +1,1 @@
+"""Everything that is measured; results/ has what came of it."""

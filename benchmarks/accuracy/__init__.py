@@ -1,0 +1,1 @@
+"""What models are worth: losses, settings, methods, refits, zero points."""

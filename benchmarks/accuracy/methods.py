@@ -1,0 +1,107 @@
+"""Quantize a demo's arms by the methods of quanttune.quantization.methods, alone and together.
+
+python -m benchmarks.accuracy.methods minilm --seeds 3 --out benchmarks/results/xeon-2-cores
+
+On the test rows, weights per channel; the methods on min-max, with their default options, none of
+which was chosen here; beside them the other calibrators without a method. A run that was
+interrupted goes on where it stopped.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from benchmarks import arguments
+from quanttune.demo import recipe
+from quanttune.environment import environment
+from quanttune.files import write_json
+from quanttune.quantization.methods import GPTQ, METHODS
+from quanttune.quantization.simulation import quantize
+
+# the control of minilm is its base: at alpha = 0 its loss is zero
+ARMS = {"minilm": ("base", "detached"), "digits": ("base", "control", "detached")}
+WIDTHS = ((8, 8), (6, 6), (4, 8), (4, 4))  # of weights and of activations
+COVERAGES = ("full_no_softmax", "linear")
+VARIANTS = {"gptq (fisher)": GPTQ(hessian="fisher")}
+TOGETHER = (
+    ("aweq", "bias_correction"),
+    ("repq", "erq"),
+    ("smoothquant", "gptq"),
+)  # two as published
+CHOICES = (
+    *(("minmax", methods) for methods in ((), *zip((*METHODS, *VARIANTS)), *TOGETHER)),
+    *((calibrator, ()) for calibrator in ("percentile", "kl")),
+)
+FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "calibrator": "none", "methods": []}
+
+
+def main() -> None:
+    parser = arguments.of_task(__doc__)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results |= {"task": make.name, "metric": make.metric, "environment": environment()}
+    for seed in range(options.first, options.seeds):
+        for row in _rows(make(seed), seed, results["rows"]):
+            results["rows"].append(row)
+            write_json(path, results)
+            print(row, flush=True)
+
+
+def _rows(job: Any, seed: int, known: list[Any]) -> Iterator[dict[str, Any]]:
+    done = [{**row, "value": None, "seconds": None} for row in known]
+    for arm in (arm for arm in job.arms if arm.name in ARMS[job.name]):
+        ways = [{"seed": seed, "arm": arm.name, **way} for way in (FLOAT, *_ways())]
+        ways = [way for way in ways if {**way, "value": None, "seconds": None} not in done]
+        if not ways or (seed and not arm.learning_rate and job.name == "minilm"):
+            continue  # an arm that is not tuned is the same for every seed
+        model = job.prepare(arm, lambda: None)
+        for way in ways:
+            began = time.monotonic()
+            quantized = _quantized(job, model, way)
+            seconds = round(time.monotonic() - began, 1)
+            yield {**way, "value": job.evaluate(quantized), "seconds": seconds}
+
+
+def width(weight_bits: int, bits: int) -> str:
+    """Return the usual name of widths, such as W4A8."""
+    return f"W{weight_bits}A{bits}"
+
+
+def way(calibrator: str, methods: Sequence[str]) -> str:
+    """Return what a table calls a calibrator with methods."""
+    return " + ".join(methods) or calibrator
+
+
+def _ways() -> Iterator[dict[str, Any]]:
+    for coverage, (weight_bits, bits), choice in product(COVERAGES, WIDTHS, CHOICES):
+        yield {
+            "coverage": coverage,
+            "weight_bits": weight_bits,
+            "bits": bits,
+            "calibrator": choice[0],
+            "methods": list(choice[1]),
+        }
+
+
+def _quantized(job: Any, model: Any, way: dict[str, Any]) -> Any:
+    if way["coverage"] == "none":
+        return model
+    return quantize(
+        copy.deepcopy(model),
+        way["bits"],
+        weight_bits=way["weight_bits"],
+        calibrator=way["calibrator"],
+        coverage=way["coverage"],
+        methods=[VARIANTS.get(name, name) for name in way["methods"]],
+        data=job.calibration(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Exported files and programs in their runtimes: speed, size, agreement."""

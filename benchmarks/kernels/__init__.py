@@ -1,0 +1,1 @@
+"""What the kernels and a training step cost on a CPU, beside plain PyTorch and rivals."""

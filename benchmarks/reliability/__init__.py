@@ -1,0 +1,1 @@
+"""Attacks, faults made on purpose, and the page of what came of them."""

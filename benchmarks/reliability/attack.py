@@ -1,0 +1,91 @@
+"""Attack for some minutes: every attack of tests/ in turn, with seeds that are written down.
+
+python -m benchmarks.reliability.attack --json FILE [--minutes 30]
+
+It goes on where it was stopped, with the seeds that follow, up to CASES of each attack. What fails
+is written down with its seed and the case that hypothesis made of it. Exit status 1 if any did.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from benchmarks.provenance import commit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+import attacks
+import attacks_on_work
+
+CASES = dict.fromkeys(attacks.IN_MEMORY, 20_000) | dict.fromkeys(attacks_on_work.ON_WORK, 200)
+CASES |= {"load": 1_000_000, "killed_save": 1000}
+VERSIONS = ("torch", "numpy", "hypothesis", "safetensors")
+
+
+def run(attack, number, cases):
+    """Draw cases by a seed; return how many were right, and what failed."""
+    done = 0
+
+    @seed(number)
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(st.data())
+    def attacked(data):
+        nonlocal done
+        attack(data)
+        done += 1
+
+    try:
+        attacked()
+    except Exception:  # whatever it is, it is written down
+        return done, traceback.format_exc()
+    return done, None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--only", nargs="*", help="names of attacks")
+    arguments = parser.parse_args()
+    found = {"runs": [], "attacks": {}}
+    if arguments.json.exists():
+        found = json.loads(arguments.json.read_text())
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    found["runs"].append({"commit": commit(), "cores": os.cpu_count(), "versions": versions})
+    every = attacks.IN_MEMORY | attacks_on_work.ON_WORK
+    names = arguments.only or list(every)
+    end = time.monotonic() + 60 * arguments.minutes
+    left = names
+    while left and time.monotonic() < end:
+        for name in left:
+            if time.monotonic() > end:
+                break
+            one = found["attacks"].setdefault(name, {"cases": 0, "seeds": 0, "failures": []})
+            cases = 100 if name in attacks.IN_MEMORY else 5
+            done, failure = run(every[name], one["seeds"], cases)
+            one["cases"] += done
+            if failure:
+                one["failures"].append({"seed": one["seeds"], "said": failure})
+            one["seeds"] += 1
+            print(f"{name}: {one['cases']} cases {'FAILED' if failure else ''}", flush=True)
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        left = [name for name in names if found["attacks"][name]["cases"] < CASES[name]]
+    raise SystemExit(any(one["failures"] for one in found["attacks"].values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other libraries on the rows of the MiniLM demo."""

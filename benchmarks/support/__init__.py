@@ -1,0 +1,1 @@
+"""Which models can be tuned and quantized: docs/support.md."""
