@@ -38,7 +38,7 @@ BYTES = 6 << 30  # of memory that a worker may write to
 class Worker:
     """A process that examines one model after another, and is made anew when it hangs or dies."""
 
-    def __init__(self, module: str = "support_check") -> None:
+    def __init__(self, module: str = "benchmarks.support.check") -> None:
         self._module = module
         self._process: multiprocessing.process.BaseProcess | None = None
 
@@ -103,7 +103,7 @@ def main() -> None:
     situations = options.json.with_name("situations.json")
     file = situations if options.situations else options.json
     result = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    module = "support_situations" if options.situations else "support_check"
+    module = "benchmarks.support.situations" if options.situations else "benchmarks.support.check"
     run(result, options.only, options.fresh, file, module)
     if options.json.exists():
         other = json.loads(situations.read_text()) if situations.exists() else None
@@ -111,7 +111,11 @@ def main() -> None:
 
 
 def run(
-    result: dict[str, Any], only: str, fresh: bool, file: Path, module: str = "support_check"
+    result: dict[str, Any],
+    only: str,
+    fresh: bool,
+    file: Path,
+    module: str = "benchmarks.support.check",
 ) -> None:
     """Examine what matches and has no row yet, and write the file after each model."""
     todo = [

@@ -62,7 +62,7 @@ brackets.
 
 
 def page(result: dict[str, Any], situations: dict[str, Any] | None = None) -> str:
-    """Return the page; `situations` are those of support_situations.py."""
+    """Return the page; `situations` are those of situations.py."""
     rows = dict(sorted(result["rows"].items(), key=lambda item: _order(*item)))
     libraries = list(dict.fromkeys(key.partition("/")[0] for key in rows))
     versions = result["environment"]["versions"]
