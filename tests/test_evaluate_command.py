@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         ),
         (
             ["--coverage", "all"],
-            "--coverage must be one of linear, linear_embedding, full_no_softmax, full, got",
+            "--coverage must be one of linear_inputs, linear, .*, full, got",
         ),
         (["--weights", "row"], "--weights must be one of channel, tensor, got 'row'"),
         (["--method", "awe"], "--method must be one of .*gptq, erq, got 'awe'"),

@@ -153,13 +153,14 @@ def test_tables_of_embeddings_are_rounded_beside_a_stream_in_float():
 def test_presets_differ_in_what_they_name():
     x = torch.randn(2, 5, 8)
     names = {}
-    for coverage in ("linear", "full_no_softmax", "full"):
+    for coverage in ("linear_inputs", "linear", "full_no_softmax", "full"):
         model = quantize(Attention(True).eval(), 8, coverage=coverage, data=[x])
         names[coverage] = set(quantizers(model))
     assert names["full"] - names["full_no_softmax"] == {"attention0_probability_quantizer"}
     parts = ("query", "key", "value", "probability")
     attention = {f"attention0_{part}_quantizer" for part in parts}
     assert names["linear"] == attention | {"qkv.input_quantizer"}
+    assert names["linear_inputs"] == {"qkv.input_quantizer"}
     float_stream = quantize(Attention(True).eval(), 8, residual=False, data=[x])
     residual = {"add0_quantizer", "norm.input_quantizer"}
     assert names["full_no_softmax"] - set(quantizers(float_stream)) == residual
@@ -420,7 +421,7 @@ def broken(value: float) -> torch.Tensor:
         ({"calibrator": "best"}, "calibrator must be one of minmax, ema, percentile, "),
         (
             {"coverage": "all"},
-            "coverage must be one of linear, linear_embedding, full_no_softmax, full, got 'all'",
+            "coverage must be one of linear_inputs, linear, .*, full, got 'all'",
         ),
         ({"weights": "row"}, 'weights must be "channel" or "tensor", got \'row\''),
         ({"weight_bits": 0}, "bits must be from 2 to 16, got 0"),

@@ -69,20 +69,28 @@ WAYS: dict[str, Mapping[str, dict[str, Any]]] = {
     "minilm": {"minmax": {}, "omse, repq, erq": METHODS},
     "digits": {"minmax": {}, "percentile": PERCENTILE, "omse": {"calibrator": "omse"}},
 }
-LINEAR: dict[str, Any] = {"coverage": "linear", "symmetric": False}
-SMOOTHED: dict[str, Any] = {"coverage": "linear", "methods": ["smooth_inputs", "repq", "erq"]}
+
+
+def _smoothed(coverage: str, end: str, smoothing: Any = "smooth_inputs") -> dict[str, Any]:
+    methods = [smoothing, "repq", "erq"]
+    return {"coverage": coverage, "symmetric": end != ZERO_POINTS, "methods": methods}
+
+
+PLAIN, ZERO_POINTS = "repq, erq", "repq, erq, zero points"
+LINEAR = {"coverage": "linear", "symmetric": False}
 OF_UNTRAINED: dict[str, Any] = {
     "percentile": PERCENTILE,
-    "linear, omse, repq, erq, zero points": {**METHODS, **LINEAR},
-    "linear, smooth_inputs, repq, erq, zero points": {**SMOOTHED, "symmetric": False},
-    "linear, smooth_inputs, repq, erq": SMOOTHED,
+    f"linear, omse, {ZERO_POINTS}": {**METHODS, **LINEAR},
+    **{
+        f"{coverage}, smooth_inputs, {end}": _smoothed(coverage, end)
+        for coverage in ("linear_inputs", "linear", "linear_embedding")
+        for end in (PLAIN, ZERO_POINTS)
+    },
 }
 SMOOTHINGS = {
-    f"linear, smooth_inputs at {alpha}, repq, erq, zero points": {
-        **LINEAR,
-        "methods": [SmoothInputs(alpha=alpha), "repq", "erq"],
-    }
-    for alpha in (0.7, 0.75, 0.8, 0.85, 0.9)
+    f"linear, smooth_inputs at {alpha}, {end}": _smoothed("linear", end, SmoothInputs(alpha=alpha))
+    for alpha in (0.8, 0.9, 1.0)
+    for end in (PLAIN, ZERO_POINTS)
 }
 
 

@@ -12,6 +12,8 @@ from benchmarks.markdown_table import table
 from benchmarks.rivals.ways import SCOPES
 
 WIDTHS = (8, 7, 6)
+# of our coverages
+_SCOPES = {"linear_inputs": "linear", "linear": "attention", "linear_embedding": "attention"}
 RIVAL, UNTRAINED, TUNED = "best free rival", "ours without training", "ours tuned"
 
 
@@ -137,7 +139,7 @@ def _of_refits(measured: Any) -> Iterator[Candidate]:
             steps = row["steps"] if row["learning_rate"] else 0
             values[row["arm"], steps, row["way"], row["bits"]].append(row["value"])
     for (arm, steps, way, bits), found in values.items():
-        scope = "attention" if way.startswith("linear") else "everything"
+        scope = _SCOPES.get(way.split(", ")[0], "everything")
         name = f"{arm}, {steps} steps; {way}" if steps else f"{arm}; {way}"
         column = TUNED if steps else UNTRAINED
         value = mean(found)
@@ -151,7 +153,7 @@ def _of_methods(measured: Any) -> Iterator[Candidate]:
             way = " + ".join(row["methods"]) or row["calibrator"]
             values[row["arm"], row["coverage"], way, row["bits"]].append(row["value"])
     for (arm, coverage, way, bits), found in values.items():
-        scope = "attention" if coverage == "linear" else "everything"
+        scope = _SCOPES.get(coverage, "everything")
         column = UNTRAINED if arm == "base" else TUNED
         value = mean(found)
         yield Candidate(column, f"{arm}; {way}", scope, True, bits, value, value)

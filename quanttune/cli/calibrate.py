@@ -24,7 +24,7 @@ def _quantization(
     ] = "minmax",
     coverage: Annotated[
         str,
-        typer.Option(help="What is quantized: linear, linear_embedding, full_no_softmax or full."),
+        typer.Option(help=f"What is quantized: {', '.join(PRESETS)}."),
     ] = "full_no_softmax",
     weights: Annotated[str, typer.Option(help="A scale per channel, or tensor.")] = "channel",
     residual: Annotated[bool, typer.Option(help="Quantize the residual stream.")] = True,

@@ -22,6 +22,8 @@ _ALL = frozenset({
 _PRODUCTS = frozenset({"input", "operand", "probability"})
 
 PRESETS: dict[str, frozenset[str]] = {
+    # torchao, vLLM: attention stays in float, as FlashAttention computes it
+    "linear_inputs": frozenset({"input"}),
     # PTQ4ViT, RepQ-ViT, ERQ: inputs of Linear layers and both operands of attention's products
     "linear": _PRODUCTS,
     # NNCF's for Transformers: tables hold a third to half of a small encoder's bytes
