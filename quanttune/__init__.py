@@ -9,6 +9,9 @@ import torch as _torch  # noqa: F401
 
 from . import fused_observer as fused_observer
 from . import reference as reference
+from .deploy.compressed_tensors import (
+    export_compressed_tensors as export_compressed_tensors,
+)
 from .deploy.onnx_export import export_onnx as export_onnx
 from .deploy.torch_export import export_torch as export_torch
 from .deploy.verification.verify import verify as verify

@@ -40,3 +40,23 @@ def test_a_float_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model is not quantized: make it so by quanttune calibra"):
         run("export", tmp_path / "model", "--out", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+@torch.no_grad()
+def test_a_folder_of_compressed_tensors_is_whole(tmp_path):
+    *_, batch = bert_case(tmp_path)
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    loader = getattr(transformers, LOADERS[bert_case])
+    model = loader.from_pretrained(tmp_path / "model").eval()
+    qt.quantize(model, 8, coverage="linear_inputs", data=[inputs])
+    model.save_pretrained(tmp_path / "model")
+    options = ["--format", "compressed-tensors"]
+    run("export", tmp_path / "model", "--out", tmp_path / "served", *options)
+    served = loader.from_pretrained(tmp_path / "served").eval()
+    torch.testing.assert_close(served(**inputs).logits, model(**inputs).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "served")
+    assert tokenizer("one two")["input_ids"]
+    with pytest.raises(ValueError, match="--opset has an effect with --format onnx only"):
+        run("export", tmp_path / "model", "--out", tmp_path / "b", *options, "--opset", 20)
+    with pytest.raises(ValueError, match="--format must be one of onnx, compressed-tensors, got"):
+        run("export", tmp_path / "model", "--out", tmp_path / "b", "--format", "gguf")

@@ -8,10 +8,16 @@ import typer
 from . import options
 from .terminal import Json, say, writable, write_numbers
 
+ONNX, COMPRESSED = FORMATS = ("onnx", "compressed-tensors")
+
 
 def run(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder of quanttune calibrate.")],
-    out: Annotated[Path, typer.Option(help="The file.", callback=writable)],
+    out: Annotated[Path, typer.Option(help="The file, or folder.", callback=writable)],
+    format: Annotated[
+        str, typer.Option(help=f"{ONNX}, or {COMPRESSED} for vLLM and transformers.")
+    ] = ONNX,
     task: options.Task = None,
     act_dtype: Annotated[
         str, typer.Option(help="Of the codes: uint8 for ONNX Runtime, int8 for TensorRT.")
@@ -19,15 +25,21 @@ def run(
     opset: Annotated[int, typer.Option(help="Version of the operators, 18 to 21.")] = 20,
     json: Json = None,
 ) -> None:
-    """Write a quantized model to an ONNX file of integers.
+    """Write a quantized model to an ONNX file of integers, or a folder for vLLM.
 
     Example: quanttune export sst2-w8a8 --out sst2.onnx
     """
+    options.one_of("--format", format, FORMATS)
+    if format == COMPRESSED:
+        options.refuse_given(context, ("act_dtype", "opset"), f"with --format {ONNX}")
     settings = options.dataset(model, "", task)
     with options.of_extra("deploy"):
-        from ..jobs.export import export
+        from ..jobs import export
 
-        outcome = export(settings, out, act_dtype=act_dtype, opset=opset)
-    names = ", ".join(outcome["inputs"])
-    say(f"{out}: {outcome['bytes'] / 1e6:.1f} MB, from {names}")
+        if format == COMPRESSED:
+            outcome = export.export_compressed(settings, out)
+        else:
+            outcome = export.export(settings, out, act_dtype=act_dtype, opset=opset)
+    of = f", from {', '.join(outcome['inputs'])}" if "inputs" in outcome else ""
+    say(f"{out}: {outcome['bytes'] / 1e6:.1f} MB{of}")
     write_numbers(json, outcome)

@@ -1,4 +1,6 @@
-"""Write a quantized model's folder as an ONNX file. What `quanttune export` does."""
+"""Write a quantized model's folder as an ONNX file, or as one of compressed-tensors. What
+`quanttune export` does.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..deploy.compressed_tensors import export_compressed_tensors
 from ..deploy.external_data import size_of
 from ..deploy.onnx_export import export_onnx
 from ..deploy.tracing import BATCH
@@ -38,6 +41,20 @@ def export(
         "inputs": {name: list(x.shape) for name, x in inputs.items()},
         "bytes": size_of(out),
     }
+
+
+def export_compressed(settings: Settings, out: Path) -> dict[str, Any]:
+    """Write a quantized model to a folder of compressed-tensors, its tokenizer too.
+
+    Raises:
+        ValueError: the model is not quantized, or otherwise than the format can say.
+        FileExistsError: the folder holds something.
+    """
+    source, model = load_calibrated(settings)
+    export_compressed_tensors(model, out)
+    models.load_processor(source.name, source.task).save_pretrained(out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return {"out": str(out), "task": source.task, "model": source.origin, "bytes": size}
 
 
 def load_calibrated(settings: Settings) -> tuple[ModelSource, Any]:

@@ -1,0 +1,145 @@
+"""Write a quantized model of transformers in the format that vLLM and transformers load."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.modules import QuantizedLinear
+from ..quantization.quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
+from ..quantization.restoration import described_restorations
+from ..quantization.state import quantizers, weight_quantizers
+from .requirements import check_model
+
+BITS = 8  # vLLM has no kernel for other widths of both operands
+
+
+def export_compressed_tensors(model: Any, folder: str | Path) -> None:
+    """Write a quantized model of transformers as a folder of compressed-tensors, W8A8.
+
+    `AutoModel....from_pretrained(folder)` loads it where `compressed-tensors` is installed, and
+    vLLM serves it. Codes are those of the simulation; config.json comes last, so that a folder
+    which has one is whole. The tokenizer is not written: `tokenizer.save_pretrained(folder)`.
+
+    Args:
+        model: quantized to 8 bits with `coverage="linear_inputs"`: each Linear in whole, weight and
+            input, or not at all. With zero points a runtime may round exact ties to the other side.
+        folder: new, or empty.
+
+    Raises:
+        ValueError: the model is none of transformers, or is quantized otherwise than the format
+            can say. FileExistsError: the folder holds something.
+
+    Source: compressed-tensors 0.20.1, format "int-quantized".
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be one of transformers, got {type(model).__name__}")
+    check_model(model)
+    linears = dict(_quantized_linears(model))
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something already: choose another folder")
+    tensors = _float_tensors(model)
+    for name, linear in linears.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in _integers(linear).items()}
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.quantization_config = _described(model, linears)
+    config.save_pretrained(folder)
+
+
+def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield the Linear modules that are rounded in whole; refuse what else is rounded."""
+    remedy = "the format has the inputs and weights of Linear modules alone, at 8 bits"
+    if restored := described_restorations(model):
+        raise ValueError(
+            f"{next(iter(restored))} is followed by a multiplication of channels, which the format "
+            "cannot say: leave out smooth_inputs, and equalizations where it is named"
+        )
+    weights = {name: quantizer for name, (_, quantizer) in weight_quantizers(model).items()}
+    found = weights | quantizers(model)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        sites = {f"{name}.weight_quantizer", f"{name}.input_quantizer"}
+        if not isinstance(module, QuantizedLinear) or not sites & set(found):
+            continue
+        if missing := sites - set(found):
+            raise ValueError(f"{missing.pop()} stays in float, not the other operand: {remedy}")
+        for site in sites:
+            if found.pop(site).bits != BITS:
+                raise ValueError(f"{site} has other than {BITS} bits: {remedy}")
+        _check_untied(name, module, model)
+        yield name, module
+    if found:
+        raise ValueError(
+            f'{next(iter(found))} is rounded, and {remedy}: quantize with coverage="linear_inputs"'
+        )
+
+
+def _check_untied(name: str, linear: QuantizedLinear, model: nn.Module) -> None:
+    for other, module in model.named_modules():
+        if module is not linear and getattr(module, "weight", None) is linear.weight:
+            raise ValueError(
+                f"{name} shares its weight with {other}, which would be stored as integers: leave "
+                f"it in float, by overrides={{{name!r}: None}}"
+            )
+
+
+def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what stays as it is; of tensors that are tied the first, as from_pretrained wants."""
+    tensors: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if "_quantizer." not in name and tensor.data_ptr() not in known:
+            known.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
+
+
+def _integers(linear: QuantizedLinear) -> dict[str, Tensor]:
+    """Return the tensors that take the place of a weight, and the grid of the input."""
+    weights, inputs = linear.weight_quantizer, linear.input_quantizer
+    assert isinstance(weights, WeightQuantizer)
+    assert isinstance(inputs, ActivationQuantizer)
+    weight = linear.weight.detach()
+    scale = weights.scale_of(weight).reshape(-1, 1)
+    tensors = {
+        "weight": (weights.round(weight) / scale).round().to(torch.int8),
+        "weight_scale": scale if weights.axis is not None else scale.reshape(1),
+        "input_scale": inputs.scale.reshape(1),
+    }
+    if isinstance(inputs, AffineQuantizer):
+        tensors["input_zero_point"] = inputs.zero_point.reshape(1).to(torch.int8)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _described(model: nn.Module, linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
+    """Return the quantization_config of a config.json."""
+    common = {"num_bits": BITS, "type": "int", "dynamic": False}
+    one: Any = next(iter(linears.values()))
+    strategy = "tensor" if one.weight_quantizer.axis is None else "channel"
+    symmetric = one.input_quantizer.symmetric
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "symmetric": True, "strategy": strategy},
+                "input_activations": {**common, "symmetric": symmetric, "strategy": "tensor"},
+            }
+        },
+        "ignore": [name for name in names if name not in linears],
+    }
