@@ -81,11 +81,11 @@ LINEAR = {"coverage": "linear", "symmetric": False}
 OF_UNTRAINED: dict[str, Any] = {
     "percentile": PERCENTILE,
     f"linear, omse, {ZERO_POINTS}": {**METHODS, **LINEAR},
-    **{
-        f"{coverage}, smooth_inputs, {end}": _smoothed(coverage, end)
-        for coverage in ("linear_inputs", "linear", "linear_embedding")
-        for end in (PLAIN, ZERO_POINTS)
-    },
+}
+SMOOTHED = {
+    f"{coverage}, smooth_inputs, {end}": _smoothed(coverage, end)
+    for coverage in ("linear_inputs", "linear", "linear_embedding")
+    for end in (PLAIN, ZERO_POINTS)
 }
 SMOOTHINGS = {
     f"linear, smooth_inputs at {alpha}, {end}": _smoothed("linear", end, SmoothInputs(alpha=alpha))
@@ -129,8 +129,8 @@ def _rows(
     done = [(r["bits"], r["way"]) for r in known if facts.items() <= r.items()]
     pretrained = task == "minilm" and not arm.learning_rate  # the same for each seed
     ways = {**WAYS[task], **(OF_UNTRAINED if pretrained else {})}
-    if pretrained and split == "validation" and not arm.refit:
-        ways |= SMOOTHINGS
+    if pretrained and not arm.refit:
+        ways |= SMOOTHED if split == "test" else SMOOTHED | SMOOTHINGS
     wanted = [(FLOAT_BITS, "none"), *product(BITS[task], ways)]
     if set(wanted) <= set(done) or (seed and pretrained):
         return

@@ -20,14 +20,14 @@ class SmoothInputs(SmoothQuant):
     runtime multiplies once more for each. Combine it with one of those equalizations.
 
     Args:
-        alpha: from 0 (weights become even) to 1 (activations do). 0.8 was chosen on MiniLM: what
-            leaves a GELU has channels that differ more than those of a LayerNorm.
+        alpha: from 0 (weights become even) to 1 (activations do). 0.9 was chosen on validation rows
+            of MiniLM: what leaves a GELU has channels that differ more than those of a LayerNorm.
 
     Source: Xiao et al., SmoothQuant, arXiv 2211.10438, eq. 4. NNCF multiplies so as well.
     """
 
     name: ClassVar[str] = "smooth_inputs"
-    alpha: float = 0.8
+    alpha: float = 0.9
 
     def find(self, model: nn.Module, data: Data) -> list[Input]:
         return [Input(name, module) for name, module in find_other_readers(model, data).items()]
