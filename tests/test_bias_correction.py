@@ -74,3 +74,15 @@ def test_it_composes_with_an_equalization():
         qt.quantize(model, 8, weight_bits=3, coverage="linear", methods=methods, data=data)
         errors.append((example.logits(model) - exact).mean((0, 1)).norm())
     assert errors[1] < errors[0]
+
+
+def test_layers_without_a_bias_are_told():
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    bare = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    before = copy.deepcopy(bare.state_dict())
+    with pytest.raises(ValueError, match="none of 2 Linear modules has a bias"):
+        qt.quantize(bare, 4, methods=["bias_correction"], data=[x])
+    assert all(torch.equal(before[name], tensor) for name, tensor in bare.state_dict().items())
+    bare.insert(0, nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="leaves 2 of 3 Linear modules as they are"):
+        qt.quantize(bare, 4, methods=["bias_correction"], data=[x])

@@ -1,6 +1,9 @@
 """Bias correction: rounding to nearest, and biases that make up for its mean error."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,10 +20,11 @@ class BiasCorrection(Rounding):
 
     The mean is that over the tokens of `data`, of each output, against the float model. Layers are
     taken one after the other: what reaches one has gone through those that are corrected already.
-    Layers without a bias are rounded only; so are convolutions, embeddings and tied weights.
+    Layers without a bias are rounded only, which a warning tells where most are such; so are
+    convolutions, embeddings and tied weights.
 
     Raises:
-        ValueError: no layer is reached.
+        ValueError: no layer is reached, or none has a bias, as in Llama.
 
     Source: Nagel et al., Data-Free Quantization, arXiv 1906.04721, its empirical form; AWEQ
     (arXiv 2311.01305) ends with such a correction.
@@ -30,6 +34,7 @@ class BiasCorrection(Rounding):
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         groups = groups_of(model, data, f"{self.name}: finding layers")
+        _check_biases([layer.module for group in groups for layer in group.layers])
         with in_float(model):
             means = sums_of(model, groups, data, Means, f"{self.name}: means")
         wanted = {
@@ -45,3 +50,18 @@ class BiasCorrection(Rounding):
                     layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
         run_layer_by_layer(model, groups, data, Means, correct, self.name)
+
+
+def _check_biases(modules: Sequence[Any]) -> None:
+    lacking = sum(module.bias is None for module in modules)
+    if lacking == len(modules):
+        raise ValueError(
+            f"none of {lacking} Linear modules has a bias, so bias_correction would do nothing: "
+            "take erq or gptq"
+        )
+    if 2 * lacking > len(modules):
+        warnings.warn(
+            f"bias_correction leaves {lacking} of {len(modules)} Linear modules as they are "
+            "rounded: they have no bias",
+            stacklevel=4,
+        )
