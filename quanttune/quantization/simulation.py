@@ -14,6 +14,7 @@ from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .convert import convert
 from .methods import Method, methods_of, roundings_in
+from .methods.ties import keep
 from .placement import check_devices
 from .product_counts import counting_products
 from .restoration import drop_restorations
@@ -91,8 +92,7 @@ def quantize(
     check_devices(model)
     with ExitStack() as undo:  # an error leaves the model as it was
         if names:
-            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            undo.callback(model.load_state_dict, before)
+            undo.callback(keep(model))
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)

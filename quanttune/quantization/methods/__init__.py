@@ -14,6 +14,7 @@ from .method import Method as Method
 from .method import Rounding as Rounding
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
 from .repq import RepQ as RepQ
+from .rotate import Rotate as Rotate
 from .smooth_inputs import SmoothInputs as SmoothInputs
 from .smoothquant import SmoothQuant as SmoothQuant
 
@@ -21,6 +22,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         method.name: method
         for method in (
+            Rotate,
             SmoothQuant,
             OutlierSuppression,
             AWEQ,

@@ -96,7 +96,7 @@ class _Watch(TorchFunctionMode):
             if isinstance(module, nn.LayerNorm):
                 yield module.register_forward_pre_hook(self._enter)
                 yield module.register_forward_hook(self._leave_norm)
-            elif _can_read(module):
+            elif can_read(module):
                 yield module.register_forward_pre_hook(self._enter_reader, with_kwargs=True)
                 yield module.register_forward_hook(self._leave)
         yield self._model.register_forward_hook(self._end)
@@ -184,7 +184,7 @@ class _Watch(TorchFunctionMode):
         self._leaks |= {self._norm_of(leaf) for leaf in tree_leaves(output)}
 
 
-def _can_read(module: nn.Module) -> bool:
+def can_read(module: nn.Module) -> bool:
     """Tell whether a module multiplies its input with a weight of (outputs, channels)."""
     quantized = quantized_class_of(module)
     if quantized is None or not holds(module):

@@ -1,0 +1,1 @@
+"""What is found and folded where the channels of a model are rotated."""
