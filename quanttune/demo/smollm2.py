@@ -150,11 +150,22 @@ def load_language_model(path: str | None = None) -> tuple[Any, Any]:
     if Path(path).exists():
         options["local_files_only"] = True
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    # not .float(): transformers refuses it where a file of few bits was read, if into floats too
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+    options |= _unpacked() if "gguf_file" in options else {}
+    model = AutoModelForCausalLM.from_pretrained(path, **options).float().eval()
     model.config.use_cache = False
     model.get_input_embeddings().weight.requires_grad_(False)
     return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Return the option without which newer transformers take the model for a quantized one.
+
+    It could neither be trained nor saved then, though its weights were made floats.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
 
 
 @cache

@@ -14,7 +14,6 @@ from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .convert import convert
 from .methods import Method, methods_of, roundings_in
-from .methods.ties import keep
 from .placement import check_devices
 from .product_counts import counting_products
 from .restoration import drop_restorations
@@ -23,6 +22,7 @@ from .saving.hf_config import update_hf_config
 from .scheme import Overrides, Scheme, matches
 from .state import quantizers, refuse_quantized, state_of, weight_quantizers
 from .summary import warn_of_floats
+from .ties import keep
 
 
 def quantize(

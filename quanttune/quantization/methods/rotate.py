@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..running import Data, evaluating, main_output
 from ..scheme import Scheme
+from ..ties import untie
 from ..token_mask import counting, without_padding
 from .method import Equalization
 from .rotating.folding import rotate_stream, rotate_values
 from .rotating.plan import Stream, Values, streams, values
 from .rotating.spaces import watched
-from .ties import untie
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ...files import replacing
+from ..ties import keep, untie
 from .description import check_loaded, describe, from_description
 from .hf_config import update_hf_config
 
@@ -47,13 +48,26 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     with ExitStack() as undo:
         from_description(model, data, undo)
         _compare(shapes, model.state_dict(), path)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        undo.callback(model.load_state_dict, before)
+        undo.callback(keep(model))
+        untie(model, _holders_of(shapes, model))
         model.load_state_dict(load_file(path), strict=False)
         check_loaded(model)
         update_hf_config(model)
         undo.pop_all()
     return model
+
+
+def _holders_of(stored: dict[str, str], model: nn.Module) -> list[nn.Module]:
+    """Return the modules that share a parameter of which a file holds several: rotate untied them.
+
+    `save` writes what is tied under one name.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in stored:
+            names.setdefault(parameter, []).append(name)
+    apart = [name for several in names.values() if len(several) > 1 for name in several]
+    return [model.get_submodule(name.rpartition(".")[0]) for name in apart]
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], Any]:

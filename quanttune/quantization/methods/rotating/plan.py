@@ -25,7 +25,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Values:
-    """Heads of values, as features of what writes them, and which of them a reader's inputs hold."""
+    """Heads, as features of what writes values, and which feature each input of a reader holds."""
 
     writer: Any
     heads: tuple[Head, ...]

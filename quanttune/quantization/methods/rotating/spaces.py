@@ -117,8 +117,10 @@ class Watch(TorchFunctionMode):
             one = isinstance(labels, Tensor)
             for x, y in zip([result] if one else result, [labels] if one else labels, strict=True):
                 self._tag(x, (tags[0][0], y))
-        elif func in SCALES and len(known) == 1 and all(
-            is_number(x) for x in args if x is not tensors[tags.index(known[0])]
+        elif (
+            func in SCALES
+            and len(known) == 1
+            and all(is_number(x) for x in args if x is not tensors[tags.index(known[0])])
         ):
             self._tag(result, known[0])
         elif func in MEANS and tags[0]:
