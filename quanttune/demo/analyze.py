@@ -1,6 +1,6 @@
 """The model and data of a recipe, to be analysed. Quality is measured on validation rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ def recipe_subject(
         name if is_recipe else Path(str(model)).name,
         job.prepare(arms["base"], lambda: None),
         job.calibration(),
-        job.metric,
-        partial(job.evaluate, split="validation"),
+        *_quality(job),
         _tokenizer(model if not is_recipe else None) if name == "minilm" else None,
         facts,
     )
@@ -45,6 +44,14 @@ def recipe_subject(
         for other in compare
     }
     return subject, others
+
+
+def _quality(job: Any) -> tuple[str, Callable[[nn.Module], float]]:
+    """Return the metric of a job and how it is measured, so that more is better."""
+    measure = partial(job.evaluate, split="validation")
+    if job.metric != "perplexity":
+        return job.metric, measure
+    return "probability of the next token", lambda model: 100 / measure(model)
 
 
 def _tokenizer(model: str | None) -> Any:

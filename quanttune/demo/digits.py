@@ -46,9 +46,9 @@ class Digits:
 
     def __init__(self, seed: int, model: str | None = None, test_rows: int | None = None) -> None:
         if model:
-            raise ValueError("the digits demo makes its own model: --model is for minilm")
+            raise ValueError("the digits demo makes its own model: --model is for others")
         if test_rows is not None:
-            raise ValueError(f"the digits demo measures on {TEST} rows: --test-rows is for minilm")
+            raise ValueError(f"the digits demo measures on {TEST} rows: --test-rows is for others")
         self._seed = seed
         images, labels = _load(seed)
         sizes = [len(images) - TEST - VALIDATION, VALIDATION, TEST]

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantization.running import forward_batches
+from ..tuning.sites import LAYER_NORM, RMS_NORM, kind_of
 
 
 def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Return max|x| of the input of every LayerNorm over `data`, in the order of the forward."""
+    """Return max|x| of the input of every LayerNorm and RMSNorm over `data`, in the order of the forward."""
     ranges: dict[str, float] = {}
 
     def watch(name: str) -> Any:
@@ -18,7 +19,7 @@ def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
 
         return hook
 
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    norms = [(n, m) for n, m in model.named_modules() if kind_of(m) in (LAYER_NORM, RMS_NORM)]
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
     try:
         forward_batches(model, data)

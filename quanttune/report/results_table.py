@@ -1,13 +1,14 @@
 """Results as a table: a row per way to quantize, a column per arm, means over the seeds."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
-DIGITS = {"cosine": 3, "accuracy": 1}  # of a metric, behind the point
+DIGITS = {"cosine": 3, "accuracy": 1, "perplexity": 2}  # of a metric, behind the point
+LESS_IS_BETTER = {"perplexity"}
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,22 @@ class Table:
 
 
 def tabulate(rows: Iterable[Any]) -> Table:
-    """Arrange rows (seed, arm, bits, calibrator, weights, value) in the order they come in."""
+    """Arrange rows (seed, arm, bits, calibrator, weights, metric, value) in the order they come in."""
     values: dict[Way, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rows = list(rows)
     for row in rows:
         values[Way(row.bits, row.calibrator, row.weights)][row.arm].append(row.value)
     arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
-    cells = {way: cells_of([by_arm[arm] for arm in arms]) for way, by_arm in values.items()}
+    best = min if rows and rows[0].metric in LESS_IS_BETTER else max
+    cells = {way: cells_of([by_arm[arm] for arm in arms], best) for way, by_arm in values.items()}
     return Table(arms, cells)
 
 
-def cells_of(values: list[list[float]]) -> list[Cell]:
+def cells_of(
+    values: list[list[float]], best_of: Callable[..., float] = max
+) -> list[Cell]:
     """Return the cells of what was measured with several seeds; one of them at least has values."""
     means = [mean(seeds) if seeds else nan for seeds in values]  # nan: not measured
-    best = max(value for value in means if not isnan(value))
+    best = best_of(value for value in means if not isnan(value))
     deviations = [stdev(seeds) if len(seeds) > 1 else None for seeds in values]
     return [Cell(m, deviation, m == best) for m, deviation in zip(means, deviations, strict=True)]
