@@ -218,7 +218,9 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
 
 
 def test_unknown_tasks_are_refused():
-    with pytest.raises(ValueError, match="task must be one of minilm, digits, smollm2, got 'imagenet'"):
+    with pytest.raises(
+        ValueError, match="task must be one of minilm, digits, smollm2, got 'imagenet'"
+    ):
         recipe("imagenet")
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         experiment.run(Digits, 0, lambda text, units: None)
@@ -288,6 +290,8 @@ def test_the_language_model_that_is_not_there_is_asked_for(monkeypatch):
 
 
 def test_less_perplexity_is_better():
-    rows = [Row(0, arm, 8, "mse", "channel", "perplexity", x) for arm, x in (("a", 9.0), ("b", 7.0))]
+    rows = [
+        Row(0, arm, 8, "mse", "channel", "perplexity", x) for arm, x in (("a", 9.0), ("b", 7.0))
+    ]
     (cells,) = tabulate(rows).cells.values()
     assert [cell.best for cell in cells] == [False, True]

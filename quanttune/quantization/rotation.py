@@ -28,7 +28,7 @@ def rotate(
 
     Args:
         model: a float model of pre-norm blocks.
-        data: a list or a DataLoader, whose first batch is run: it tells what reads and writes what.
+        data: batches of inputs, of which the first is run: it tells what reads and writes what.
         seed: of the random signs.
         mask: which tokens are padding, as in `attach`.
 
@@ -38,11 +38,6 @@ def rotate(
     """
     refuse_quantized(model)
     check_devices(model)
-    if iter(data) is data:
-        raise ValueError(
-            f"rotate reads data several times: it needs a list or a DataLoader, got "
-            f"{type(data).__name__}"
-        )
     with ExitStack() as undo:
         undo.callback(keep(model))
         Rotate(seed).apply(model, Scheme(8), Data(data, mask))

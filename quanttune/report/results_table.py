@@ -67,9 +67,7 @@ def tabulate(rows: Iterable[Any]) -> Table:
     return Table(arms, cells)
 
 
-def cells_of(
-    values: list[list[float]], best_of: Callable[..., float] = max
-) -> list[Cell]:
+def cells_of(values: list[list[float]], best_of: Callable[..., float] = max) -> list[Cell]:
     """Return the cells of what was measured with several seeds; one of them at least has values."""
     means = [mean(seeds) if seeds else nan for seeds in values]  # nan: not measured
     best = best_of(value for value in means if not isnan(value))

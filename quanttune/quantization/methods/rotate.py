@@ -39,7 +39,8 @@ class Rotate(Equalization):
 
     @torch.no_grad()
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        watch = watched(model, data)
+        first = Data(list(islice(data.batches, 1)), data.mask)  # the same one each time
+        watch = watched(model, first)
         found, refused = streams(watch)
         reasons = "; ".join(f"that of {name}: {why}" for name, why in refused.items())
         if not found:
@@ -50,13 +51,13 @@ class Rotate(Equalization):
         if refused:
             warnings.warn(f"{len(refused)} stream(s) are not rotated: {reasons}", stacklevel=3)
         heads = values(watch)
-        before = _output(model, data)
+        before = _output(model, first)
         untie(model, _modules(found, heads))
         for i, stream in enumerate(found):
             rotate_stream(stream, self.seed + i)
         for i, part in enumerate(heads):
             rotate_values(part, self.seed + i)
-        _check(before, _output(model, data))
+        _check(before, _output(model, first))
 
 
 def _modules(found: list[Stream], heads: list[Values]) -> list[Any]:
@@ -72,7 +73,7 @@ def _modules(found: list[Stream], heads: list[Values]) -> list[Any]:
 
 
 def _output(model: nn.Module, data: Data) -> Tensor:
-    batch = next(iter(islice(data.batches, 1)))
+    (batch,) = data.batches
     with evaluating(model), counting(model, batch, data.mask) as (args, kwargs):
         return without_padding(main_output(model(*args, **kwargs)), "output")
 

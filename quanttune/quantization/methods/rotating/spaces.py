@@ -138,8 +138,9 @@ class Watch(TorchFunctionMode):
 
     def _average(self, func: Any, args: Any, kwargs: Any, tag: _Tag, result: Tensor) -> None:
         labels = tag[1].double()
-        mean = func(labels, *args[1:], **kwargs)
-        low = labels.amin(*args[1:], **kwargs)
+        where = {name: x for name, x in kwargs.items() if name != "dtype"}
+        mean = func(labels, *args[1:], **where)
+        low = labels.amin(*args[1:], **where)
         if torch.equal(low, mean):
             self._tag(result, (tag[0], low.to(tag[1].dtype)))
         else:
