@@ -72,6 +72,8 @@ def main() -> None:
         for file in ("refit", "settings-refit"):
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
+    if (REFIT / "smollm2.json").exists():
+        sections.append(smollm2_section(_read("smollm2.json", REFIT)))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
@@ -253,6 +255,26 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
     rows = zip(ways, zip(*cells, strict=True), strict=True)
     bold = ((way, *(_bold(cell, digits) for cell in row)) for way, row in rows)
     return table(("", *map(" ".join, columns)), bold)
+
+
+def smollm2_section(measured: Any) -> str:
+    """Return the table of a run of smollm2.py."""
+    values: dict[Any, Any] = {(row["split"], row["way"]): row for row in measured["rows"]}
+    rows = []
+    for (split, way), row in values.items():
+        reference = values[split, "float"]["perplexity"]
+        shown = row["perplexity"] / reference
+        cells = f"{row['perplexity']:.2f}", f"{shown:.2f}x", f"{row['last_token_accuracy']:.1f}"
+        rows.append((f"{split} rows, {way}", *cells))
+    caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
+    return f"""## SmolLM2, W8A8
+
+Untuned, one seed; weights per channel, symmetric static grids and min-max if not said. "all but
+sums" is coverage full_no_softmax with residual=False, "everything" the same with it.
+
+{caveats}
+{table(("", "perplexity", "of float", "last token, %"), rows)}
+"""
 
 
 def times_section(measured: Any) -> str:

@@ -170,6 +170,25 @@ def test_the_tables_of_methods_have_a_row_for_each_way_and_a_column_for_each_arm
     assert "**0.125**" in text[full:]
 
 
+def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_benchmarks):
+    rows = [
+        {"split": split, "way": way, "perplexity": value, "last_token_accuracy": 50.04}
+        for split, way, value in (
+            ("validation", "float", 20.0), ("validation", "linear: rotate", 30.0),
+            ("test", "float", 10.0), ("test", "linear: rotate", 11.0),
+        )
+    ]  # fmt: skip
+    text = from_benchmarks("summarize").smollm2_section({"caveats": ["A word."], "rows": rows})
+    assert "- A word." in text
+    assert "| validation rows, linear: rotate | 30.00 | 1.50x | 50.0 |" in text
+    assert "| test rows, linear: rotate | 11.00 | 1.10x | 50.0 |" in text
+    ways = from_benchmarks("smollm2").ways()
+    assert len(ways) == 3 * 15
+    assert ways["all but sums: rotate"] == {
+        "coverage": "full_no_softmax", "residual": False, "methods": ["rotate"],
+    }  # fmt: skip
+
+
 def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):
     arm = {"steps": 240, "refit": 0.25, "learning_rate": 4e-4}
     rows = [

@@ -23,7 +23,7 @@ def run(
     test_rows: Annotated[
         int | None,
         typer.Option(
-            help="minilm, smollm2: rows to measure on, 128 or 16 if not given; 512 or 240 for tables."
+            help="minilm, smollm2: rows to measure on; if not given 128 and 16, for tables 512, 240"
         ),
     ] = None,
     calibrator: Annotated[

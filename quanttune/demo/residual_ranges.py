@@ -10,7 +10,7 @@ from ..tuning.sites import LAYER_NORM, RMS_NORM, kind_of
 
 
 def residual_ranges(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Return max|x| of the input of every LayerNorm and RMSNorm over `data`, in the order of the forward."""
+    """Return max|x| of the input of every norm over `data`, in the order of the forward."""
     ranges: dict[str, float] = {}
 
     def watch(name: str) -> Any:

@@ -56,7 +56,7 @@ class Table:
 
 
 def tabulate(rows: Iterable[Any]) -> Table:
-    """Arrange rows (seed, arm, bits, calibrator, weights, metric, value) in the order they come in."""
+    """Arrange rows, as of `experiment.Row`, in the order they come in."""
     values: dict[Way, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rows = list(rows)
     for row in rows:
