@@ -205,6 +205,14 @@ class Scaled(PreNorm):
         return self.head(self.last(self.between(x)))
 
 
+def mixed(x):
+    """Mix the tokens of each half of the channels in its own way."""
+    heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+    queries, keys = torch.arange(80.0).sin().view(2, 1, 2, 5, 4).expand(2, 4, 2, 5, 4)
+    mixed = nn.functional.scaled_dot_product_attention(queries, keys, heads)
+    return mixed.transpose(1, 2).flatten(-2)
+
+
 IDS = torch.arange(20).view(4, 5)
 
 
@@ -215,6 +223,8 @@ IDS = torch.arange(20).view(4, 5)
         (Scaled(torch.relu), "it goes into relu in the model"),
         (Scaled(lambda x: x * torch.rand(8)), "it goes into mul in the model"),
         (Scaled(lambda x: x.flip(-1)), "it goes into the input in last"),
+        (Scaled(lambda x: x + torch.ones(5, 8)), "it goes into add in the model"),
+        (Scaled(mixed), "attention mixes its tokens, and those of each head in its own way"),
     ],
 )
 def test_what_is_done_to_a_stream_is_named(model, message):

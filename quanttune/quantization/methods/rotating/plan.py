@@ -51,7 +51,7 @@ def values(watch: Watch) -> list[Values]:
     found = []
     for space in dict.fromkeys(space.root() for space in watch.spaces.values()):
         writers = list(space.writers)
-        if space.heads and len(writers) == 1 and can_read(writers[0]):
+        if space.heads and not space.norms and len(writers) == 1 and can_read(writers[0]):
             leaked = {feature for _, features in space.leaks for feature in features}
             heads = sorted(head for head in space.heads if _is_whole(head, space, leaked))
             are_apart = len({f for head in heads for f in head}) == sum(map(len, heads))
@@ -80,14 +80,16 @@ def _obstacles(watch: Watch, space: Space) -> Iterator[str]:
         if writer in watch.norms
     )
     yield from (f"it goes into {where}" for where, _ in space.leaks)
+    if _is_mixed_in_parts(space):
+        yield "attention mixes its tokens, and those of each head in its own way"
     for norm in space.norms:
         output = watch.spaces[norm].root() if norm in watch.norms else None
         if output is None or watch.read_by(norm) != {space}:
             yield f"{names[norm]} normalizes other things too"
         else:
             yield from (f"the output of {names[norm]} goes into {w}" for w, _ in output.leaks)
-            if len(output.writers) > 1 or output.norms:
-                yield f"the output of {names[norm]} is added to something, or normalized"
+            if len(output.writers) > 1 or output.norms or _is_mixed_in_parts(output):
+                yield f"the output of {names[norm]} is added to something, normalized, or mixed"
             yield from _of_readers(watch, output)
             if not _can_move_bias(watch.norms[norm], output):
                 yield (
@@ -108,6 +110,10 @@ def _of_readers(watch: Watch, space: Space) -> Iterator[str]:
             yield f"{watch.names[reader]} reads a part of it"
         elif any(p in watch.touched for p in reader.parameters(recurse=False)):
             yield f"a parameter of {watch.names[reader]} is used by others, outside of it"
+
+
+def _is_mixed_in_parts(space: Space) -> bool:
+    return any(len(head) != space.size for head in space.heads)
 
 
 def _can_move_bias(norm: Norm, output: Space) -> bool:
