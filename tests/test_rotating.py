@@ -333,3 +333,12 @@ def test_it_comes_before_other_methods_and_calibrators():
     ):
         model = qt.quantize(copy.deepcopy(example.model), data=[example.inputs], **options)
         assert answers(example, model).isfinite().all()
+
+
+def test_a_rotated_model_is_exported_and_its_file_agrees(tmp_path):
+    torch.manual_seed(0)
+    example = opt(2)
+    example.model.eval()
+    model = qt.quantize(example.model, methods=["rotate"], data=[example.inputs])
+    qt.export_onnx(model, example.inputs, tmp_path / "model.onnx")
+    assert qt.verify(tmp_path / "model.onnx", model, [example.inputs]).passed
