@@ -264,7 +264,9 @@ def smollm2_section(measured: Any) -> str:
     for (split, way), row in values.items():
         reference = values[split, "float"]["perplexity"]
         shown = row["perplexity"] / reference
-        cells = f"{row['perplexity']:.2f}", f"{shown:.2f}x", f"{row['last_token_accuracy']:.1f}"
+        accuracy = row["last_token_accuracy"]  # None where nobody looked
+        hits = "-" if accuracy is None else f"{accuracy:.1f}"
+        cells = f"{row['perplexity']:.2f}", f"{shown:.2f}x", hits
         rows.append((f"{split} rows, {way}", *cells))
     caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
     return f"""## SmolLM2, W8A8

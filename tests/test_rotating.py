@@ -141,6 +141,19 @@ def test_the_stream_of_every_layer_is_turned_by_one_matrix_and_each_value_head_b
     assert (heads[0] - heads[3]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "reader"), [("gpt2", "transformer.h.1.attn.c_proj"), ("vit", "blocks.1.attn.proj")]
+)
+def test_values_are_turned_inside_a_projection_that_queries_and_keys_share(name, reader):
+    example = prepared(name)
+    before, after = (inputs_of(example, m, reader) for m in (example.model, rotated(example)))
+    for i in (0, 12):
+        head = rotation_between(before[:, i : i + 12], after[:, i : i + 12])
+        eye = torch.eye(12, dtype=torch.float64)
+        torch.testing.assert_close(head @ head.T, eye, rtol=0, atol=1e-6)
+        assert (head - eye).abs().max() > 0.1
+
+
 def planted(name: str) -> Example:
     """Return an example in float32 whose stream has a channel some 60 times as large as others."""
     example = prepared(name)
@@ -310,6 +323,7 @@ def test_an_untied_head_is_saved_and_loaded_both_ways(tmp_path):
     model = copy.deepcopy(example.model)
     qt.quantize(model, methods=["rotate"], data=[example.inputs])
     assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not model.config.tie_word_embeddings  # transformers would warn of it, and untie it
     qt.save(model, tmp_path / "model.safetensors")
     again = qt.load(llama().model.eval(), tmp_path / "model.safetensors")
     assert_same_bits(again.state_dict(), model.state_dict())

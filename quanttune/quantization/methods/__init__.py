@@ -22,12 +22,12 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         method.name: method
         for method in (
-            Rotate,
             SmoothQuant,
             OutlierSuppression,
             AWEQ,
             RepQ,
             SmoothInputs,
+            Rotate,
             BiasCorrection,
             GPTQ,
             ERQ,
