@@ -1,7 +1,7 @@
 """Quantize SmolLM2 in many ways and measure the perplexity of held-out docstrings.
 
-python benchmarks/smollm2.py --out benchmarks/results/epyc-2-cores
-python benchmarks/smollm2.py --out benchmarks/results/epyc-2-cores --split test --only "*rotate*"
+python -m benchmarks.accuracy.smollm2 --out benchmarks/results/epyc-2-cores
+python -m benchmarks.accuracy.smollm2 --out DIR --split test --only "*rotate*"
 
 A way takes minutes, on test rows seven times as long as on validation rows. What is in the file
 already is not measured again, so that an interrupted run goes on. docs/results.md has the table.
@@ -14,9 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import arguments
-
 import quanttune as qt
+from benchmarks import arguments
 from quanttune.demo.smollm2 import SmolLM2
 from quanttune.environment import environment
 from quanttune.files import write_json
