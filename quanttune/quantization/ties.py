@@ -18,15 +18,18 @@ def untie(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             if parameter in shared:
                 own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 setattr(module, name, own)
-                for config in _tying(model):
-                    config.tie_word_embeddings = False
+    for part, config in _tying(model):
+        if hasattr(part, "get_output_embeddings"):
+            ends = part.get_input_embeddings(), part.get_output_embeddings()
+            if None not in ends and ends[0].weight is not ends[1].weight:
+                config.tie_word_embeddings = False
 
 
 def keep(model: nn.Module) -> Callable[[], None]:
     """Return what gives a model the parameters back that it has now, with the values of now."""
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     held = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
-    tying = list(_tying(model))
+    tying = [config for _, config in _tying(model)]
 
     def restore() -> None:
         for module, name, parameter in held:
@@ -38,9 +41,9 @@ def keep(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _tying(model: nn.Module) -> Iterator[Any]:
-    """Yield the configurations of transformers that say that word embeddings are tied."""
+def _tying(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield the modules of transformers whose configurations tie word embeddings, and these."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
-            yield config
+            yield module, config
