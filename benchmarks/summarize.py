@@ -2,25 +2,30 @@
 
 python -m benchmarks.summarize [benchmarks/results/h200/gpu.json]
 
-With the result of gpu_suite.sh it makes the README's GPU table as well.
+With the result of gpu/suite.sh it makes the README's GPU table as well.
 """
 
 import argparse
 import json
-from collections import defaultdict
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import methods
+from benchmarks.accuracy.tables import (
+    bold,
+    methods_section,
+    refit_section,
+    refit_table,
+    smollm2_section,
+    times_section,
+)
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.markdown_table import table
 from benchmarks.rivals.tables import rival_sections
-from quanttune.demo import recipe
-from quanttune.demo.experiment import FLOAT_BITS, Row
-from quanttune.report.results_table import DIGITS, Cell, cells_of, tabulate
+from quanttune.demo.experiment import Row
+from quanttune.report.results_table import DIGITS, tabulate
 
 SHOWN = ("none", "minmax", "percentile", "omse", "kl")  # in the README
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +48,7 @@ ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gpu", type=Path, nargs="?", help="gpu.json of gpu_suite.sh")
+    parser.add_argument("gpu", type=Path, nargs="?", help="gpu.json of gpu/suite.sh")
     gpu = parser.parse_args().gpu
     demos = {name: _read(f"{name}.json") for name in ("minilm", "digits")}
     settings = {name: _read(f"settings-{name}.json") for name in demos}
@@ -134,13 +139,8 @@ def _results_table(demo: Any, calibrators: Collection[str] = ()) -> str:
             if calibrators and (way.weights != "channel" or way.calibrator not in calibrators):
                 continue
             label = way.label if way.calibrator == "none" else f"{way.label}, {group}"
-            rows.append((label, *(_bold(cell, digits) for cell in found.cells[way])))
+            rows.append((label, *(bold(cell, digits) for cell in found.cells[way])))
     return table(("", *found.arms), rows)
-
-
-def _bold(cell: Cell, digits: int) -> str:
-    text = cell.text(digits)
-    return f"**{text}**" if cell.best else text
 
 
 def _demo_section(name: str, demo: Any) -> str:
@@ -173,125 +173,6 @@ def _settings_section(settings: Any) -> str:
 Validation rows, seed {settings["seed"]}, min-max, weights per channel.
 
 {table(("arm", "steps", "learning rate", *columns), rows)}
-"""
-
-
-def refit_section(measured: Any) -> str:
-    """Return the table of a run of refitting.py."""
-    task, split = measured["task"], measured["split"]
-    return f"""## Refit and finishing on {task}: {recipe(task).metric} on the {split} rows
-
-{measured["environment"]["processor"]}. Means of the seeds, ± their standard deviation; what is
-not trained has one. Weights per channel; coverage full_no_softmax and symmetric grids, unless said
-otherwise.
-
-{refit_table(measured)}
-"""
-
-
-def refit_table(measured: Any, ways: Collection[str] = ()) -> str:
-    """Return a row per arm and way to quantize, or for some ways only."""
-    digits, rows = DIGITS[recipe(measured["task"]).metric], measured["rows"]
-    values: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        finish = ", ".join(map(str, row["finish_bits"]))
-        finish = f"{row['finish_steps']} ({finish})" if finish else ""
-        steps = str(row["steps"]) if row["learning_rate"] else ""
-        arm = row["arm"], steps, _number(row["learning_rate"]), _number(row["refit"]), finish
-        values[*arm, row["way"]][row["bits"]].append(row["value"])
-    widths = sorted({row["bits"] for row in rows} - {FLOAT_BITS}, reverse=True)
-    lines = []
-    for (*arm, way), found in values.items():
-        if way != "none" and (not ways or way in ways):
-            exact = values[*arm, "none"][FLOAT_BITS]
-            means = [_mean(seeds, digits) for seeds in (exact, *(found[bits] for bits in widths))]
-            lines.append((*arm, way, str(max(map(len, found.values()))), *means))
-    settings = "steps", "learning rate", "refit's tolerance", "rounded steps"
-    names = (methods.width(bits, bits) for bits in widths)
-    return table(("arm", *settings, "quantized by", "seeds", "fp32", *names), lines)
-
-
-def _mean(values: list[float], digits: int) -> str:
-    return cells_of([values])[0].text(digits) if values else ""
-
-
-def _number(value: float | None) -> str:
-    return f"{value:g}" if value else ""
-
-
-def methods_section(name: str, measured: Any) -> str:
-    """Return the tables of a run of methods.py, one per coverage."""
-    digits, rows = DIGITS[measured["metric"]], measured["rows"]
-    seeds = len({row["seed"] for row in rows})
-    values: dict[Any, list[float]] = defaultdict(list)
-    for row in rows:
-        width = methods.width(row["weight_bits"], row["bits"])
-        way = methods.way(row["calibrator"], row["methods"])
-        values[row["coverage"], width, row["arm"], way].append(row["value"])
-    exact = {arm: found for (coverage, _, arm, _), found in values.items() if coverage == "none"}
-    cells = zip(exact, cells_of(list(exact.values())), strict=True)
-    floats = [f"{arm} {cell.text(digits)}" for arm, cell in cells]
-    parts = [
-        f"## Methods on {name}: {measured['metric']} on the test rows",
-        f"Means of {seeds} seeds, ± their standard deviation; MiniLM's base has one. Float: "
-        f"{', '.join(floats)}. Weights per channel; methods with min-max and their default "
-        "options; percentile and kl without a method. Bold: the best of a column.",
-    ]
-    for coverage in dict.fromkeys(row["coverage"] for row in rows if row["coverage"] != "none"):
-        chosen = {tuple(key): found for (c, *key), found in values.items() if c == coverage}
-        parts += [f"Coverage {coverage}:", _methods_table(chosen, digits)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
-    """Return a row per way and a column per width and arm; values: by width, arm and way."""
-    names = [methods.width(*bits) for bits in methods.WIDTHS]
-    arms = dict.fromkeys(arm for _, arm, _ in values)
-    measured = {key[:2] for key in values}
-    columns = [(width, arm) for width in names for arm in arms if (width, arm) in measured]
-    of_rows = {key[2] for key in values}  # a method may be younger than the run
-    ways = [way for choice in methods.CHOICES if (way := methods.way(*choice)) in of_rows]
-    cells = [cells_of([values.get((*column, way), []) for way in ways]) for column in columns]
-    rows = zip(ways, zip(*cells, strict=True), strict=True)
-    bold = ((way, *(_bold(cell, digits) for cell in row)) for way, row in rows)
-    return table(("", *map(" ".join, columns)), bold)
-
-
-def smollm2_section(measured: Any) -> str:
-    """Return the table of a run of smollm2.py."""
-    values: dict[Any, Any] = {(row["split"], row["way"]): row for row in measured["rows"]}
-    rows = []
-    for (split, way), row in values.items():
-        reference = values[split, "float"]["perplexity"]
-        shown = row["perplexity"] / reference
-        accuracy = row["last_token_accuracy"]  # None where nobody looked
-        hits = "-" if accuracy is None else f"{accuracy:.1f}"
-        cells = f"{row['perplexity']:.2f}", f"{shown:.2f}x", hits
-        rows.append((f"{split} rows, {way}", *cells))
-    caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
-    return f"""## SmolLM2, W8A8
-
-Untuned, one seed; weights per channel, symmetric static grids and min-max if not said. "all but
-sums" is coverage full_no_softmax with residual=False, "everything" the same with it.
-
-{caveats}
-{table(("", "perplexity", "of float", "last token, %"), rows)}
-"""
-
-
-def times_section(measured: Any) -> str:
-    """Return the table of a run of method_times.py."""
-    found = measured["rows"]
-    rows = [(row["way"], f"{row['seconds']:.0f}", f"{row['error']:.3f}") for row in found]
-    facts = measured["environment"]
-    where = f"{facts['processor']}, {facts['threads']} threads"
-    return f"""## What methods cost
-
-A ViT-tiny (12 layers, 192 wide, random weights), 32 images of 224 pixels, W4A4, coverage linear;
-once each, calibration included; {where}. Error: squared difference of logits on these
-images, relative to the float model's.
-
-{table(("", "seconds", "error"), rows)}
 """
 
 

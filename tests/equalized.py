@@ -80,7 +80,7 @@ def grown(name: str) -> Example:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
     for pair in find_pairs(example.model, Data([example.inputs])):
-        for parameter in (pair.norm.weight, pair.norm.bias):
+        for parameter in (pair.norm.module.weight, pair.norm.module.bias):
             parameter[[3, 8]] *= 50
         for columns in pair.columns():
             columns[:, [3, 8]] /= 50

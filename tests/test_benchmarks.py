@@ -156,7 +156,9 @@ def test_the_tables_of_methods_have_a_row_for_each_way_and_a_column_for_each_arm
         *(row(seed, "detached", "linear", 4, ["gptq"], 0.7 + 0.1 * seed) for seed in (0, 2)),
         row(0, "base", "full_no_softmax", 8, [], 0.125),
     ]
-    text = from_benchmarks("summarize").methods_section("x", {"metric": "cosine", "rows": rows})
+    text = from_benchmarks("accuracy.tables").methods_section(
+        "x", {"metric": "cosine", "rows": rows}
+    )
     assert "## Methods on x: cosine" in text
     assert "Float: base 1.000." in text
     linear, full = text.index("Coverage linear"), text.index("Coverage full_no_softmax")
@@ -178,7 +180,9 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
             ("test", "float", 10.0), ("test", "linear: rotate", 11.0),
         )
     ]  # fmt: skip
-    text = from_benchmarks("summarize").smollm2_section({"caveats": ["A word."], "rows": rows})
+    text = from_benchmarks("accuracy.tables").smollm2_section(
+        {"caveats": ["A word."], "rows": rows}
+    )
     assert "- A word." in text
     assert "| validation rows, linear: rotate | 30.00 | 1.50x | 50.0 |" in text
     assert "| test rows, linear: rotate | 11.00 | 1.10x | 50.0 |" in text
@@ -203,13 +207,13 @@ def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmark
     rows.append({**rows[0], "arm": "base", "refit": None, "learning_rate": 0.0})
     rows.append({**rows[-1], "bits": 8, "way": "percentile", "value": 0.25})
     measured = {"task": "minilm", "rows": rows}
-    table = from_benchmarks("summarize").refit_table(measured).splitlines()
+    table = from_benchmarks("accuracy.tables").refit_table(measured).splitlines()
     both = "| both | 240 | 0.0004 | 0.25 | 120 (8, 6) | minmax | 2 |"
     assert table[2] == f"{both} 0.850 ±0.071 | 0.650 ±0.071 | 0.400 |"
     assert len(table) == 4
     assert table[3].startswith("| base |  |  |  |")
     assert table[3].endswith("| percentile | 1 | 0.900 | 0.250 |  |")
-    only = from_benchmarks("summarize").refit_table(measured, ["percentile"])
+    only = from_benchmarks("accuracy.tables").refit_table(measured, ["percentile"])
     assert only.splitlines()[2:] == table[3:]
 
 

@@ -17,9 +17,11 @@ from equalized import (
 from torch import Tensor, nn
 
 from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
+from quanttune.quantization.methods.equalizing import readers
 from quanttune.quantization.methods.equalizing.channel_factors import Channels
+from quanttune.quantization.methods.equalizing.norms import Norm
 from quanttune.quantization.methods.equalizing.pairs import columns_of
-from quanttune.quantization.methods.equalizing.readers import find_pairs
+from quanttune.quantization.methods.equalizing.readers import find_other_readers, find_pairs
 from quanttune.quantization.running import Data
 from quanttune.quantization.scheme import Scheme
 
@@ -108,9 +110,7 @@ def block(monkeypatch) -> Block:
     block = Block().requires_grad_(False)
     block.norm.bias.zero_()
     block.norm.__class__ = Fixed
-    monkeypatch.setattr(
-        "quanttune.quantization.methods.equalizing.readers._scales_last_dimension", lambda *_: True
-    )
+    monkeypatch.setattr(readers, "norm_of", lambda norm, *_: Norm(norm, True))
     return block
 
 
@@ -275,3 +275,78 @@ def test_the_tokens_that_are_kept_are_of_all_batches():
     assert 8 < len(channels.rows) <= 16
     counts = torch.bincount(channels.rows[:, 0].long() // 10, minlength=6)
     assert counts.max() - counts.min() <= 1
+
+
+class Gain(nn.Module):
+    """An RMSNorm that multiplies with 1 + weight, as Gemma's does."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(size)), 1e-6
+
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight)
+
+
+class OfRMS(nn.Module):
+    """An RMSNorm, two Linear modules that read it, one behind them; and, perhaps, a residual."""
+
+    def __init__(self, norm, residual=False):
+        super().__init__()
+        self.norm, self.residual = norm, residual
+        self.one, self.other = (nn.Linear(8, 8, bias=False) for _ in range(2))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.last(self.one(y) * self.other(y).sigmoid())
+        return y + z if self.residual else z
+
+
+def rms(norm, residual=False):
+    torch.manual_seed(0)
+    model = OfRMS(norm(8), residual).double().requires_grad_(False)
+    model.norm.weight.add_(0.3 * torch.randn(8))
+    x = torch.randn(5, 7, 8, dtype=torch.float64)
+    x[..., 3] *= 40
+    return model, x
+
+
+@each_method
+@pytest.mark.parametrize("norm", [nn.RMSNorm, Gain])
+def test_an_rms_norm_gives_its_readers_what_they_can_take(norm, method):
+    model, x = rms(norm)
+    exact, offset = model(x), float(norm is Gain)
+    (before,) = seen_by(model, ["one"], x)
+    weights = model.one.weight.clone()
+    method.apply(model, Scheme(8), Data([x]))
+    assert relative(model(x), exact) < 1e-14
+    (after,) = seen_by(model, ["one"], x)
+    scale = before.abs().amax(0) / after.abs().amax(0)
+    assert scale.max() > 1.5 * scale.min()
+    torch.testing.assert_close(before / scale, after)  # nothing is shifted: there is no bias
+    torch.testing.assert_close(model.one.weight, weights * scale)
+    gain = rms(norm)[0].norm.weight + offset
+    torch.testing.assert_close(model.norm.weight + offset, gain / scale)
+
+
+def test_the_factors_of_smoothquant_for_an_rms_norm():
+    model, x = rms(nn.RMSNorm)
+    (inputs,) = seen_by(model, ["one"], x)
+    columns = torch.cat([model.one.weight, model.other.weight]).abs().amax(0)
+    expected = (inputs.abs().amax(0) / columns).sqrt()
+    before = model.norm.weight.clone()
+    SmoothQuant().apply(model, Scheme(8), Data([x]))
+    torch.testing.assert_close(before / model.norm.weight, expected, rtol=1e-6, atol=0)
+
+
+def test_an_rms_norm_that_others_read_is_left_to_smooth_inputs():
+    model, x = rms(nn.RMSNorm, residual=True)
+    with (
+        pytest.warns(UserWarning, match="2 module.* an RMSNorm that others read"),
+        pytest.raises(ValueError, match="no norm whose output a Linear module reads"),
+    ):
+        SmoothQuant().apply(model, Scheme(8), Data([x]))
+    assert set(find_other_readers(model, Data([x]))) == {"one", "other", "last"}
+    alone, x = rms(nn.RMSNorm)
+    assert set(find_other_readers(alone, Data([x]))) == {"last"}

@@ -1,4 +1,4 @@
-"""Smoothing of the inputs that no LayerNorm gives, by a multiplication of its own."""
+"""Smoothing of the inputs that no norm gives, by a multiplication of its own."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +15,8 @@ from .smoothquant import SmoothQuant
 class SmoothInputs(SmoothQuant):
     """Divide channel c of other inputs by max|x_c|^alpha / max|W_c|^(1 - alpha), explicitly.
 
-    These are the inputs that equalizations of LayerNorms leave alone: of Linear modules behind an
-    activation function, attention or an RMSNorm. Nothing absorbs their factors, so that every
+    These are the inputs that equalizations of norms leave alone: of Linear modules behind an
+    activation function or attention. Nothing absorbs their factors, so that every
     runtime multiplies once more for each. Combine it with one of those equalizations.
 
     Args:

@@ -1,1 +1,1 @@
-"""What methods share that change LayerNorms and their readers together."""
+"""What methods share that change norms and their readers together."""

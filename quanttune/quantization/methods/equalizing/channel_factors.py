@@ -1,4 +1,4 @@
-"""What equalizations share: ranges of channels, and factors that LayerNorms are divided by."""
+"""What equalizations share: ranges of channels, and factors that norms are divided by."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Channels:
 
 
 class ChannelEqualization(Equalization):
-    """Divides each channel of a LayerNorm's output, and multiplies the weights that read it.
+    """Divides each channel of a norm's output, and multiplies the weights that read it.
 
     Where more than Linear modules read it (a residual branch, in BERT), they get what they did:
     see Restoration. Modules that are tied, or read other things as well, are left alone.

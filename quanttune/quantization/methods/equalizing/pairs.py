@@ -1,4 +1,4 @@
-"""What can be changed together: a LayerNorm and the Linear modules that read it, or one's input."""
+"""What can be changed together: a norm and the Linear modules that read it, or one's input."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,26 +9,27 @@ from torch import Tensor, nn
 
 from ...modules import quantized_class_of
 from ...restoration import NAME, add_restoration, add_smoothing
+from .norms import Norm
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A LayerNorm and the Linear or Conv1D modules that read its output, and nothing else.
+    """A norm and the Linear or Conv1D modules that read its output, and nothing else.
 
     alone: nothing but they reads it, so that what they take can be changed at once.
     """
 
     verb: ClassVar[str] = "returned"  # what an error tells of the name
     name: str
-    norm: nn.LayerNorm
+    norm: Norm
     readers: dict[str, nn.Module]
     alone: bool
 
     @property
     def shifts(self) -> bool:
         """Whether there are biases to fold a shift of the channels into."""
-        modules: list[Any] = [self.norm, *self.readers.values()]
-        return all(module.bias is not None for module in modules)
+        readers: Iterable[Any] = self.readers.values()
+        return self.norm.bias is not None and all(m.bias is not None for m in readers)
 
     def columns(self) -> list[Tensor]:
         """Return the readers' weights as (outputs, channels), which are views."""
@@ -36,16 +37,16 @@ class Pair:
 
     @torch.no_grad()
     def fold(self, scale: Tensor, shift: Tensor) -> None:
-        """Let the LayerNorm compute (x - shift) / scale, and its readers what they did, in place.
+        """Let the norm compute (x - shift) / scale, and its readers what they did, in place.
 
         Args:
             scale, shift: of shape (channels,); shift is zero unless it `shifts`.
         """
-        norm: Any = self.norm
+        norm = self.norm.module
         # both sides must know the same factors, in a model of half precision too
         scale, shift = (x.float().to(norm.weight.dtype) for x in (scale, shift))
-        norm.weight.div_(scale)
-        if norm.bias is not None:
+        norm.weight.add_(self.norm.offset).div_(scale).sub_(self.norm.offset)
+        if self.norm.bias is not None:
             norm.bias.sub_(shift).div_(scale)
         readers: Iterable[Any] = self.readers.values()
         for module, columns in zip(readers, self.columns(), strict=True):
@@ -56,15 +57,16 @@ class Pair:
             self._restore(scale.float(), shift.float())
 
     def _restore(self, scale: Tensor, shift: Tensor) -> None:
-        found: Any = getattr(self.norm, NAME, None)
-        found = found or add_restoration(self.norm, self.readers.values())
+        norm = self.norm.module
+        found: Any = getattr(norm, NAME, None)
+        found = found or add_restoration(norm, self.readers.values())
         found.shift = found.shift + shift * found.scale
         found.scale = found.scale * scale
 
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """What a Linear or Conv1D reads, and no LayerNorm gave: its factors are multiplied with."""
+    """What a Linear or Conv1D reads, and no norm gave: its factors are multiplied with."""
 
     verb: ClassVar[str] = "got"
     name: str

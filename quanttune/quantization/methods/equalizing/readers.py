@@ -1,9 +1,8 @@
-"""Which Linear modules read which LayerNorms, found by watching one batch on its way."""
+"""Which Linear modules read which norms, found by watching one batch on its way."""
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...modules import QuantizedConvolution, QuantizedEmbedding, holds, quantized_class_of
 from ...restoration import NAME
 from ...running import Data, forward_batches
+from .norms import Norm, may_normalize, norm_of
 from .pairs import Pair
 
 _NAMES = "view", "reshape", "flatten", "permute", "transpose", "contiguous", "roll"
@@ -38,16 +38,17 @@ def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
     pairs = _watched(model, data).pairs()
     if not pairs:
         raise ValueError(
-            f"{type(model).__name__} has no LayerNorm whose output a Linear module reads, so there "
-            "is nothing to equalize"
+            f"{type(model).__name__} has no norm whose output a Linear module reads, so there is "
+            "nothing to equalize"
         )
     return pairs
 
 
 def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
-    """Run a float model on the first batch and return the Linear modules that read no LayerNorm.
+    """Run a float model on the first batch and return the Linear modules that read no norm.
 
-    Those without a weight of their own are left alone.
+    Those that read an RMSNorm beside others are there too, for it cannot be changed. Modules
+    without a weight of their own are left alone.
 
     Raises:
         ValueError: there is no batch, or no such module.
@@ -56,7 +57,7 @@ def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
     if not others:
         raise ValueError(
             f"{type(model).__name__} has no Linear module with a weight of its own that reads "
-            "something else than a LayerNorm, so there is no input to smooth"
+            "something else than a norm, so there is no input to smooth"
         )
     return others
 
@@ -73,17 +74,17 @@ def _watched(model: nn.Module, data: Data) -> "_Watch":
 
 
 class _Watch(TorchFunctionMode):
-    """Follow what LayerNorms return through a forward of the model."""
+    """Follow what norms return through a forward of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self._norms = [m for m in self._names if isinstance(m, nn.LayerNorm)]
-        self._outputs = WeakTensorKeyDictionary()  # of LayerNorms, with the tensor's version
-        self._inside: list[nn.Module] = []  # LayerNorms and readers that are being called
-        self._read: dict[nn.Module, set[nn.Module | None]] = {}  # which LayerNorms by reader
-        self._leaks: set[Any] = set()  # LayerNorms that something else reads
+        self._norms: dict[nn.Module, Norm] = {}
+        self._outputs = WeakTensorKeyDictionary()  # of norms, with the tensor's version
+        self._inside: list[nn.Module] = []  # norms and readers that are being called
+        self._read: dict[nn.Module, set[nn.Module | None]] = {}  # which norms by reader
+        self._leaks: set[Any] = set()  # norms that something else reads
         owners = [(p, m) for m in self._names for p in m.parameters(recurse=False)]
         self._owners = dict(owners)
         # modules whose parameters others use
@@ -93,7 +94,7 @@ class _Watch(TorchFunctionMode):
     def handles(self) -> Iterator[RemovableHandle]:
         """Register hooks."""
         for module in self._names:
-            if isinstance(module, nn.LayerNorm):
+            if may_normalize(module):
                 yield module.register_forward_pre_hook(self._enter)
                 yield module.register_forward_hook(self._leave_norm)
             elif can_read(module):
@@ -103,7 +104,7 @@ class _Watch(TorchFunctionMode):
 
     def pairs(self) -> list[Pair]:
         """Return what was found, and warn of what must be left alone."""
-        found = [self._pair(norm) for norm in self._norms]
+        found = [self._pair(norm) for norm in self._names if may_normalize(norm)]
         read = {m for pair in found if pair for m in pair.readers.values()}
         left = [
             self._names[m] for m, norms in self._read.items() if norms != {None} and m not in read
@@ -111,18 +112,20 @@ class _Watch(TorchFunctionMode):
         if left:
             some = ", ".join(left[:5])
             warnings.warn(
-                f"{len(left)} module(s) that read a LayerNorm are not equalized: {some}. It has no "
-                "weight, they share parameters, or they read something else too",
+                f"{len(left)} module(s) that read a norm are not equalized: {some}. It has no "
+                "weight, they share parameters, they read something else too, or it is an RMSNorm "
+                "that others read",
                 stacklevel=4,
             )
         return [pair for pair in found if pair]
 
     def others(self) -> dict[str, Any]:
-        """Return the modules that read something else than LayerNorms, by name."""
+        """Return the modules that read something else than pairs' norms, by name."""
+        fixed = {n for n in self._norms if not isinstance(n, nn.LayerNorm) and not self._pair(n)}
         return {
             self._names[module]: module
             for module, norms in self._read.items()
-            if norms == {None} and module not in self._shared
+            if norms <= {None, *fixed} and module not in self._shared
         }
 
     def _pair(self, norm: Any) -> Pair | None:
@@ -134,7 +137,10 @@ class _Watch(TorchFunctionMode):
             alone = len(readers) == len(touching) and norm not in self._leaks
         if not readers or norm.weight is None or norm in self._shared:
             return None
-        return Pair(self._names[norm], norm, {self._names[m]: m for m in readers}, alone)
+        if not alone and not isinstance(norm, nn.LayerNorm):
+            return None  # a Restoration is for what is rounded behind a norm
+        known = self._norms.get(norm, Norm(norm, centers=True))
+        return Pair(self._names[norm], known, {self._names[m]: m for m in readers}, alone)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -160,7 +166,7 @@ class _Watch(TorchFunctionMode):
         self._outputs[x] = norm, x._version
 
     def _norm_of(self, x: Any) -> nn.Module | None:
-        """Return the LayerNorm that returned x, if nothing changed it in place."""
+        """Return the norm that returned x, if nothing changed it in place."""
         norm, version = self._outputs.get(x, (None, 0)) if isinstance(x, Tensor) else (None, 0)
         return norm if norm is not None and x._version == version else None
 
@@ -176,7 +182,9 @@ class _Watch(TorchFunctionMode):
         self._inside.pop()
 
     def _leave_norm(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        if not hasattr(module, NAME) and _scales_last_dimension(module, args[0], output):
+        found = norm_of(module, args[0], output) if args and not hasattr(module, NAME) else None
+        if found:
+            self._norms[module] = found
             self._follow(output, module)
         self._inside.pop()  # last, since what uses its parameters outside of it is watched
 
@@ -203,13 +211,3 @@ def _keeps_channels(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     labels = torch.empty_like(x, dtype=wanted.dtype).copy_(wanted)  # with the strides of x
     moved = func(labels, *others, **kwargs)
     return moved.shape[-1:] == x.shape[-1:] and bool((moved == wanted).all())
-
-
-def _scales_last_dimension(module: nn.LayerNorm, x: Tensor, output: Any) -> bool:
-    """Tell whether a LayerNorm, which may be of a subclass, is one of the last dimension."""
-    if module.normalized_shape != x.shape[-1:]:
-        return False
-    wanted = F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
-    # in half precision too
-    near = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)
-    return output.shape == wanted.shape and near(output, wanted)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..equalizing.norms import Norm
 from ..equalizing.pairs import columns_of
 from .matrices import rotation
-from .parts import CONVOLUTIONS, Norm
+from .parts import CONVOLUTIONS
 from .plan import Stream, Values
 
 

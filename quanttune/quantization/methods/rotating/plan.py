@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts import Norm, can_read
+from ..equalizing.norms import Norm
+from ..equalizing.readers import can_read
 from .spaces import Space, Watch
 
 Head = tuple[int, ...]  # features

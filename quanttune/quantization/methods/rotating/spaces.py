@@ -15,8 +15,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...functional.functional_sites import SUMS
 from ...running import Data, forward_batches
+from ..equalizing.norms import Norm, may_normalize, norm_of
+from ..equalizing.readers import can_read
 from .moves import CASTS, MEANS, MOVES, PRODUCTS, SCALES, compact, is_number
-from .parts import CONVOLUTIONS, Norm, can_read, can_write, may_normalize, norm_of
+from .parts import CONVOLUTIONS, can_write
 
 _Tag = tuple["Space", Tensor]  # of each element of a tensor: which feature of the space it holds
 
