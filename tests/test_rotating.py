@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import Example, bert, deit, gpt2, opt, swin, vit
 from oracle import assert_same_bits, quiet
+from timm.layers import LayerNorm2d
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -245,7 +246,15 @@ def test_what_is_done_to_a_stream_is_named(model, message):
         qt.quantize(model, methods=["rotate"], data=[IDS])
 
 
-@pytest.mark.parametrize("between", [lambda x: x * 3, lambda x: x[:, 1:], lambda x: x.mean(1)])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x * 3,
+        lambda x: x[:, 1:],
+        lambda x: x.mean(1),
+        lambda x: x.view(x.new_ones(4, 5, 8).shape),
+    ],
+)
 def test_what_keeps_channels_apart_is_no_obstacle(between):
     model = Scaled(between).double()
     example = Example(model, IDS, IDS, ())
@@ -260,6 +269,21 @@ def test_batches_that_change_from_pass_to_pass_are_no_obstacle():
 
     model = Scaled()
     qt.quantize(model, methods=["rotate"], data=Shuffled())
+
+
+def test_a_stream_that_cannot_be_rotated_is_told_of_where_another_is():
+    class Two(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.LayerNorm(8)
+            self.maps = LayerNorm2d(8)  # normalizes channels that are not last
+
+        def forward(self, ids):
+            image = self.maps(torch.ones(1, 8, 4, 4)).sum()
+            return super().forward(ids) + self.other(torch.ones(8) * ids[..., None]).sum() + image
+
+    with pytest.warns(UserWarning, match="some streams are not rotated: that of other: what it"):
+        qt.rotate(Two(), [IDS])
 
 
 def test_a_bias_before_a_linear_without_one_is_rotated_unless_its_gain_is_zero():

@@ -42,14 +42,15 @@ class Rotate(Equalization):
         first = Data(list(islice(data.batches, 1)), data.mask)  # the same one each time
         watch = watched(model, first)
         found, refused = streams(watch)
-        reasons = "; ".join(f"that of {name}: {why}" for name, why in refused.items())
+        some = [f"that of {name}: {why}" for name, why in refused.items()][:3]
+        reasons = "; ".join(some) + ("; ..." if len(refused) > 3 else "")
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no residual stream that can be rotated: "
                 f"{reasons or 'no norm reads a sum of what modules write'}"
             )
         if refused:
-            warnings.warn(f"{len(refused)} stream(s) are not rotated: {reasons}", stacklevel=3)
+            warnings.warn(f"some streams are not rotated: {reasons}", stacklevel=3)
         heads = values(watch)
         before = _output(model, first)
         untie(model, _modules(found, heads))

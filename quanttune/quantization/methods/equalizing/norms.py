@@ -40,6 +40,8 @@ def may_normalize(module: Any) -> bool:
 def norm_of(module: Any, x: Tensor, y: Any) -> Norm | None:
     """Return what norm a module is that made y of x, which is more than its class tells."""
     centers = isinstance(module, nn.LayerNorm)
+    if module.weight is not None and module.weight.shape != x.shape[-1:]:
+        return None
     x = x.double()
     x = x - x.mean(-1, keepdim=True) if centers else x
     epsilons = (getattr(module, name, None) for name in ("eps", "variance_epsilon"))

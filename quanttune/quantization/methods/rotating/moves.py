@@ -26,6 +26,11 @@ CASTS = _called(
 SCALES = _called("mul", "mul_", "multiply", "div", "div_", "true_divide") | {
     Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.__truediv__, Tensor.__itruediv__
 }  # fmt: skip
+# what comes of these holds nothing of what they are given
+CREATES = _called(
+    "new_ones", "new_zeros", "new_empty", "new_full", "new_tensor", "ones_like", "zeros_like",
+    "empty_like", "full_like",
+)  # fmt: skip
 MEANS = _called("mean")
 PRODUCTS = _called("matmul", "bmm") | {Tensor.__matmul__}
 

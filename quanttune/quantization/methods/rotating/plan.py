@@ -44,6 +44,9 @@ def streams(watch: Watch) -> tuple[list[Stream], dict[str, str]]:
                 refused[name] = why
             else:
                 found.append(_stream(watch, space, name))
+    for norm in watch.norms:
+        if watch.read_by(norm) == {None}:
+            refused[watch.names[norm]] = "what it normalizes holds more than modules wrote"
     return found, refused
 
 

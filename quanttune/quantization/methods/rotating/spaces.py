@@ -17,7 +17,7 @@ from ...functional.functional_sites import SUMS
 from ...running import Data, forward_batches
 from ..equalizing.norms import Norm, may_normalize, norm_of
 from ..equalizing.readers import can_read
-from .moves import CASTS, MEANS, MOVES, PRODUCTS, SCALES, compact, is_number
+from .moves import CASTS, CREATES, MEANS, MOVES, PRODUCTS, SCALES, compact, is_number
 from .parts import CONVOLUTIONS, can_write
 
 _Tag = tuple["Space", Tensor]  # of each element of a tensor: which feature of the space it holds
@@ -103,7 +103,8 @@ class Watch(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         tags = [self._tag_of(x) for x in tensors]  # before func changes one in place
         result = func(*args, **kwargs)
-        if any(tags) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        makes = func not in CREATES and any(isinstance(x, Tensor) for x in tree_leaves(result))
+        if any(tags) and makes:
             self._pass_on(func, args, kwargs, tensors, tags, result)
         return result
 
