@@ -19,6 +19,7 @@ from benchmarks import arguments
 from quanttune.demo.smollm2 import SmolLM2
 from quanttune.environment import environment
 from quanttune.files import write_json
+from quanttune.quantization.methods import SmoothInputs
 
 LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
     {"coverage": "linear"},
@@ -42,6 +43,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "rotate, mse": {**ROTATED, "calibrator": "mse"},
     "rotate, omse": {**ROTATED, "calibrator": "omse"},
     "rotate, smooth_inputs": {"methods": ["rotate", "smooth_inputs"]},
+    "rotate, smooth_inputs .8": {"methods": ["rotate", SmoothInputs(alpha=0.8)]},
     "rotate, erq": {"methods": ["rotate", "erq"]},
     "rotate, zero points": {**ROTATED, "symmetric": False},
     "rotate, inputs of down_proj at 16 bits": {**ROTATED, **DOWN},
