@@ -20,6 +20,7 @@ from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
 from .quantization.lsq import freeze_scales as freeze_scales
 from .quantization.lsq import learn_scales as learn_scales
+from .quantization.prefixes.prefix import prefix as prefix
 from .quantization.rotation import rotate as rotate
 from .quantization.saving.safetensors_file import load as load
 from .quantization.saving.safetensors_file import save as save

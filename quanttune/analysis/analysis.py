@@ -16,8 +16,9 @@ from .channels import channel_groups
 from .errors import ErrorSplit
 from .probes import sites_of, watch
 from .sensitivity import sensitivity
+from .sinks import attention_sinks
 from .subject import Request, Subject
-from .survey import SiteSurvey, describe_outliers, first_rows, survey
+from .survey import SiteSurvey, describe_outliers, first_rows, ids_of, survey, text_of
 from .sweep import SiteErrors, Trial, Trials, site_errors, threshold
 
 SENSITIVITY_ROWS = 16  # it takes a forward for each tensor, and a few rows rank them
@@ -29,7 +30,7 @@ Progress = Callable[[str, float], None]  # what comes next, and how many units w
 
 def units(request: Request, models: int = 1) -> float:
     """Return how much work `analyze` will report."""
-    return len(request.thresholds) + len(request.calibrators) + 2 + _SENSITIVITY_UNITS + models
+    return len(request.thresholds) + len(request.calibrators) + 3 + _SENSITIVITY_UNITS + models
 
 
 def analyze(
@@ -52,6 +53,8 @@ def analyze(
     calibrators = _tried(trials, {name: name for name in request.calibrators}, progress)
     progress("splitting the errors", 1)
     errors = site_errors(quantized, subject.data, surveys, list(sweep.values()))
+    progress("attention sinks", 1)
+    sinks = attention_sinks(subject.model, subject.data, ids_of(subject.data))
     progress("one tensor at a time", 1)
     sites = _sites(subject, quantized, surveys, errors)
     parts = _sensitivity(subject, quantized, surveys, sites, progress)
@@ -72,6 +75,7 @@ def analyze(
         "calibrators": {name: trial.value for name, trial in calibrators.items()},
         "models": models,
         "sites": sites,
+        "sinks": [_named(sink, subject.tokenizer) for sink in sinks],
         "errors": parts,
         "environment": environment(),
         "seconds": round(time.monotonic() - began, 1),
@@ -103,6 +107,7 @@ def _sites(
     errors: Mapping[str, SiteErrors],
 ) -> list[dict[str, Any]]:
     blocks, quantizers = find_blocks(subject.model), sites_of(quantized)
+    id_of = ids_of(subject.data)
     return [
         {
             "site": site,
@@ -117,9 +122,15 @@ def _sites(
             "split": [asdict(split) for split in errors[site].split],
             "divergence": errors[site].divergence,
             "outliers": describe_outliers(found, subject.data, subject.tokenizer),
+            "massive": _named(found.massive.describe(found.median, id_of), subject.tokenizer),
         }
         for site, found in surveys.items()
     ]
+
+
+def _named(found: dict[str, Any] | None, tokenizer: Any) -> dict[str, Any] | None:
+    """Add the text of the token that is named by its id."""
+    return found and {**found, "text": text_of(found["id"], tokenizer)}
 
 
 def _sensitivity(

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..fused_observer import observe
 from ..quantization.modules import QuantizedConvolution
 from ..quantization.token_mask import select
 from ..reference import Statistics
+from .massive import IdOf, Massive
 from .probes import watch
 
 
@@ -37,6 +39,7 @@ class SiteSurvey:
     ratio: float = 0.0  # the outlier loss, eq. 2; a mean over the samples
     variance: float = 0.0  # of the values, about their mean
     peaks: list[Peak] = field(default_factory=list)  # one per sample
+    massive: Massive = field(default_factory=Massive)
 
     @property
     def absmax(self) -> float:
@@ -127,18 +130,21 @@ class _Surveyor:
         found.low, found.high = min(found.low, low.item()), max(found.high, high.item())
         has_samples = x.shape[0] % rows == 0  # a table of positions has none
         samples = rows if has_samples else 1
+        medians = []
         for part, parts in _samples(x, counted, samples):
-            self._merge(observe(part, parts)[1], part.numel() // parts)
+            medians += self._merge(observe(part, parts)[1], part.numel() // parts)
         if has_samples and self._has_channels:
             shown = x if counted is None else x.masked_fill(~counted, 0)
             found.peaks += self._peaks(shown, rows, first)
+            self._find_massive(x, counted, medians, rows, first)
 
-    def _merge(self, found: Statistics, elements: int) -> None:
+    def _merge(self, found: Statistics, elements: int) -> list[float]:
         for _, median, mean, deviation, ratio in zip(*map(Tensor.tolist, found), strict=True):
             self._samples += 1
             self.survey.median += (median - self.survey.median) / self._samples
             self.survey.ratio += (ratio - self.survey.ratio) / self._samples
             self._add(elements, mean, deviation**2 * (elements - 1))
+        return found.median.tolist()  # type: ignore[no-any-return]
 
     def _add(self, elements: int, mean: float, squares: float) -> None:
         """Add a sample to the mean and to the sum of squares about it (Chan et al.)."""
@@ -148,6 +154,19 @@ class _Surveyor:
         self._squares += squares + away**2 * before * elements / self.survey.elements
         self._mean += away * elements / self.survey.elements
         self.survey.variance = self._squares / self.survey.elements
+
+    def _find_massive(
+        self, x: Tensor, counted: Tensor | None, medians: list[float], rows: int, first: int
+    ) -> None:
+        if self._channels_first or x.dim() < 2:
+            return
+        tokens = x.reshape(rows, -1, x.shape[-1])
+        real = x.new_ones(tokens.shape[:2], dtype=torch.bool)
+        if counted is not None:
+            real = counted.expand_as(x).reshape(tokens.shape).any(-1)
+        known = iter(medians)  # samples of padding alone have none
+        found = [next(known) if any_real else 0.0 for any_real in real.any(-1).tolist()]
+        self.survey.massive.update(tokens, real, found, first)
 
     def _peaks(self, x: Tensor, rows: int, first: int) -> list[Peak]:
         if self._channels_first:
@@ -195,12 +214,24 @@ def describe_outliers(
 
 def _text(peak: Peak, data: Sequence[Any], tokenizer: Any) -> str | None:
     """Return the token of a peak, where the data are token ids and there is a tokenizer."""
-    row = peak.sample
+    return text_of(ids_of(data)(peak.sample, peak.token), tokenizer)
+
+
+def text_of(token_id: int | None, tokenizer: Any) -> str | None:
+    """Return a token as its tokenizer spells it, if both are known."""
+    if token_id is None or tokenizer is None:
+        return None
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def ids_of(data: Sequence[Any]) -> IdOf:
+    """Return what tells the id of a token by sample and position: None, where data have none."""
+    rows: list[Tensor] = []
     for batch in data:
-        if row < rows_of(batch):
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if tokenizer is None or ids is None or peak.token >= ids.shape[1]:
-                return None
-            return str(tokenizer.convert_ids_to_tokens(int(ids[row, peak.token])))
-        row -= rows_of(batch)
-    raise ValueError(f"sample {peak.sample} is not in the data")
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        rows += [torch.empty(0)] * rows_of(batch) if ids is None else list(ids)
+
+    def id_of(sample: int, token: int) -> int | None:
+        return int(rows[sample][token]) if token < len(rows[sample]) else None
+
+    return id_of

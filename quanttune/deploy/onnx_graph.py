@@ -85,14 +85,18 @@ def _free_products(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type != "Clip":
             continue
-        x, low, high = node.inputs
+        x, *bounds = node.inputs  # one bound, where a model has written it so
         producer = x.producer() if x else None
-        if producer and producer.op_type == "MatMul":
-            least = ir.node("Min", [x, high])
-            greatest = ir.node("Max", [least.outputs[0], low])
-            ir.convenience.replace_nodes_and_values(
-                graph, node, [node], [least, greatest], node.outputs, greatest.outputs
-            )
+        if not (producer and producer.op_type == "MatMul"):
+            continue
+        low, high = (*bounds, None, None)[:2]
+        made: list[ir.Node] = []
+        for operator, bound in (("Min", high), ("Max", low)):
+            if bound is not None:
+                made.append(ir.node(operator, [made[-1].outputs[0] if made else x, bound]))
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], made, node.outputs, made[-1].outputs
+        )
 
 
 def _keep_floats(graph: ir.Graph) -> None:

@@ -15,6 +15,7 @@ from .calibrators import SEARCHES, Calibrator
 from .convert import convert
 from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
+from .prefixes.decoder import renew_prefix
 from .product_counts import counting_products
 from .restoration import drop_restorations
 from .running import Data, forward_batches, rounding_only
@@ -96,6 +97,7 @@ def quantize(
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)
+        renew_prefix(model)
         functional = convert(model, scheme, undo)
         if not scheme.dynamic:
             _calibrate(model, given)

@@ -6,10 +6,12 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..batches import arguments_of
 from ..masks import Mask, Masks, holds_tokens
 from ..origins import Origins, Scores, Stack
+from .prefixes.kept_prefix import prefix_length
 
 ATTENTION = frozenset({"operand", "score", "probability"})  # kinds whose tokens come after heads
 
@@ -28,7 +30,7 @@ def counting(
         known: Origins | Stack | None
         if masks.is_single(args, kwargs):
             counts = masks.read(args, kwargs)
-            known = None if counts is None or counts.all() else Stack((), counts)
+            known = None if counts is None or counts.all() else _sequence(model, counts)
         else:
             known = undo.enter_context(_following(masks, args, kwargs))
         undo.callback(_padding.reset, _padding.set(known))
@@ -54,6 +56,13 @@ def _following(masks: Masks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         origins.receive("", masks.handed("", args, kwargs))
         with origins:
             yield origins
+
+
+def _sequence(model: nn.Module, counts: Tensor) -> Stack:
+    """Return the only sequence of a call; behind a kept prefix, keys have its tokens before it."""
+    tokens = Stack((), counts)
+    kept = F.pad(counts, (prefix_length(model), 0), value=True)
+    return tokens if kept.shape == counts.shape else Stack((), kept, [tokens])
 
 
 def inside(x: Tensor, kind: str) -> Tensor | None:
@@ -109,6 +118,9 @@ def _heads_tokens(x: Tensor, stack: Stack | None, axis: int) -> Tensor | None:
     """Return which tokens count along one of the last two axes, if these are the stack's."""
     if stack is None or stack.counts is None or x.dim() < 3:
         return None
+    for part in stack.parts:
+        if (found := _heads_tokens(x, part, axis)) is not None:
+            return found
     samples, tokens = stack.counts.shape
     if x.shape[axis] != tokens or x.shape[0] % samples:
         return None

@@ -1,9 +1,9 @@
 """A page's sections for an analysis: what hurts and why, with Figs. 2 to 6 of the paper."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from .page import Bold, Picture, Section, Table, Text, facts_table
+from .outlier_sections import massive, outliers
+from .page import Bold, Picture, Section, Table, facts_table
 from .plots import (
     draw_blocks,
     draw_calibrators,
@@ -11,11 +11,10 @@ from .plots import (
     draw_ranges,
     draw_sensitivity,
     draw_sweep,
-    short_site,
 )
+from .words import NAMES, Data, number, percent
 
 WORST = 20  # tensors that are shown
-Data = Mapping[str, Any]
 
 
 def analysis_sections(data: Data) -> list[Section]:
@@ -24,7 +23,8 @@ def analysis_sections(data: Data) -> list[Section]:
     return [
         _summary(data, worst),
         _sensitivity(data, worst),
-        _outliers(worst),
+        outliers(worst),
+        massive(data),
         _channels(data),
         _sweep(data),
         _blocks(data),
@@ -41,8 +41,7 @@ def analysis_sections(data: Data) -> list[Section]:
 def _summary(data: Data, worst: Sequence[Data]) -> Section:
     metric, bits = data["metric"], data["scheme"]["bits"]
     rows = [
-        (model["name"], _number(model["float"]), _number(model["minmax"]))
-        for model in data["models"]
+        (model["name"], number(model["float"]), number(model["minmax"])) for model in data["models"]
     ]
     columns = ("", f"{metric}, float", f"{metric}, W{bits}A{bits} min-max")
     return Section(
@@ -57,22 +56,22 @@ def _findings(data: Data, worst: Sequence[Data]) -> list[str]:
     errors, first = data["errors"], worst[0]
     kind = min(errors["without"], key=lambda name: errors["without"][name])
     found = [
-        f"All tensors quantized, the model's output is off by {_percent(errors['everything'])}: "
-        f"{_percent(errors['activations'])} by the activations alone, "
-        f"{_percent(errors['weights'])} by the weights alone.",
-        f"The tensor that hurts most alone is {first['site']} ({_percent(first['sensitivity'])}): "
+        f"All tensors quantized, the model's output is off by {percent(errors['everything'])}: "
+        f"{percent(errors['activations'])} by the activations alone, "
+        f"{percent(errors['weights'])} by the weights alone.",
+        f"The tensor that hurts most alone is {first['site']} ({percent(first['sensitivity'])}): "
         f"its largest magnitude is {first['absmax']:.4g}, its median magnitude "
         f"{first['median']:.2g}.",
         f"Leaving the {NAMES[kind]} in float helps most: the activations then cost "
-        f"{_percent(errors['without'][kind])}.",
+        f"{percent(errors['without'][kind])}.",
     ]
     if where := first["outliers"]:
         found.insert(2, f"There, {_where(where)}.")
     best = next(point for point in data["sweep"] if point["percent"] == data["best"])
     found.append(
         f"The best saturation threshold leaves {data['best']:.7g} % of the values untouched "
-        f"({data['metric']} {_number(best['value'])}); precision loss is then "
-        f"{_percent(best['precision_share'])} of a tensor's error on average."
+        f"({data['metric']} {number(best['value'])}); precision loss is then "
+        f"{percent(best['precision_share'])} of a tensor's error on average."
     )
     return found
 
@@ -81,8 +80,8 @@ def _where(outliers: Data) -> str:
     text = outliers["largest"][0]["text"]
     return (
         f"channel {outliers['channel']} holds the largest value of "
-        f"{_percent(outliers['channel_share'])} of the samples, and token {outliers['token']} that "
-        f"of {_percent(outliers['token_share'])}" + (f" (the largest of all: {text})" * bool(text))
+        f"{percent(outliers['channel_share'])} of the samples, and token {outliers['token']} that "
+        f"of {percent(outliers['token_share'])}" + (f" (the largest of all: {text})" * bool(text))
     )
 
 
@@ -97,7 +96,7 @@ def _sensitivity(data: Data, worst: Sequence[Data]) -> Section:
     ]
     sheet = Table(
         ("quantized", "error of the output"),
-        [(None, [(name, _percent(value)) for name, value in rows])],
+        [(None, [(name, percent(value)) for name, value in rows])],
     )
     caption = (
         f"One tensor quantized at a time to {data['scheme']['bits']} bits over its full range: "
@@ -109,44 +108,6 @@ def _sensitivity(data: Data, worst: Sequence[Data]) -> Section:
         tables=[sheet],
         pictures=[Picture(draw_sensitivity(worst, NAMES), caption)],
     )
-
-
-def _outliers(worst: Sequence[Data]) -> Section:
-    columns = (
-        Text("tensor"), "alone", "max |x|", "channel", "token", Text("largest at"), "median |x|",
-        "outlier ratio",
-    )  # fmt: skip
-    groups = [
-        (NAMES[kind], [_outlier_row(site) for site in worst if site["kind"] == kind])
-        for kind in dict.fromkeys(site["kind"] for site in worst)
-    ]
-    return Section(
-        "Where the outliers are",
-        "The channel and the token at which most samples have their largest magnitude, and how "
-        "many of them do. The outlier ratio is (max - median) / deviation per sample: what tuning "
-        "lowers.",
-        tables=[Table(columns, groups)],
-    )
-
-
-def _outlier_row(site: Data) -> Sequence[str]:
-    found = site["outliers"]
-    where: Sequence[str] = ("-", "-", "")
-    if found:
-        texts = [peak["text"] or f"sample {peak['sample']}" for peak in found["largest"]]
-        where = (
-            f"{found['channel']} ({_percent(found['channel_share'])})",
-            f"{found['token']} ({_percent(found['token_share'])})",
-            Text(", ".join(dict.fromkeys(texts))),
-        )
-    return [
-        Text(short_site(site["site"])),
-        _percent(site["sensitivity"]),
-        f"{site['absmax']:.4g}",
-        *where,
-        f"{site['median']:.2g}",
-        f"{site['ratio']:.1f}",
-    ]
 
 
 def _channels(data: Data) -> Section:
@@ -186,13 +147,13 @@ def _sweep(data: Data) -> Section:
 
 
 def _sweep_row(point: Data, best: bool) -> Sequence[str]:
-    value = _number(point["value"])
+    value = number(point["value"])
     return (
         f"{point['percent']:.7g} %",
         Bold(value) if best else value,
-        _percent(point["saturation"]),
-        _percent(point["precision"]),
-        _percent(point["precision_share"]),
+        percent(point["saturation"]),
+        percent(point["precision"]),
+        percent(point["precision_share"]),
     )
 
 
@@ -247,23 +208,3 @@ def _ranges(data: Data) -> Section:
 
 def _absmax(extent: Data) -> float:
     return float(max(-extent["low"], extent["high"]))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-NAMES = {
-    "input": "inputs of Linear",
-    "convolution": "inputs of convolutions",
-    "output": "outputs of Linear",  # and of convolutions
-    "norm": "outputs of LayerNorm",
-    "residual": "residual sums",
-    "operand": "operands of attention",
-    "score": "attention scores",
-    "probability": "softmax outputs",
-}

@@ -12,6 +12,8 @@ from ..convert import convert
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
 from ..modules import QuantizedLinear
+from ..prefixes.decoder import add_described_prefix, described_prefix
+from ..prefixes.kept_prefix import drop_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
 from ..scheme import DYNAMIC, Scheme
@@ -47,6 +49,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "operation_groups": _grouped(operations),
         "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
+        **described_prefix(model),
     }
 
 
@@ -68,6 +71,8 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
     state = convert(model, scheme, undo)
     undo.callback(drop_restorations, model)
     add_described(model, data["restorations"])
+    undo.callback(drop_prefix, model)
+    add_described_prefix(model, data.get("prefix"))
     state.frozen = not dynamic
     _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)

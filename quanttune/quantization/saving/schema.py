@@ -3,10 +3,11 @@
 The names are those of compressed-tensors. `config_groups` are modules that have the same grids. It
 has no name for `parameter_groups`, parameters of modules that multiply with several (experts,
 MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`, the places in
-modules' code that these stand at (places.py) or that stay in float, and for `restorations`,
-LayerNorms that were equalized for the modules they are listed with. `scheme` is what `quantize` was
-asked for. What is not `symmetric` has its zero point among the tensors, beside its
-scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
+modules' code that these stand at (places.py) or that stay in float, for `restorations`,
+LayerNorms that were equalized for the modules they are listed with, and for `prefix`, the tokens
+whose keys and values a decoder keeps, which only such a model has. `scheme` is what `quantize` was
+asked for. What is not `symmetric` has its zero point among the tensors, beside its scale. Weights
+are stored in float ("dense"), so that a loaded model can be trained on.
 """
 
 import re
@@ -55,11 +56,14 @@ def check(data: Any) -> None:
     Raises:
         ValueError: a field is unknown, is missing or holds something else; it says which.
     """
-    names = (*FIXED, "scheme", *_GROUPS, "call_groups", "restorations")
+    names = [*FIXED, "scheme", *_GROUPS, "call_groups", "restorations"]
     if isinstance(data, dict) and data.get("version", VERSION) != VERSION:
         raise ValueError(
             f"version must be {VERSION!r}, got {data['version']!r}: quantize the float model again"
         )
+    if isinstance(data, dict) and "prefix" in data:  # what has none is as before there were any
+        names.append("prefix")
+        _check_prefix(data["prefix"])
     _check_fields(data, names, "the quantization")
     for name, value in FIXED.items():
         if data[name] != value:
@@ -76,6 +80,13 @@ def check(data: Any) -> None:
     _check_fields(data["restorations"], data["restorations"], "restorations")
     for name, readers in data["restorations"].items():
         _check_names(readers, f"restorations.{name}")
+
+
+def _check_prefix(data: Any) -> None:
+    _check_fields(data, ("tokens",), "prefix")
+    tokens = data["tokens"]
+    if not (tokens and isinstance(tokens, list) and all(type(x) is int and x >= 0 for x in tokens)):
+        raise ValueError(f"prefix.tokens must be a list of token ids, got {tokens!r}")
 
 
 def _check_scheme(data: Any) -> None:
