@@ -127,6 +127,28 @@ def test_the_float_column_of_an_equalized_model_is_the_float_model(made, calibra
 
 
 @with_opt
+def test_a_prefix_is_kept_and_measured_with(made, tmp_path):
+    loader, data, rows, batch = made
+    options = ["--batch-size", rows, "--json", tmp_path / "a.json"]
+    with pytest.raises(ValueError, match="--prefix takes data, bos or token ids, got 'w1'"):
+        run("calibrate", tmp_path / "model", *data, "--prefix", "w1", "--out", tmp_path / "out")
+    result = run(
+        "calibrate", tmp_path / "model", *data, *options, "--prefix", "5,6", "--out", tmp_path / "w"
+    )
+    assert "prefix: 5, 6 ('w1 w2')\n" in result.output
+    kept = qt.prefix(loader.from_pretrained(tmp_path / "model").eval(), [5, 6])
+    exact = measured(kept, batch)
+    expected = qt.quantize(kept, data=[batch])(**batch).logits
+    assert torch.equal(loader.from_pretrained(tmp_path / "w").eval()(**batch).logits, expected)
+    run("evaluate", tmp_path / "w", *data, "--split", "train", *options)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["float"] == pytest.approx(exact, rel=1e-5)
+    run("calibrate", tmp_path / "model", *data, "--prefix", "data", "--out", tmp_path / "chosen")
+    ids = loader.from_pretrained(tmp_path / "chosen").model.decoder.kept_prefix.tokens.tolist()
+    assert 0 < len(ids) < 4
+
+
+@with_opt
 def test_perplexity_of_a_model_that_knows_nothing(made, tmp_path):
     """Uniform logits: the perplexity is the number of words."""
     loader, data, _, _ = made

@@ -11,6 +11,7 @@ from ..jobs.settings import Settings
 from ..quantization.calibrators import AFFINE, CALIBRATORS
 from ..quantization.coverage import PRESETS
 from ..quantization.methods import METHODS
+from ..quantization.prefixes.prefix import PREFIXES
 from ..quantization.scheme import DYNAMIC, Scheme
 from . import options
 from .terminal import Json, say, showing, write_numbers
@@ -65,6 +66,14 @@ def run(
     quantization: dict[str, Any],
     out: Annotated[Path, typer.Option(help="Folder of the quantized model.")],
     limit: Annotated[int, typer.Option(min=1, help="Rows, drawn by the seed.")] = 320,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="data|bos|IDS",
+            help="Of a language model: tokens whose keys and values are kept before every "
+            "sequence; that the data ask for, that begin texts, or such as 1,198.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but write.")] = False,
     json: Json = None,
 ) -> None:
@@ -77,11 +86,27 @@ def run(
 
     with showing() as progress:
         outcome = calibrate(
-            settings, quantization, out, limit=limit, dry_run=dry_run, say=say, progress=progress
+            settings,
+            quantization,
+            out,
+            limit=limit,
+            prefix=None if prefix is None else _prefix(prefix),
+            dry_run=dry_run,
+            say=say,
+            progress=progress,
         )
     if not dry_run:
         say(f"the model is in {out}")
     write_numbers(json, outcome)
+
+
+def _prefix(text: str) -> str | list[int]:
+    if text in PREFIXES:
+        return text
+    ids = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in ids):
+        raise ValueError(f"--prefix takes {', '.join(PREFIXES)} or token ids, got {text!r}")
+    return [int(part) for part in ids]
 
 
 def _overrides(texts: list[str]) -> dict[str, dict[str, int] | None]:

@@ -1,7 +1,7 @@
 """Quantize a model with the ranges of a dataset. What `quanttune calibrate` does."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..progress import Progress, silent
+from ..quantization.prefixes.kept_prefix import prefix_of
+from ..quantization.prefixes.prefix import prefix as keep_prefix
 from ..quantization.saving.description import describe
 from ..quantization.scheme import DYNAMIC
 from ..quantization.simulation import quantize
@@ -24,6 +26,7 @@ def calibrate(
     out: Path,
     *,
     limit: int | None = None,
+    prefix: str | Sequence[int] | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
     progress: Progress = silent,
@@ -36,6 +39,8 @@ def calibrate(
     Args:
         quantization: arguments of `quanttune.quantize` other than `data`.
         limit: rows to take ranges from, drawn by the seed.
+        prefix: token ids that the model keeps (`quanttune.prefix`); "data" chooses them, "bos" is
+            the one that begins texts.
         dry_run: load and quantize, and stop before anything is written.
 
     Raises:
@@ -44,7 +49,8 @@ def calibrate(
     if dry_run:
         check_empty(out)
     with nullcontext() if dry_run else reserved(out):
-        found = _calibrate(settings, quantization, None if dry_run else out, limit, say, progress)
+        folder = None if dry_run else out
+        found = _calibrate(settings, quantization, folder, limit, prefix, say, progress)
     return {"out": str(out), **found}
 
 
@@ -53,6 +59,7 @@ def _calibrate(
     quantization: Mapping[str, Any],
     out: Path | None,
     limit: int | None,
+    prefix: str | Sequence[int] | None,
     say: Callable[[str], None],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -60,6 +67,9 @@ def _calibrate(
     for line in inputs.said:
         say(line)
     model = inputs.load_float(settings.seed)
+    if prefix is not None:
+        _keep_prefix(model, prefix, inputs.batches(settings, model))
+        say(f"prefix: {_words(model, inputs.processor)}")
     dynamic = quantization.get("calibrator") == DYNAMIC
     if quantization.get("overrides"):
         _check_overrides(model, inputs.batches(settings, model), quantization)
@@ -75,6 +85,22 @@ def _calibrate(
         publish(model.cpu(), inputs.processor, out)
     facts = {"task": inputs.task, "rows": rows, **inputs.facts, "quantization": scheme}
     return {**facts, "summary": sites.as_dict()}
+
+
+def _keep_prefix(model: nn.Module, prefix: str | Sequence[int], batches: Iterable[Any]) -> None:
+    if prefix == "data":
+        keep_prefix(model, data=batches)
+    elif isinstance(prefix, str):
+        keep_prefix(model)
+    else:
+        keep_prefix(model, prefix)
+
+
+def _words(model: nn.Module, tokenizer: Any) -> str:
+    """Return the ids of a model's prefix, and the text that they are."""
+    kept: Any = prefix_of(model)
+    ids = kept.tokens.tolist()
+    return f"{', '.join(map(str, ids))} ({tokenizer.decode(ids)!r})"
 
 
 def _check_overrides(

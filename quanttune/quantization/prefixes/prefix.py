@@ -10,6 +10,8 @@ from .choice import choose
 from .decoder import check_answers, decoder_of, keep
 from .kept_prefix import drop_prefix
 
+PREFIXES = ("data", "bos")  # that verbs can be asked for beside token ids
+
 
 def prefix(
     model: nn.Module,
