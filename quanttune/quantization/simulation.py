@@ -97,7 +97,8 @@ def quantize(
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)
-        renew_prefix(model)
+            renew_prefix(model)
+        renew_prefix(model)  # also of weights that were trained since
         functional = convert(model, scheme, undo)
         if not scheme.dynamic:
             _calibrate(model, given)
