@@ -73,9 +73,12 @@ def keep(decoder: Any, token_ids: Sequence[int]) -> "CachedPrefix":
 
 def renew_prefix(model: nn.Module) -> None:
     """Compute a model's prefix, if it has one, from the weights that it has by now."""
-    if (kept := prefix_of(model)) is not None:
+    kept: Any = prefix_of(model)
+    if kept is not None:
+        decoder = decoder_of(model)
         drop_prefix(model)
-        keep(decoder_of(model), kept.tokens.tolist())
+        kept.keys, kept.values = _keys_and_values(decoder, kept.tokens)
+        kept.attach(decoder)
 
 
 @torch.no_grad()
