@@ -438,6 +438,26 @@ def test_files_of_fixed_sizes_multiply_integers_too(coverage, tmp_path):
 
 
 @torch.no_grad()
+def test_a_product_that_a_model_clamps_from_one_side(tmp_path):
+    """Behind it stands a Min or a Max alone."""
+
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, input):
+            return self.high(self.low(input).clamp(min=-0.1)).clamp(max=0.1)
+
+    x = torch.randn(4, 3, 8)
+    model = qt.quantize(Clamped().eval(), coverage="linear", data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx")
+    (found,) = onnx_files.run(tmp_path / "model.onnx", {"input": x}).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+    assert found.max() == np.float32(0.1)
+
+
+@torch.no_grad()
 def test_biases_of_convolutions_in_float_are_not_rounded(tmp_path):
     """ONNX Runtime 1.32 rounds them between rounded tensors, to steps of both scales."""
     x = torch.randn(2, 3, 8, 8)

@@ -96,6 +96,11 @@ def test_a_tensor_without_them_names_none():
     one.update(x, torch.zeros(2, 5, dtype=torch.bool), [0.0, 0.0], 4)  # nothing but padding
     assert one.describe(0.7, lambda sample, token: None) is None
     assert one.tokens == 20
+    small = torch.full((1, 5, 8), 0.01)
+    small[0, :, 0] = 5.0  # every token has one that is large beside the median
+    small[0, 1, 0] = 30.0
+    one.update(small, torch.ones(1, 5, dtype=torch.bool), [0.01], 6)
+    assert one.describe(0.7, lambda sample, token: None) is None
 
 
 def test_sinks_get_their_share_and_three_times_their_due():

@@ -36,6 +36,7 @@ from quanttune.quantization.prefixes.kept_prefix import drop_prefix, prefix_of
 from quanttune.quantization.saving.description import from_description
 from quanttune.quantization.saving.schema import check
 from quanttune.quantization.state import quantizers
+from quanttune.quantization.token_mask import counting, inside
 
 pytestmark = quiet
 WORDS, PREFIX = 64, [5, 6]
@@ -169,6 +170,15 @@ def test_positions_and_positional_arguments_are_taken():
 
 
 @torch.no_grad()
+def test_it_is_compiled_with_the_model():
+    torch.manual_seed(0)
+    kept = qt.prefix(llama().eval(), PREFIX)
+    compiled = torch.compile(kept, backend="eager", fullgraph=True)
+    batch = padded()
+    torch.testing.assert_close(compiled(**batch).logits, kept(**batch).logits)
+
+
+@torch.no_grad()
 def test_a_copy_keeps_it_and_dropping_leaves_nothing():
     torch.manual_seed(0)
     model = llama().eval()
@@ -222,6 +232,22 @@ def test_ranges_are_taken_without_the_prefix_and_without_padding(attention):
     assert values > 0
 
 
+def test_keys_behind_a_prefix_are_told_from_padding():
+    torch.manual_seed(0)
+    kept, batch = qt.prefix(llama().eval(), PREFIX), padded()
+    queries = batch["attention_mask"] == 1
+    keys = torch.cat([torch.ones(3, 2, dtype=torch.bool), queries], 1)
+    with counting(kept, batch):
+        for x, kind, expected in (
+            (torch.zeros(3, 4, 9, 8), "operand", queries[:, None, :, None]),
+            (torch.zeros(3, 2, 11, 8), "operand", keys[:, None, :, None]),
+            (torch.zeros(3, 2, 8, 11), "operand", keys[:, None, None]),
+            (torch.zeros(3, 4, 9, 11), "score", queries[:, None, :, None] & keys[:, None, None]),
+            (torch.zeros(3, 9, 32), "input", queries[..., None]),
+        ):
+            assert torch.equal(inside(x, kind).expand_as(x), expected.expand_as(x))
+
+
 def _own_keys(kept, batch):
     """Return keys and values of the last layer for the tokens that are no padding."""
     layer = kept(**batch, use_cache=True).cache.layers[1]
@@ -270,12 +296,13 @@ def test_what_has_none_is_described_as_before(quantized, tmp_path):
 def test_a_longer_prefix_than_the_model_takes_is_refused(quantized, tmp_path):
     model, _ = quantized
     description = {**model.config.quantization_config, "prefix": {"tokens": [3] * 128}}
-    other = llama().eval()
-    before = other.state_dict().keys()
+    other = qt.prefix(llama().eval())
+    before, expected = other.state_dict().keys(), other(rows()).logits
     said = r"prefix\.tokens are 128, of 128 that the model takes"
     with pytest.raises(ValueError, match=said), ExitStack() as undo:
         from_description(other, description, undo)
     assert other.state_dict().keys() == before
+    assert torch.equal(other(rows()).logits, expected)  # with its own prefix
 
 
 @torch.no_grad()
@@ -387,7 +414,8 @@ def test_data_choose_tokens_while_ranges_get_narrower(monkeypatch):
 @torch.no_grad()
 def test_ranges_that_choose_are_means_of_logarithms_without_padding():
     torch.manual_seed(0)
-    model, batch = llama().eval(), padded()
+    model, batch = with_a_sink(llama().eval()), padded()
+    batch["input_ids"][batch["attention_mask"] == 0] = 1
     seen = []
     for module in model.modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "LlamaRMSNorm":

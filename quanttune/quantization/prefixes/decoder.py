@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,16 +126,22 @@ def described_prefix(model: nn.Module) -> dict[str, Any]:
     return {} if kept is None else {"prefix": {"tokens": kept.tokens.tolist()}}
 
 
-def add_described_prefix(model: nn.Module, described: Mapping[str, Any] | None) -> None:
-    """Give a model the prefix of another, whose keys and values are loaded later.
+def add_described_prefix(
+    model: nn.Module, described: Mapping[str, Any] | None, undo: ExitStack
+) -> None:
+    """Give a model the prefix of another, whose keys and values are loaded later, or none.
 
     Raises:
         ValueError: it can keep none, or none so long.
     """
-    drop_prefix(model)
+    before: Any = prefix_of(model)
+    if before is not None:
+        drop_prefix(model)
+        undo.callback(before.attach, decoder_of(model))
     if described is None:
         return
     decoder = decoder_of(model)
+    undo.callback(drop_prefix, model)
     config, tokens = decoder.config, described["tokens"]
     if len(tokens) >= config.max_position_embeddings:
         raise ValueError(

@@ -13,7 +13,6 @@ from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
 from ..modules import QuantizedLinear
 from ..prefixes.decoder import add_described_prefix, described_prefix
-from ..prefixes.kept_prefix import drop_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
 from ..scheme import DYNAMIC, Scheme
@@ -71,8 +70,7 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
     state = convert(model, scheme, undo)
     undo.callback(drop_restorations, model)
     add_described(model, data["restorations"])
-    undo.callback(drop_prefix, model)
-    add_described_prefix(model, data.get("prefix"))
+    add_described_prefix(model, data.get("prefix"), undo)
     state.frozen = not dynamic
     _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)
