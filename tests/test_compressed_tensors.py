@@ -51,6 +51,7 @@ def gpt2():
 
 CASES = {
     "llama": (llama, AutoModelForCausalLM, {}),
+    "rotated, smoothed": (llama, AutoModelForCausalLM, {"methods": ["rotate", "smoothquant"]}),
     "tied head": (
         lambda: llama(tie_word_embeddings=True),
         AutoModelForCausalLM,
@@ -137,6 +138,13 @@ def test_what_the_format_cannot_say_is_refused(make, options, message, tmp_path)
         options["data"] = None
     model = qt.quantize(make(), **options)
     with pytest.raises(ValueError, match=message):
+        qt.export_compressed_tensors(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kept_prefix_is_refused(tmp_path):
+    model = qt.quantize(qt.prefix(llama(), [1]), 8, **LEFT)
+    with pytest.raises(ValueError, match="LlamaForCausalLM keeps a prefix, which the format"):
         qt.export_compressed_tensors(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,7 @@ from benchmarks import arguments
 from quanttune.demo.smollm2 import SmolLM2
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import SmoothInputs
+from quanttune.quantization.methods import SmoothInputs, SmoothQuant
 
 LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
     {"coverage": "linear"},
@@ -29,6 +29,7 @@ LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
 COVERAGES = {"linear": LINEAR, "all but sums": SUMS_IN_FLOAT, "everything": EVERYTHING}
 DOWN = {"overrides": {"*.down_proj.input_quantizer": {"bits": 16}}}
 ROTATED: dict[str, Any] = {"methods": ["rotate"]}
+SMOOTHED = ["smooth_inputs", SmoothQuant(alpha=0.9)]
 # what is done beside coverage and min-max
 REMEDIES: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -47,14 +48,24 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "rotate, erq": {"methods": ["rotate", "erq"]},
     "rotate, zero points": {**ROTATED, "symmetric": False},
     "rotate, inputs of down_proj at 16 bits": {**ROTATED, **DOWN},
+    "smoothed": {"methods": SMOOTHED},
+    "rotate, smoothed": {"methods": ["rotate", *SMOOTHED]},
+    "rotate, smoothed, erq": {"methods": ["rotate", *SMOOTHED, "erq"]},
+    "rotate, smoothed, mse": {"methods": ["rotate", *SMOOTHED], "calibrator": "mse"},
+    "rotate, smoothed, erq, zero points": {
+        "methods": ["rotate", *SMOOTHED, "erq"],
+        "symmetric": False,
+    },
 }
+PREFIX = "kept prefix; "
 
 
 def ways() -> dict[str, dict[str, Any]]:
-    """Return the options of `quantize` by the names of coverage and remedy."""
+    """Return the options of `quantize` by the names of coverage and remedy, and with a prefix."""
     return {
-        f"{coverage}: {remedy}": {**covered, **options}
+        f"{coverage}: {prefix}{remedy}": {**covered, **options}
         for coverage, covered in COVERAGES.items()
+        for prefix in ("", PREFIX)
         for remedy, options in REMEDIES.items()
     }
 
@@ -68,7 +79,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
     chosen = {name: way for name, way in ways().items() if fnmatchcase(name, options.only)}
     job = SmolLM2(0)
-    _measure(job, path, results, options.split, {"float": None, **chosen})
+    _measure(job, path, results, options.split, {"float": None, f"{PREFIX}float": None, **chosen})
 
 
 def _measure(
@@ -81,6 +92,8 @@ def _measure(
             continue
         began = time.monotonic()
         model = job.prepare(job.arms[0], lambda: None)
+        if PREFIX in name:
+            qt.prefix(model, data=job.calibration())
         if options is not None:
             qt.quantize(model, 8, data=job.calibration(), **options)
         row = {"split": split, "way": name, **job.measure(model, split)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.modules import QuantizedLinear
+from ..quantization.prefixes.kept_prefix import prefix_of
 from ..quantization.quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
 from ..quantization.restoration import described_restorations
 from ..quantization.state import quantizers, weight_quantizers
@@ -61,6 +62,8 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
 def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """Yield the Linear modules that are rounded in whole; refuse what else is rounded."""
     remedy = "the format has the inputs and weights of Linear modules alone, at 8 bits"
+    if prefix_of(model):
+        raise ValueError(f"{type(model).__name__} keeps a prefix, which the format cannot say")
     if restored := described_restorations(model):
         raise ValueError(
             f"{next(iter(restored))} is followed by a multiplication of channels, which the format "
