@@ -124,6 +124,7 @@ def test_tensors_by_hand(tmp_path):
             r"lm_head shares .* overrides={'lm_head': No",
         ),
         (llama, {"calibrator": "dynamic"}, "quantize it with data"),
+        (llama, {"overrides": {"*": None}}, "no Linear module of LlamaForCausalLM is rounded: the"),
         (gpt2, {"overrides": {"lm_head": None}}, "is rounded, and the format has"),
         (
             lambda: nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 8)),
@@ -138,6 +139,18 @@ def test_what_the_format_cannot_say_is_refused(make, options, message, tmp_path)
         options["data"] = None
     model = qt.quantize(make(), **options)
     with pytest.raises(ValueError, match=message):
+        qt.export_compressed_tensors(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_calibration_did_not_reach_is_refused(tmp_path):
+    model = llama()
+    model.spare = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="spare"):
+        qt.quantize(model, 8, **LEFT)
+    with pytest.raises(
+        ValueError, match=r"spare.input_quantizer was never reached .*'spare': None"
+    ):
         qt.export_compressed_tensors(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -87,6 +87,10 @@ SMOOTHED = {
     for coverage in ("linear_inputs", "linear", "linear_embedding")
     for end in (PLAIN, ZERO_POINTS)
 }
+# at 6 bits activations want all that weights can take
+SMOOTHED[f"linear_inputs, smooth_inputs at 1.0, {PLAIN}"] = _smoothed(
+    "linear_inputs", PLAIN, SmoothInputs(alpha=1.0)
+)
 SMOOTHINGS = {
     f"linear, smooth_inputs at {alpha}, {end}": _smoothed("linear", end, SmoothInputs(alpha=alpha))
     for alpha in (0.8, 0.9, 1.0)

@@ -185,7 +185,7 @@ def _megabytes(*paths: Path) -> float:
 
 
 def _aimet() -> Iterator[Way]:
-    for scheme in ("min_max", "post_training_tf_enhanced"):
+    for scheme in ("min_max", "tf_enhanced"):
         for bits in ((8, 8), (8, 16), (7, 7), (6, 6)):
             for config in ("default", "htp_v81"):
                 if config == "htp_v81" and bits != (8, 8):

@@ -16,6 +16,7 @@ from ..quantization.state import quantizers, weight_quantizers
 from .requirements import check_model
 
 BITS = 8  # vLLM has no kernel for other widths of both operands
+CONTENT = f"the format has the inputs and weights of Linear modules alone, at {BITS} bits"
 
 
 def export_compressed_tensors(model: Any, folder: str | Path) -> None:
@@ -32,7 +33,7 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
 
     Raises:
         ValueError: the model is none of transformers, or is quantized otherwise than the format
-            can say. FileExistsError: the folder holds something.
+            can say, or keeps a prefix. FileExistsError: the folder holds something.
 
     Source: compressed-tensors 0.20.1, format "int-quantized".
     """
@@ -43,6 +44,8 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
         raise ValueError(f"model must be one of transformers, got {type(model).__name__}")
     check_model(model)
     linears = dict(_quantized_linears(model))
+    if not linears:
+        raise ValueError(f"no Linear module of {type(model).__name__} is rounded: {CONTENT}")
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     if any(folder.iterdir()):
@@ -61,7 +64,6 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
 
 def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """Yield the Linear modules that are rounded in whole; refuse what else is rounded."""
-    remedy = "the format has the inputs and weights of Linear modules alone, at 8 bits"
     if prefix_of(model):
         raise ValueError(f"{type(model).__name__} keeps a prefix, which the format cannot say")
     if restored := described_restorations(model):
@@ -77,15 +79,21 @@ def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]
         if not isinstance(module, QuantizedLinear) or not sites & set(found):
             continue
         if missing := sites - set(found):
-            raise ValueError(f"{missing.pop()} stays in float, not the other operand: {remedy}")
+            raise ValueError(f"{missing.pop()} stays in float, not the other operand: {CONTENT}")
         for site in sites:
-            if found.pop(site).bits != BITS:
-                raise ValueError(f"{site} has other than {BITS} bits: {remedy}")
+            quantizer = found.pop(site)
+            if quantizer.bits != BITS:
+                raise ValueError(f"{site} has other than {BITS} bits: {CONTENT}")
+            if isinstance(quantizer, ActivationQuantizer) and not quantizer.calibrated:
+                raise ValueError(
+                    f"{site} was never reached during calibration: give quantize other data, or "
+                    f"leave the module in float, by overrides={{{name!r}: None}}"
+                )
         _check_untied(name, module, model)
         yield name, module
     if found:
         raise ValueError(
-            f'{next(iter(found))} is rounded, and {remedy}: quantize with coverage="linear_inputs"'
+            f'{next(iter(found))} is rounded, and {CONTENT}: quantize with coverage="linear_inputs"'
         )
 
 
@@ -101,10 +109,11 @@ def _check_untied(name: str, linear: QuantizedLinear, model: nn.Module) -> None:
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what stays as it is; of tensors that are tied the first, as from_pretrained wants."""
     tensors: dict[str, Tensor] = {}
-    known: set[int] = set()
+    known: set[tuple[Any, ...]] = set()
     for name, tensor in model.state_dict().items():
-        if "_quantizer." not in name and tensor.data_ptr() not in known:
-            known.add(tensor.data_ptr())
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if "_quantizer." not in name and (place not in known or not tensor.numel()):
+            known.add(place)
             tensors[name] = tensor
     return tensors
 
