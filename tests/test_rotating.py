@@ -313,6 +313,21 @@ def test_what_was_not_foreseen_is_noticed():
     assert_same_bits(model.state_dict(), before)
 
 
+def test_a_kept_prefix_stays_true_before_and_behind_a_rotation():
+    example = planted("llama")
+    alone, values = copy.deepcopy(example.model), "model.layers.1.self_attn.v_proj"
+    qt.prefix(example.model, [7, 3])
+    expected = answers(example, example.model)
+    turned = rotated(example)  # without its values: the cache has some that are not turned
+    assert (answers(example, turned) - expected).norm() <= 1e-5 * expected.norm()
+    first = qt.rotate(alone, [example.inputs])
+    qt.prefix(first, [7, 3])
+    assert (answers(example, first) - expected).norm() <= 1e-5 * expected.norm()
+    assert not torch.allclose(
+        first.get_submodule(values).weight, turned.get_submodule(values).weight, atol=1e-3
+    )
+
+
 @quiet
 def test_a_float_model_can_be_rotated_before_it_is_tuned():
     example = planted("llama")
