@@ -426,3 +426,20 @@ def test_ranges_that_choose_are_means_of_logarithms_without_padding():
     assert len(expected) == 20
     found = choice._range(model, batch)
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_rotated_model_keeps_it():
+    """The stream is turned with a prefix in it, too; values only before there is one."""
+    torch.manual_seed(0)
+    model, ids = llama().eval(), rows()
+    data = [{"input_ids": ids}]
+    whole = model(behind(ids)).logits[:, len(PREFIX) :]
+    kept = qt.rotate(qt.prefix(copy.deepcopy(model), PREFIX), data)
+    torch.testing.assert_close(kept(ids).logits, whole, rtol=0, atol=1e-4)
+    kept = qt.prefix(qt.rotate(copy.deepcopy(model), data), PREFIX)
+    torch.testing.assert_close(kept(ids).logits, whole, rtol=0, atol=1e-4)
+    quantized = qt.quantize(
+        qt.prefix(model, PREFIX), 16, coverage="linear", methods=["rotate"], data=data
+    )
+    assert (quantized(ids).logits - whole).abs().max() < 0.01
