@@ -350,3 +350,17 @@ def test_an_rms_norm_that_others_read_is_left_to_smooth_inputs():
     assert set(find_other_readers(model, Data([x]))) == {"one", "other", "last"}
     alone, x = rms(nn.RMSNorm)
     assert set(find_other_readers(alone, Data([x]))) == {"last"}
+
+
+def test_a_gain_with_an_offset_is_divided_by_what_its_type_can_hold():
+    """In bfloat16 a weight near -1 is coarse: its readers take the factor that came of it."""
+    model, x = rms(Gain)
+    model.bfloat16()
+    gains = 1 + model.norm.weight.float()
+    columns = model.one.weight.float()
+    scale = torch.tensor([30, 1, 2, 0.5, 1e6, 7, 1, 3]).bfloat16()
+    pair = find_pairs(model, Data([x.bfloat16()]))[0]
+    pair.fold(scale, torch.zeros(8))
+    product = (1 + model.norm.weight.float()) * model.one.weight.float()
+    torch.testing.assert_close(product, gains * columns, rtol=2**-8, atol=0)
+    assert (gains / (1 + model.norm.weight.float()))[[0, 2]].sub(scale[[0, 2]]).abs().max() < 3

@@ -37,15 +37,19 @@ def may_normalize(module: Any) -> bool:
 
 
 @torch.no_grad()
-def norm_of(module: Any, x: Tensor, y: Any) -> Norm | None:
+def norm_of(module: Any, x: Any, y: Any) -> Norm | None:
     """Return what norm a module is that made y of x, which is more than its class tells."""
     centers = isinstance(module, nn.LayerNorm)
+    if not isinstance(x, Tensor) or not x.dim():
+        return None
     if module.weight is not None and module.weight.shape != x.shape[-1:]:
         return None
+    # nn.RMSNorm takes that of the type where it is given none
+    unknown = torch.finfo(x.dtype).eps if isinstance(module, nn.RMSNorm) else 1e-6
     x = x.double()
     x = x - x.mean(-1, keepdim=True) if centers else x
     epsilons = (getattr(module, name, None) for name in ("eps", "variance_epsilon"))
-    epsilon = next((value for value in epsilons if value is not None), 1e-6)
+    epsilon = next((value for value in epsilons if value is not None), unknown)
     plain = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     for offset in (0.0, 1.0):
         norm = Norm(module, centers, offset)

@@ -45,7 +45,10 @@ class Pair:
         norm = self.norm.module
         # both sides must know the same factors, in a model of half precision too
         scale, shift = (x.float().to(norm.weight.dtype) for x in (scale, shift))
-        norm.weight.add_(self.norm.offset).div_(scale).sub_(self.norm.offset)
+        if self.norm.offset:
+            scale = _divide_offset(norm.weight, scale, self.norm.offset)
+        else:
+            norm.weight.div_(scale)
         if self.norm.bias is not None:
             norm.bias.sub_(shift).div_(scale)
         readers: Iterable[Any] = self.readers.values()
@@ -87,6 +90,16 @@ class Input:
         scale = scale.float().to(self.module.weight.dtype)
         columns_of(self.module).mul_(scale)
         add_smoothing(self.module, scale.float())
+
+
+def _divide_offset(weight: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """Divide the gain, offset + weight, in place; return by what, as the weight's type holds it."""
+    before = weight.double() + offset
+    rounded = (before / scale.double() - offset).to(weight.dtype)
+    after = rounded.double() + offset
+    fits = (after != 0) & (before != 0)  # near -1 half precision is coarse
+    weight.copy_(torch.where(fits, rounded, weight))
+    return torch.where(fits, before / after, 1).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def columns_of(module: Any) -> Tensor:
