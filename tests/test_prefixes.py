@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import quanttune as qt
-from quanttune.quantization.prefixes import choice
+from quanttune.quantization.prefixes import choice, decoder
 from quanttune.quantization.prefixes.kept_prefix import drop_prefix, prefix_of
 from quanttune.quantization.saving.description import from_description
 from quanttune.quantization.saving.schema import check
@@ -335,6 +335,22 @@ def test_methods_that_change_weights_renew_it():
     torch.testing.assert_close(fresh[0], 2 * stale[0])
 
 
+@torch.no_grad()
+def test_an_error_while_it_is_renewed_leaves_the_model_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    model = qt.prefix(llama().eval(), PREFIX)
+    expected, before = model(rows()).logits, copy.deepcopy(model.state_dict())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder, "_keys_and_values", fail)
+    with pytest.raises(KeyboardInterrupt):
+        qt.quantize(model, methods=["smooth_inputs"], data=[padded()])
+    assert before.keys() == model.state_dict().keys()
+    torch.testing.assert_close(model(rows()).logits, expected)
+
+
 def test_what_cannot_keep_one_is_refused_and_left_alone():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -405,8 +421,11 @@ def test_data_choose_tokens_while_ranges_get_narrower(monkeypatch):
     monkeypatch.setattr(choice, "_range_behind", range_behind)
     assert prefix_of(qt.prefix(model, data=[ids])).tokens.tolist() == [7, 9]
     assert {(7,), (9,), (1,)} <= set(tried)  # 1 begins texts
+    labelled = qt.prefix(model, data=[(ids, torch.zeros(4))])  # as `quantize` takes it
+    assert prefix_of(labelled).tokens.tolist() == [7, 9]
     with pytest.raises(ValueError, match="data is empty"):
         qt.prefix(model, data=[])
+    assert prefix_of(model).tokens.tolist() == [7, 9]  # an error leaves what was there
     with pytest.raises(ValueError, match="or have input_ids: got dict"):
         qt.prefix(model, data=[{"pixels": ids}])
 

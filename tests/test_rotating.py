@@ -238,6 +238,9 @@ IDS = torch.arange(20).view(4, 5)
         (Scaled(lambda x: x * torch.rand(8)), "it goes into mul in the model"),
         (Scaled(lambda x: x.flip(-1)), "it goes into the input in last"),
         (Scaled(lambda x: x + torch.ones(5, 8)), "it goes into add in the model"),
+        (Scaled(lambda x: x + torch.ones(5, 8).type_as(x)), "it goes into add in the model"),
+        (Scaled(lambda x: torch.div(torch.ones(1), x)), "it goes into div in the model"),
+        (Scaled(lambda x: torch.flatten(input=x, end_dim=1)), "it goes into flatten in the mod"),
         (Scaled(mixed), "attention mixes its tokens, and those of each head in its own way"),
     ],
 )
@@ -253,6 +256,8 @@ def test_what_is_done_to_a_stream_is_named(model, message):
         lambda x: x[:, 1:],
         lambda x: x.mean(1),
         lambda x: x.view(x.new_ones(4, 5, 8).shape),
+        lambda x: x.transpose(0, 1).contiguous().view(20, 8),
+        lambda x: torch.div(x, 3),
     ],
 )
 def test_what_keeps_channels_apart_is_no_obstacle(between):

@@ -98,6 +98,8 @@ def _first_rows(data: Iterable[Any]) -> dict[str, Tensor]:
     batch = next(iter(data), None)
     if batch is None:
         raise ValueError("data is empty: choosing a prefix needs a batch of token ids")
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]  # (inputs, labels)
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
@@ -105,4 +107,5 @@ def _first_rows(data: Iterable[Any]) -> dict[str, Tensor]:
             "choosing a prefix needs batches that are tensors of token ids, or have input_ids: got "
             f"{type(batch).__name__}"
         )
-    return {name: x[:_ROWS] for name, x in batch.items() if isinstance(x, Tensor)}
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    return {name: x[:_ROWS] if x.dim() else x for name, x in tensors.items()}

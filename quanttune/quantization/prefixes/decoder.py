@@ -78,8 +78,10 @@ def renew_prefix(model: nn.Module) -> None:
     if kept is not None:
         decoder = decoder_of(model)
         drop_prefix(model)
-        kept.keys, kept.values = _keys_and_values(decoder, kept.tokens)
-        kept.attach(decoder)
+        try:
+            kept.keys, kept.values = _keys_and_values(decoder, kept.tokens)
+        finally:  # an error, too, leaves the model with what it had
+            kept.attach(decoder)
 
 
 @torch.no_grad()
@@ -143,10 +145,10 @@ def add_described_prefix(
     decoder = decoder_of(model)
     undo.callback(drop_prefix, model)
     config, tokens = decoder.config, described["tokens"]
-    if len(tokens) >= config.max_position_embeddings:
+    longest = getattr(config, "max_position_embeddings", 1 << 30)
+    if len(tokens) >= longest:
         raise ValueError(
-            f"prefix.tokens are {len(tokens)}, of {config.max_position_embeddings} that the model "
-            "takes at once"
+            f"prefix.tokens are {len(tokens)}, of {longest} that the model takes at once"
         )
     from .prefixed_cache import CachedPrefix
 

@@ -1,6 +1,7 @@
 """Keep a prefix in front of every sequence: there a language model puts its largest values."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from ..state import refuse_quantized
 from .choice import choose
 from .decoder import check_answers, decoder_of, keep
-from .kept_prefix import drop_prefix
+from .kept_prefix import drop_prefix, prefix_of
 
 PREFIXES = ("data", "bos")  # that verbs can be asked for beside token ids
 
@@ -47,10 +48,16 @@ def prefix(
     if token_ids is not None and data is not None:
         raise ValueError("prefix takes token_ids, or data that choose them: got both")
     known = None if data is not None else _checked(token_ids, decoder.config)
+    before: Any = prefix_of(model)
     drop_prefix(model)
-    ids = choose(decoder, model, data or ()) if known is None else known
-    keep(decoder, ids)
-    check_answers(model)
+    with ExitStack() as undo:  # an error leaves the model with what it had
+        if before is not None:
+            undo.callback(before.attach, decoder)
+        undo.callback(drop_prefix, model)
+        ids = choose(decoder, model, data or ()) if known is None else known
+        keep(decoder, ids)
+        check_answers(model)
+        undo.pop_all()
     return model
 
 

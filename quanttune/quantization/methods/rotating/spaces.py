@@ -113,21 +113,25 @@ class Watch(TorchFunctionMode):
     ) -> None:
         known = [tag for tag in tags if tag]
         self.touched |= {x for x in tensors if isinstance(x, nn.Parameter)}
+        first = tags[0] if args and args[0] is tensors[0] else None
         if func in CASTS:
-            self._tag(result, known[0])
-        elif func in MOVES and len(known) == 1 and tags[0]:
-            labels = func(tags[0][1], *args[1:], **kwargs)
+            if first:  # else it is given for its type
+                self._tag(result, first)
+        elif func in MOVES and len(known) == 1 and first:
+            labels = _moved(func, first[1], args, kwargs)
             one = isinstance(labels, Tensor)
             for x, y in zip([result] if one else result, [labels] if one else labels, strict=True):
-                self._tag(x, (tags[0][0], y))
+                self._tag(x, (first[0], y))
         elif (
             func in SCALES
             and len(known) == 1
+            and not kwargs
+            and (first or "div" not in func.__name__)  # one over x is no scaling of it
             and all(is_number(x) for x in args if x is not tensors[tags.index(known[0])])
         ):
             self._tag(result, known[0])
-        elif func in MEANS and tags[0]:
-            self._average(func, args, kwargs, tags[0], result)
+        elif func in MEANS and first:
+            self._average(func, args, kwargs, first, result)
         elif func in SUMS and len(args) == 2 and not kwargs and len(known) == 2:
             self._join(known, result)
         elif func in (torch.cat, torch.concat):
@@ -241,19 +245,26 @@ class Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._depth == 1:
-            norm = norm_of(module, args[0], output) if may_normalize(module) else None
+            norm = norm_of(module, args[0], output) if args and may_normalize(module) else None
             if norm:
                 self.norms[module] = norm
             if norm or can_write(module):
                 axis = 1 - module.weight.dim() if isinstance(module, CONVOLUTIONS) else -1
                 self._tag(output, self._written(module, output, axis))
-            elif tag := self._tag_of(args[0]):
+            elif args and (tag := self._tag_of(args[0])):
                 self._leak([tag], "the input")
         self._depth = max(0, self._depth - 1)
         self._calls.pop()
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         self._leak([tag for x in tree_leaves(output) if (tag := self._tag_of(x))], "the output")
+
+
+def _moved(func: Any, labels: Tensor, args: Any, kwargs: Any) -> Any:
+    try:
+        return func(labels, *args[1:], **kwargs)
+    except RuntimeError:  # labels have other strides than their tensor, whose view this is
+        return func(labels.contiguous(), *args[1:], **kwargs)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
