@@ -7,7 +7,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q transformers==5.24.0 torch==2.14.1
+"$folder/env/bin/pip" install -q --no-compile transformers==5.24.0 torch==2.14.1
 cd "$folder"
 env/bin/python - <<'P' 2>/dev/null
 import torch
