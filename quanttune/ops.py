@@ -1,8 +1,11 @@
 """The ops: one schema each, one kernel per kind of device, gradients on top.
 
 A call goes fused_observer.observe (checks) -> _Observe (gradient) ->
-torch.ops.quanttune.outlier_statistics (device) -> the kernel. The ops are functional: they neither
-change nor return what they are given. The one exception has a name that ends in an underscore.
+torch.ops.quanttune.outlier_statistics (device) -> the kernel. While a model is tuned: Tap ->
+loss.measure -> StatisticsGroup, whose kernels leave their last stage to one launch for all.
+
+The ops are functional: they neither change nor return what they are given. The one exception has a
+name that ends in an underscore.
 """
 
 import warnings

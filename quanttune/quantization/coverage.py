@@ -1,5 +1,7 @@
 """Which tensors are quantized: named presets, since every number depends on them.
 
+Which tensor is of which kind, convert.py decides, and functional/ for what no module holds.
+
 | kind        | tensors |
 |---|---|
 | input       | inputs of Linear and Conv1D |
