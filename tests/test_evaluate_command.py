@@ -136,6 +136,11 @@ def test_a_prefix_is_kept_and_measured_with(made, tmp_path):
         "calibrate", tmp_path / "model", *data, *options, "--prefix", "5,6", "--out", tmp_path / "w"
     )
     assert "prefix: 5, 6 ('w1 w2')\n" in result.output
+    long = ",".join(["5"] * (16 - batch["input_ids"].shape[1] + 1))  # of 16 positions
+    with pytest.raises(
+        ValueError, match=rf"takes \d+, and a row has {batch['input_ids'].shape[1]}"
+    ):
+        run("calibrate", tmp_path / "model", *data, "--prefix", long, "--out", tmp_path / "out")
     kept = qt.prefix(loader.from_pretrained(tmp_path / "model").eval(), [5, 6])
     exact = measured(kept, batch)
     expected = qt.quantize(kept, data=[batch])(**batch).logits

@@ -16,6 +16,7 @@ from ..quantization.scheme import DYNAMIC
 from ..quantization.simulation import quantize
 from ..quantization.summary import summary
 from .dataset import load_dataset
+from .models import longest
 from .publication import check_empty, publish, reserved
 from .settings import Settings
 
@@ -69,6 +70,8 @@ def _calibrate(
     model = inputs.load_float(settings.seed)
     if prefix is not None:
         _keep_prefix(model, prefix, inputs.batches(settings, model))
+        lengths = [batch["input_ids"].shape[1] for batch in inputs.batches(settings, model)]
+        _check_room(model, max(lengths), inputs.processor)
         say(f"prefix: {_words(model, inputs.processor)}")
     dynamic = quantization.get("calibrator") == DYNAMIC
     if quantization.get("overrides"):
@@ -94,6 +97,17 @@ def _keep_prefix(model: nn.Module, prefix: str | Sequence[int], batches: Iterabl
         keep_prefix(model)
     else:
         keep_prefix(model, prefix)
+
+
+def _check_room(model: Any, tokens: int, tokenizer: Any) -> None:
+    """Refuse rows for whose last tokens the model has no positions behind its prefix."""
+    kept: Any = prefix_of(model)
+    room = longest(model.config, tokenizer) - len(kept)
+    if tokens > room:
+        raise ValueError(
+            f"behind a prefix of {len(kept)} tokens the model takes {room}, and a row has "
+            f"{tokens}: give --tokens {room}"
+        )
 
 
 def _words(model: nn.Module, tokenizer: Any) -> str:

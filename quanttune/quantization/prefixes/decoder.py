@@ -58,6 +58,7 @@ def keep(decoder: Any, token_ids: Sequence[int]) -> "CachedPrefix":
     """
     from .prefixed_cache import CachedPrefix
 
+    _room(decoder.config, token_ids)
     tokens = torch.tensor(token_ids, device=decoder.device)
     keys, values = _keys_and_values(decoder, tokens)
     wanted = _sizes(decoder.config, len(tokens))
@@ -93,7 +94,8 @@ def check_answers(model: nn.Module) -> None:
     """
     decoder = decoder_of(model)
     kept: Any = prefix_of(model)
-    ids = torch.arange(_CHECKED, device=decoder.device)[None] % decoder.config.vocab_size
+    count = min(_CHECKED, _room(decoder.config, kept.tokens))
+    ids = torch.arange(count, device=decoder.device)[None] % decoder.config.vocab_size
     with evaluating(model):
         answer = main_output(model(input_ids=ids, use_cache=False))
         drop_prefix(model)
@@ -145,16 +147,22 @@ def add_described_prefix(
     decoder = decoder_of(model)
     undo.callback(drop_prefix, model)
     config, tokens = decoder.config, described["tokens"]
-    longest = getattr(config, "max_position_embeddings", 1 << 30)
-    if len(tokens) >= longest:
-        raise ValueError(
-            f"prefix.tokens are {len(tokens)}, of {longest} that the model takes at once"
-        )
+    _room(config, tokens)
     from .prefixed_cache import CachedPrefix
 
     sizes = _sizes(config, len(tokens))
     empty = [torch.zeros(sizes, dtype=decoder.dtype, device=decoder.device) for _ in range(2)]
     CachedPrefix(torch.tensor(tokens, device=decoder.device), *empty).attach(decoder)
+
+
+def _room(config: Any, token_ids: Sequence[int]) -> int:
+    """Return how many tokens a model takes behind a prefix; refuse one that leaves none."""
+    longest = getattr(config, "max_position_embeddings", 1 << 30)
+    if len(token_ids) >= longest:
+        raise ValueError(
+            f"prefix.tokens are {len(token_ids)}, of {longest} that the model takes at once"
+        )
+    return int(longest - len(token_ids))
 
 
 def _sizes(config: Any, tokens: int) -> tuple[int, ...]:
