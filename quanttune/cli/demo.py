@@ -23,7 +23,7 @@ def run(
     test_rows: Annotated[
         int | None,
         typer.Option(
-            help="minilm, smollm2: rows to measure on; if not given 128 and 16, for tables 512, 240"
+            help="minilm, smollm2: rows to measure on; if not given 48 and 16, for tables 512, 240"
         ),
     ] = None,
     calibrator: Annotated[

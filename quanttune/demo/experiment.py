@@ -166,7 +166,8 @@ def _run_seed(
             ranges[arm.name] = ranges[arm.same_as]
             continue
         model = recipe.prepare(arm, partial(progress, f"seed {seed}: tuning {arm.name}", 1))
-        ranges[arm.name] = residual_ranges(model, recipe.calibration())
+        shown = recipe.calibration()[: getattr(recipe, "range_batches", None)]
+        ranges[arm.name] = residual_ranges(model, shown)
         results.rows += _measure(recipe, seed, arm, calibrators, model, progress)
 
 

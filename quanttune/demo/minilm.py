@@ -38,8 +38,9 @@ class MiniLM:
     bits = (8, 7, 6)
     ways = MappingProxyType(dict.fromkeys(("minmax", "percentile"), ("channel",)))
     steps = 90
-    refit_rows = 256
-    demo_rows = 128  # measuring 512 in every way takes longer than tuning
+    refit_rows = 160
+    demo_rows = 48  # measuring 512 in every way takes longer than tuning
+    range_batches = 2  # of those for calibration: for a picture
     caveats: tuple[str, ...] = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
         "Text: docstrings of installed packages, 24 tokens each, split by module; no padding.",
