@@ -22,9 +22,10 @@ CONTENT = f"the format has the inputs and weights of Linear modules alone, at {B
 def export_compressed_tensors(model: Any, folder: str | Path) -> None:
     """Write a quantized model of transformers as a folder of compressed-tensors, W8A8.
 
-    `AutoModel....from_pretrained(folder)` loads it where `compressed-tensors` is installed; it is the
-    format of vLLM, which was not tried. Codes are those of the simulation; config.json comes last,
-    so that a folder which has one is whole. The tokenizer is not written: `tokenizer.save_pretrained(folder)`.
+    `AutoModel....from_pretrained(folder)` loads it where `compressed-tensors` is installed; it is
+    the format of vLLM, which was not tried. Codes are those of the simulation; config.json comes
+    last, so that a folder which has one is whole. The tokenizer is not written:
+    `tokenizer.save_pretrained(folder)`.
 
     Args:
         model: quantized to 8 bits with `coverage="linear_inputs"`: each Linear in whole, weight and
