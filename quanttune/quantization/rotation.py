@@ -12,7 +12,7 @@ from .placement import check_devices
 from .running import Data
 from .scheme import Scheme
 from .state import refuse_quantized
-from .ties import keep
+from .ties import snapshot
 
 
 def rotate(
@@ -39,7 +39,7 @@ def rotate(
     refuse_quantized(model)
     check_devices(model)
     with ExitStack() as undo:
-        undo.callback(keep(model))
+        undo.callback(snapshot(model))
         Rotate(seed).apply(model, Scheme(8), Data(data, mask))
         undo.pop_all()
     return model

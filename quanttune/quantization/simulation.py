@@ -23,7 +23,7 @@ from .saving.hf_config import update_hf_config
 from .scheme import Overrides, Scheme, matches
 from .state import quantizers, refuse_quantized, state_of, weight_quantizers
 from .summary import warn_of_floats
-from .ties import keep
+from .ties import snapshot
 
 
 def quantize(
@@ -93,7 +93,7 @@ def quantize(
     check_devices(model)
     with ExitStack() as undo:  # an error leaves the model as it was
         if names:
-            undo.callback(keep(model))
+            undo.callback(snapshot(model))
             undo.callback(drop_restorations, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)

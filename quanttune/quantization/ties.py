@@ -25,7 +25,7 @@ def untie(model: nn.Module, modules: Iterable[nn.Module]) -> None:
                 config.tie_word_embeddings = False
 
 
-def keep(model: nn.Module) -> Callable[[], None]:
+def snapshot(model: nn.Module) -> Callable[[], None]:
     """Return what gives a model the parameters back that it has now, with the values of now."""
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     held = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)]

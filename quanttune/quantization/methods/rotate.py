@@ -12,10 +12,11 @@ from ..running import Data, evaluating, main_output
 from ..scheme import Scheme
 from ..ties import untie
 from ..token_mask import counting, without_padding
+from .equalizing.readers import watched
 from .method import Equalization
 from .rotating.folding import rotate_stream, rotate_values
 from .rotating.plan import Stream, Values, streams, values
-from .rotating.spaces import watched
+from .rotating.spaces import Watch
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Rotate(Equalization):
     @torch.no_grad()
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         first = Data(list(islice(data.batches, 1)), data.mask)  # the same one each time
-        watch = watched(model, first)
+        watch = watched(model, first, Watch(model))
         found, refused = streams(watch)
         some = [f"that of {name}: {why}" for name, why in refused.items()][:3]
         reasons = "; ".join(some) + ("; ..." if len(refused) > 3 else "")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ...files import replacing
-from ..ties import keep, untie
+from ..ties import snapshot, untie
 from .description import check_loaded, describe, from_description
 from .hf_config import update_hf_config
 
@@ -48,7 +48,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     with ExitStack() as undo:
         from_description(model, data, undo)
         _compare(shapes, model.state_dict(), path)
-        undo.callback(keep(model))
+        undo.callback(snapshot(model))
         untie(model, _holders_of(shapes, model))
         model.load_state_dict(load_file(path), strict=False)
         check_loaded(model)

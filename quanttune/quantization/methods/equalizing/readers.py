@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ...restoration import NAME
 from ...running import Data, forward_batches
 from .norms import Norm, may_normalize, norm_of
 from .pairs import Pair
+
+Watch = TypeVar("Watch", bound=Any)  # a TorchFunctionMode that has handles()
 
 _NAMES = "view", "reshape", "flatten", "permute", "transpose", "contiguous", "roll"
 # what these return still holds channels apart, if labels that go through them say so
@@ -35,7 +37,7 @@ def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
     Raises:
         ValueError: there is no batch, or no pair.
     """
-    pairs = _watched(model, data).pairs()
+    pairs = watched(model, data, _Watch(model)).pairs()
     if not pairs:
         raise ValueError(
             f"{type(model).__name__} has no norm whose output a Linear module reads, so there is "
@@ -53,7 +55,7 @@ def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
     Raises:
         ValueError: there is no batch, or no such module.
     """
-    others = _watched(model, data).others()
+    others = watched(model, data, _Watch(model)).others()
     if not others:
         raise ValueError(
             f"{type(model).__name__} has no Linear module with a weight of its own that reads "
@@ -62,8 +64,12 @@ def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
     return others
 
 
-def _watched(model: nn.Module, data: Data) -> "_Watch":
-    watch = _Watch(model)
+def watched(model: nn.Module, data: Data, watch: Watch) -> Watch:
+    """Run a float model on the first batch under a mode that has hooks, and return it.
+
+    Raises:
+        ValueError: there is no batch.
+    """
     with ExitStack() as undo:
         for handle in watch.handles():
             undo.callback(handle.remove)

@@ -1,8 +1,6 @@
 """Which modules write the channels of a tensor and which read them, found by watching a forward."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...functional.functional_sites import SUMS
-from ...running import Data, forward_batches
 from ..equalizing.norms import Norm, may_normalize, norm_of
 from ..equalizing.readers import can_read
 from .moves import CASTS, CREATES, MEANS, MOVES, PRODUCTS, SCALES, compact, is_number
@@ -53,22 +50,6 @@ class Space:
             one.heads |= two.heads
             one.leaks += two.leaks
             two._same_as = one
-
-
-def watched(model: nn.Module, data: Data) -> "Watch":
-    """Run a float model on the first batch and return what was seen.
-
-    Raises:
-        ValueError: there is no batch.
-    """
-    watch = Watch(model)
-    with ExitStack() as undo:
-        for handle in watch.handles():
-            undo.callback(handle.remove)
-        undo.enter_context(watch)
-        if not forward_batches(model, islice(data.batches, 1), data.mask):
-            raise ValueError("data is empty: calibration needs at least one batch of inputs")
-    return watch
 
 
 class Watch(TorchFunctionMode):
