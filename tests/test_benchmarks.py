@@ -174,23 +174,28 @@ def test_the_tables_of_methods_have_a_row_for_each_way_and_a_column_for_each_arm
 
 def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_benchmarks):
     rows = [
-        {"split": split, "way": way, "perplexity": value, "last_token_accuracy": 50.04}
-        for split, way, value in (
-            ("validation", "float", 20.0), ("validation", "linear: rotate", 30.0),
-            ("test", "float", 10.0), ("test", "linear: rotate", 11.0),
+        {"seed": seed, "arm": arm, "split": split, "way": way, "perplexity": value,
+         "last_token_accuracy": 50.04}
+        for seed, arm, split, way, value in (
+            (0, "base", "validation", "float", 20.0), (0, "base", "validation", "rotate", 30.0),
+            (0, "base", "test", "float", 10.0), (0, "base", "test", "rotate", 11.0),
+            (1, "base", "test", "rotate", 13.0), (0, "paper", "test", "float", 10.5),
         )
     ]  # fmt: skip
     text = from_benchmarks("accuracy.tables").smollm2_section(
         {"caveats": ["A word."], "rows": rows}
     )
     assert "- A word." in text
-    assert "| validation rows, linear: rotate | 30.00 | 1.50x | 50.0 |" in text
-    assert "| test rows, linear: rotate | 11.00 | 1.10x | 50.0 |" in text
+    assert "| validation | base | rotate | 30.00 | 1.50x | 50.0 |" in text
+    assert "| test | base | rotate | 12.00 ±1.41 | 1.20x | 50.0 ±0.0 |" in text
+    assert "| test | paper | float | 10.50 | 1.05x | 50.0 |" in text
     ways = from_benchmarks("accuracy.smollm2").ways()
-    assert len(ways) == 3 * 2 * 21  # coverages, without a prefix and behind one, remedies
-    assert ways["all but sums: rotate"] == {
-        "coverage": "full_no_softmax", "residual": False, "methods": ["rotate"],
+    # floats, widths, coverages, without a prefix and behind one, remedies
+    assert len(ways) == 2 + 6 * 3 * 2 * 22
+    assert ways["W4A8 all but sums: rotate"] == {
+        "weight_bits": 4, "coverage": "full_no_softmax", "residual": False, "methods": ["rotate"],
     }  # fmt: skip
+    assert ways["kept prefix; float"] is None
 
 
 def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from quanttune.demo import docstrings, experiment, recipe, rival
 from quanttune.demo.digits import Digits
-from quanttune.demo.experiment import Arm, Row
+from quanttune.demo.experiment import COVERAGE, Arm, Row
 from quanttune.demo.minilm import MiniLM
 from quanttune.demo.smollm2 import SmolLM2
 from quanttune.demo.training import train
+from quanttune.quantization.prefixes.kept_prefix import prefix_of
 from quanttune.quantization.simulation import quantize
 from quanttune.refitting.refit import refit
 from quanttune.report.results_table import Way, tabulate
@@ -273,14 +274,23 @@ def test_smollm2_recipe_on_another_model(tiny_language_model, monkeypatch):
     assert torch.equal(tuned.lm_head.weight, base.lm_head.weight)
     assert job.evaluate(job.prepare(arms["base"], lambda: None)) == found["perplexity"]
     assert job.prepare(arms["refit"], lambda: None) is not base
+    rotated = job.prepare(arms["rotated"], lambda: None)
+    rows = job.rows.test[:2]
+    prefixed = torch.cat([prefix_of(rotated).tokens.expand(2, -1), rows], 1)
+    with torch.no_grad():
+        answer, expected = rotated(input_ids=rows).logits, base(input_ids=prefixed).logits
+    assert torch.allclose(answer, expected[:, -12:], atol=1e-5)
     with pytest.raises(ValueError, match="test rows must be 1 to 240, got 0"):
         SmolLM2(0, model=tiny_language_model, test_rows=0)
+    two = type("Two", (SmolLM2,), {"arms": [arms["base"], arms["rotated"]]})
     results = experiment.run(
-        type("Base", (SmolLM2,), {"arms": job.arms[:1]}), 1, lambda text, units: None, ("minmax",),
-        model=tiny_language_model, test_rows=20,
-    )  # fmt: skip
+        two, 1, lambda text, units: None, ("minmax",), model=tiny_language_model, test_rows=20
+    )
     assert list(results.ranges[0]["base"])[-1] == "model.norm"  # RMSNorms are norms
-    assert tabulate(results.rows).cells[Way(32, "none", "channel")][0].best
+    coverages = [COVERAGE, *["linear"] * 2, *[COVERAGE] * 2]
+    assert [row.coverage for row in results.rows] == 2 * coverages
+    first = tabulate(results.rows).cells[Way(32, "none", "channel")][0]
+    assert first.mean == found["perplexity"]
 
 
 def test_the_language_model_that_is_not_there_is_asked_for(monkeypatch):

@@ -1,18 +1,23 @@
 """Quantize SmolLM2 in many ways and measure the perplexity of held-out docstrings.
 
-python -m benchmarks.accuracy.smollm2 --out benchmarks/results/epyc-2-cores
-python -m benchmarks.accuracy.smollm2 --out DIR --split test --only "*rotate*"
+python -m benchmarks.accuracy.smollm2 --out benchmarks/results/xeon-2-cores
+python -m benchmarks.accuracy.smollm2 --out DIR --split test --seeds 3 --only "W8A8*rotate*"
+python -m benchmarks.accuracy.smollm2 --out DIR --arm paper --only float
 
 A way takes minutes, on test rows seven times as long as on validation rows. What is in the file
-already is not measured again, so that an interrupted run goes on. docs/results.md has the table.
+already is not measured again, so that an interrupted run goes on. A seed draws the rows that ranges
+are taken from, and those that are tuned on. docs/results.md has the table.
 """
 
+import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import cache
 from typing import Any
+
+from torch import nn
 
 import quanttune as qt
 from benchmarks import arguments
@@ -21,6 +26,14 @@ from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import SmoothInputs, SmoothQuant
 
+WIDTHS: dict[str, dict[str, int]] = {
+    "W8A8": {"bits": 8},
+    "W7A7": {"bits": 7},
+    "W6A6": {"bits": 6},
+    "W6A8": {"weight_bits": 6},
+    "W4A8": {"weight_bits": 4},
+    "W4A4": {"bits": 4},
+}
 LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
     {"coverage": "linear"},
     {"coverage": "full_no_softmax", "residual": False},
@@ -49,6 +62,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "rotate, zero points": {**ROTATED, "symmetric": False},
     "rotate, inputs of down_proj at 16 bits": {**ROTATED, **DOWN},
     "smoothed": {"methods": SMOOTHED},
+    "rotate, smooth_inputs, smoothquant": {"methods": ["rotate", "smooth_inputs", "smoothquant"]},
     "rotate, smoothed": {"methods": ["rotate", *SMOOTHED]},
     "rotate, smoothed, erq": {"methods": ["rotate", *SMOOTHED, "erq"]},
     "rotate, smoothed, mse": {"methods": ["rotate", *SMOOTHED], "calibrator": "mse"},
@@ -58,49 +72,64 @@ REMEDIES: dict[str, dict[str, Any]] = {
     },
 }
 PREFIX = "kept prefix; "
+FLOATS = ("float", f"{PREFIX}float")
 
 
-def ways() -> dict[str, dict[str, Any]]:
-    """Return the options of `quantize` by the names of coverage and remedy, and with a prefix."""
-    return {
-        f"{coverage}: {prefix}{remedy}": {**covered, **options}
+def ways() -> dict[str, dict[str, Any] | None]:
+    """Return the options of `quantize` by names; None for a model that stays float."""
+    quantized: dict[str, dict[str, Any] | None] = {
+        f"{width} {coverage}: {prefix}{remedy}": {**bits, **covered, **options}
+        for width, bits in WIDTHS.items()
         for coverage, covered in COVERAGES.items()
         for prefix in ("", PREFIX)
         for remedy, options in REMEDIES.items()
     }
+    return dict.fromkeys(FLOATS) | quantized
 
 
 def main() -> None:
     parser = arguments.of_folder(__doc__)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--only", default="linear: *", help="a pattern of ways: fnmatch")
+    parser.add_argument("--only", default="W8A8 linear: *", help="a pattern of ways: fnmatch")
+    parser.add_argument("--arm", choices=[arm.name for arm in SmolLM2.arms], default="base")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     options = parser.parse_args()
     path = options.out / "smollm2.json"
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
     chosen = {name: way for name, way in ways().items() if fnmatchcase(name, options.only)}
-    job = SmolLM2(0)
-    _measure(job, path, results, options.split, {"float": None, f"{PREFIX}float": None, **chosen})
+    for seed in range(options.seeds):
+        job = SmolLM2(seed)
+        results |= {"caveats": list(job.caveats[1:-1]), "environment": environment()}
+        row = {"seed": seed, "arm": options.arm, "split": options.split}
+        left = {name: way for name, way in chosen.items() if not _is_in(results["rows"], row, name)}
+        for found in _measured(job, options.arm, options.split, left):
+            results["rows"].append(row | found)
+            print(results["rows"][-1], flush=True)
+            write_json(path, results)
 
 
-def _measure(
-    job: SmolLM2, path: Path, results: dict[str, Any], split: str, ways: Mapping[str, Any]
-) -> None:
-    results |= {"caveats": list(job.caveats[1:-1]), "environment": environment()}
-    done = {(row["split"], row["way"]) for row in results["rows"]}
-    for name, options in ways.items():
-        if (split, name) in done:
-            continue
+def _is_in(rows: list[Any], row: Mapping[str, Any], way: str) -> bool:
+    return any((row | {"way": way}).items() <= found.items() for found in rows)
+
+
+def _measured(
+    job: SmolLM2, name: str, split: str, ways: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    arm = next(arm for arm in job.arms if arm.name == name)
+
+    @cache
+    def prepared() -> nn.Module:
+        return job.prepare(arm, lambda: None)
+
+    for way, options in ways.items():
         began = time.monotonic()
-        model = job.prepare(job.arms[0], lambda: None)
-        if PREFIX in name:
+        model = copy.deepcopy(prepared())
+        if PREFIX in way:
             qt.prefix(model, data=job.calibration())
         if options is not None:
-            qt.quantize(model, 8, data=job.calibration(), **options)
-        row = {"split": split, "way": name, **job.measure(model, split)}
-        row["seconds"] = round(time.monotonic() - began)
-        print(row, flush=True)
-        results["rows"].append(row)
-        write_json(path, results)
+            qt.quantize(model, data=job.calibration(), **options)
+        found = {"way": way, **job.measure(model, split)}
+        yield found | {"seconds": round(time.monotonic() - began)}
 
 
 if __name__ == "__main__":

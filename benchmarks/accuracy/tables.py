@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection
+from statistics import mean
 from typing import Any
 
 from benchmarks.accuracy import methods
@@ -94,23 +95,28 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
 
 def smollm2_section(measured: Any) -> str:
     """Return the table of a run of smollm2.py."""
-    values: dict[Any, Any] = {(row["split"], row["way"]): row for row in measured["rows"]}
+    values: dict[Any, list[Any]] = defaultdict(list)
+    for row in measured["rows"]:
+        values[row["split"], row["arm"], row["way"]].append(row)
     rows = []
-    for (split, way), row in values.items():
-        reference = values[split, "float"]["perplexity"]
-        shown = row["perplexity"] / reference
-        accuracy = row["last_token_accuracy"]  # None where nobody looked
-        hits = "-" if accuracy is None else f"{accuracy:.1f}"
-        cells = f"{row['perplexity']:.2f}", f"{shown:.2f}x", hits
-        rows.append((f"{split} rows, {way}", *cells))
+    for (split, arm, way), found in values.items():
+        perplexity, accuracy = (
+            cells_of([[row[metric] for row in found]])[0]
+            for metric in ("perplexity", "last_token_accuracy")
+        )
+        share = perplexity.mean / mean(row["perplexity"] for row in values[split, "base", "float"])
+        cells = perplexity.text(2), f"{share:.2f}x", accuracy.text(1)
+        rows.append((split, arm, way, *cells))
     caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
-    return f"""## SmolLM2, W8A8
+    return f"""## SmolLM2
 
-Untuned, one seed; weights per channel, symmetric static grids and min-max if not said. "all but
-sums" is coverage full_no_softmax with residual=False, "everything" the same with it.
+Means of seeds, ± their standard deviation where there are several; a seed draws the rows of
+calibration and tuning. Weights per channel, symmetric static grids and min-max if not said. "all
+but sums" is coverage full_no_softmax with residual=False, "everything" the same with it. "of
+float": of the base model on the same rows.
 
 {caveats}
-{table(("", "perplexity", "of float", "last token, %"), rows)}
+{table(("rows", "arm", "", "perplexity", "of float", "last token, %"), rows)}
 """
 
 

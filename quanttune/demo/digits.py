@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..refitting.refit import refit
-from .experiment import Arm
+from .experiment import COVERAGE, Arm
 from .training import train
 
 TEST, VALIDATION, BATCH = 797, 150, 32
@@ -30,6 +30,7 @@ class Digits:
     metric = "accuracy"
     bits = (8, 7, 6, 5)
     ways = MappingProxyType(dict.fromkeys(("minmax", "percentile"), ("channel", "tensor")))
+    coverages = (COVERAGE,)
     steps = 186
     caveats = (
         "Synthetic: the outliers are trained in, and their size is our choice.",

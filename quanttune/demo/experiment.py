@@ -12,12 +12,14 @@ from torch import nn
 from ..environment import environment
 from ..losses import OutlierLoss
 from ..quantization.calibrators import SEARCHES
+from ..quantization.scheme import Scheme
 from ..quantization.simulation import quantize, requantize
 from ..tuning.finishing import BITS
 from . import rival
 from .residual_ranges import residual_ranges
 
 FLOAT_BITS = 32
+COVERAGE = Scheme.coverage
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Arm:
     refit: float | None = None  # the tolerance of a refit before the first step
     finish_steps: int = 0  # the last of the steps, which are rounded
     finish_bits: tuple[int, ...] = BITS
+    keeps_prefix: bool = False  # tokens in front, which the calibration rows choose
+    methods: tuple[str, ...] = ()  # of `quantize`
     same_as: str | None = None  # an arm whose result this one has by construction
 
 
@@ -47,6 +51,7 @@ class Recipe(Protocol):
     arms: Sequence[Arm]
     bits: Sequence[int]
     ways: Mapping[str, Sequence[str]]  # calibrator -> granularities of weights, if not asked for
+    coverages: Sequence[str]
     steps: int
 
     def __init__(self, seed: int, **options: Any) -> None: ...
@@ -72,6 +77,7 @@ class Row:
     weights: str
     metric: str
     value: float
+    coverage: str = COVERAGE
 
 
 @dataclass
@@ -135,7 +141,9 @@ def units(recipe: Any, seeds: int, calibrators: Sequence[str] = ()) -> float:
     trained = sum(arm.learning_rate > 0 for arm in recipe.arms)
     measured = [arm for arm in recipe.arms if arm.same_as is None]
     evaluations = sum(
-        1 + len(_ways(recipe, arm, calibrators)) * len(recipe.bits) + _has_rival(calibrators)
+        1
+        + len(_ways(recipe, arm, calibrators)) * len(recipe.coverages) * len(recipe.bits)
+        + _has_rival(calibrators)
         for arm in measured
     )
     return seeds * (trained * recipe.steps + evaluations)
@@ -181,14 +189,18 @@ def _measure(
 ) -> list[Row]:
     ways, rows = _ways(recipe, arm, calibrators), []
 
-    def add(bits: int, calibrator: str, weights: str, quantized: nn.Module) -> None:
+    def add(
+        bits: int, calibrator: str, weights: str, quantized: nn.Module, coverage: str = COVERAGE
+    ) -> None:
         value = recipe.evaluate(quantized)
-        rows.append(Row(seed, arm.name, bits, calibrator, weights, recipe.metric, value))
+        rows.append(Row(seed, arm.name, bits, calibrator, weights, recipe.metric, value, coverage))
         progress(f"seed {seed}: measuring {arm.name}", 1)
 
     add(FLOAT_BITS, "none", "channel", model)
-    for calibrator, weights, bits, quantized in quantized_in(recipe, ways, model):
-        add(bits, calibrator, weights, quantized)
+    for coverage in recipe.coverages:
+        options: dict[str, Any] = {"coverage": coverage, "methods": arm.methods}
+        for calibrator, weights, bits, quantized in quantized_in(recipe, ways, model, **options):
+            add(bits, calibrator, weights, quantized, coverage)
     if _has_rival(calibrators):
         add(rival.BITS, rival.NAME, "channel", rival.quantized(model))
     return rows

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..refitting.refit import refit
 from . import docstrings
-from .experiment import Arm
+from .experiment import COVERAGE, Arm
 from .training import train
 
 TOKENS = 24
@@ -37,6 +37,7 @@ class MiniLM:
     metric = "cosine"
     bits = (8, 7, 6)
     ways = MappingProxyType(dict.fromkeys(("minmax", "percentile"), ("channel",)))
+    coverages = (COVERAGE,)
     steps = 90
     refit_rows = 160
     demo_rows = 48  # measuring 512 in every way takes longer than tuning

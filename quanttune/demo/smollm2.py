@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..quantization.prefixes.prefix import prefix
 from ..refitting.refit import refit
 from . import docstrings
-from .experiment import Arm
+from .experiment import COVERAGE, Arm
 from .training import train
 
 TOKENS = 128
 BATCH = 4
 EVALUATION_BATCH = 8  # rows; their logits take 200 MB
+ROTATED = ("rotate", "smooth_inputs", "smoothquant")
 TASK_WEIGHT = 100.0  # lifts the distillation loss to the size of the outlier loss
 CALIBRATION_ROWS = 32
 VALIDATION_ROWS, TEST_ROWS = 32, 240
@@ -38,7 +40,8 @@ class SmolLM2:
     name = "smollm2"
     metric = "perplexity"
     bits = (8, 6)
-    ways = MappingProxyType({"minmax": ("channel",), "mse": ("channel",)})
+    ways = MappingProxyType({"minmax": ("channel",)})
+    coverages = ("linear", COVERAGE)
     steps = 40
     refit_rows = 32
     demo_rows = 16  # measuring all in every way takes longer than tuning
@@ -53,6 +56,8 @@ class SmolLM2:
         Arm("paper", "QuantTune as published", 1e-4, alpha=0.5),
         Arm("detached", "its deviation held constant", 1e-4, alpha=0.5, detach_deviation=True),
         Arm("refit", "Linear modules solved anew, no training", refit=0.1),
+        Arm("rotated", "kept prefix, rotation, smoothing", keeps_prefix=True, methods=ROTATED),
+        Arm("recipe", "paper, then rotated", 1e-4, alpha=0.5, keeps_prefix=True, methods=ROTATED),
     )
 
     def __init__(self, seed: int, model: str | None = None, test_rows: int = TEST_ROWS) -> None:
@@ -64,7 +69,7 @@ class SmolLM2:
         count = len(self.rows.tuning)
         generator = torch.Generator().manual_seed(seed)
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
-        picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+        picks = torch.randperm(count, generator=torch.Generator().manual_seed(1 + seed))
         self._calibration = self.rows.tuning[picks[:CALIBRATION_ROWS]]
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
@@ -72,9 +77,9 @@ class SmolLM2:
         if arm.refit:
             data = [{"input_ids": ids} for ids in self.rows.tuning[: self.refit_rows].split(BATCH)]
             model = refit(model, data, tolerance=arm.refit)
-        if not arm.learning_rate:
-            return model
-        return train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
+        if arm.learning_rate:
+            model = train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
+        return prefix(model, data=self.calibration()) if arm.keeps_prefix else model
 
     def calibration(self) -> list[Any]:
         return [{"input_ids": rows} for rows in self._calibration.split(EVALUATION_BATCH)]

@@ -71,8 +71,8 @@ def _lead(results: Mapping[str, Any]) -> str:
     spread = " ± standard deviation" if seeds > 1 else ""
     return (
         f"Mean over {seeds} seed{'s' * (seeds > 1)}{spread}. Weights and activations are symmetric "
-        "uniform integers, one scale per activation tensor, coverage full_no_softmax. Bold: the "
-        "best arm of a row."
+        "uniform integers, one scale per activation tensor, coverage full_no_softmax if not said. "
+        "Bold: the best arm of a row."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 DIGITS = {"cosine": 3, "accuracy": 1, "perplexity": 2}  # of a metric, behind the point
 LESS_IS_BETTER = {"perplexity"}
+USUAL_COVERAGE = "full_no_softmax"  # what older results are of, too
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,25 @@ class Way:
     bits: int
     calibrator: str
     weights: str
+    coverage: str = USUAL_COVERAGE
 
     @property
     def group(self) -> str:
         if self.calibrator == "none":
             return "not quantized"
-        return f"{self.calibrator}, weights per {self.weights}"
+        coverage = f", coverage {self._coverage}" if self._coverage else ""
+        return f"{self.calibrator}, weights per {self.weights}{coverage}"
 
     @property
     def short(self) -> str:
         if self.calibrator == "none":
             return ""
-        return self.calibrator + ("" if self.weights == "channel" else f" /{self.weights}")
+        weights = "" if self.weights == "channel" else f" /{self.weights}"
+        return f"{self.calibrator}{weights} {self._coverage}".strip()
+
+    @property
+    def _coverage(self) -> str:
+        return "" if self.coverage == USUAL_COVERAGE else self.coverage
 
     @property
     def label(self) -> str:
@@ -60,7 +68,9 @@ def tabulate(rows: Iterable[Any]) -> Table:
     values: dict[Way, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rows = list(rows)
     for row in rows:
-        values[Way(row.bits, row.calibrator, row.weights)][row.arm].append(row.value)
+        coverage = getattr(row, "coverage", USUAL_COVERAGE)
+        way = Way(row.bits, row.calibrator, row.weights, coverage)
+        values[way][row.arm].append(row.value)
     arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
     best = min if rows and rows[0].metric in LESS_IS_BETTER else max
     cells = {way: cells_of([by_arm[arm] for arm in arms], best) for way, by_arm in values.items()}
