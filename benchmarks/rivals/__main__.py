@@ -49,11 +49,11 @@ def main() -> None:
     if earlier.get("fingerprint", rows.fingerprint()) != rows.fingerprint():
         parser.error(f"{path} is of other rows than {options.rows}: choose another --out")
     known = earlier["rows"]
-    facts = {"commit": commit(), "environment": environment(), "libraries": _versions()}
+    facts = {"commit": commit(), "environment": environment(), "libraries": libraries()}
     facts["fingerprint"] = rows.fingerprint()  # of the rows
     results = {"task": "minilm", "metric": "cosine", **facts, "rows": known}
     ways = [*of_torch.ways(), *of_onnx.ways()]
-    wanted = [way for way in ways if re.search(options.only, _name(way))]
+    wanted = [way for way in ways if re.search(options.only, way.name)]
     for way in wanted:
         if not _is_known(way, known):
             results["rows"].append(measured(way, rows))
@@ -78,15 +78,12 @@ def measured(way: Way, rows: Rows) -> dict[str, Any]:
     return {**way.facts(), **values, **found}
 
 
-def _name(way: Way) -> str:
-    return f"{way.library} {way.setting} W{way.bits[0]}A{way.bits[1]}"
-
-
 def _is_known(way: Way, known: list[Any]) -> bool:
     return any(way.facts().items() <= row.items() for row in known)
 
 
-def _versions() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """Return the versions of the libraries that are installed."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.rivals.rows import Rows, States, of_model, of_states
+from benchmarks.rivals.rows import ModelEmbedding, Rows, States, of_states
 from benchmarks.rivals.ways import Built, Way, linears
 
 STATIC, TOKEN = "static, per tensor", "dynamic, per token"
 
 
 def ways() -> Iterator[Way]:
-    yield Way("torch", "float", lambda m, r: Built(of_model(m)), "", "", False, "", (32, 32))
+    yield Way("torch", "float", lambda m, r: Built(ModelEmbedding(m)), "", "", False, "", (32, 32))
     yield Way("torch", "quantize_dynamic, per channel", _torch_dynamic, "linear",
               "dynamic, per tensor", True)  # fmt: skip
     yield from _modelopt()
@@ -27,7 +27,7 @@ def ways() -> Iterator[Way]:
 def _torch_dynamic(model: Any, rows: Rows) -> Built:
     from quanttune.demo import rival
 
-    return Built(of_model(rival.quantized(model)))
+    return Built(ModelEmbedding(rival.quantized(model)))
 
 
 def _modelopt() -> Iterator[Way]:
@@ -64,7 +64,7 @@ def _modelopt_model(model: Any, rows: Rows, config: str, norms: bool, bits: int)
         if type(module).__name__ == "TensorQuantizer" and module.is_enabled:
             parent = type(done.get_submodule(name.rpartition(".")[0])).__name__
             found[f"{parent} {name.rpartition('.')[2]}, axis {module.axis}"] += 1
-    return Built(of_model(done), None, dict(found))
+    return Built(ModelEmbedding(done), None, dict(found))
 
 
 def _brevitas() -> Iterator[Way]:
@@ -99,7 +99,7 @@ def _brevitas_model(model: Any, rows: Rows, name: str, bits: int) -> Built:
             for batch in batches:
                 done(input_ids=batch)
     found = Counter(type(m).__name__ for m in done.modules() if isinstance(m, qnn.QuantLinear))
-    return Built(of_model(done.eval()), None, dict(found))
+    return Built(ModelEmbedding(done.eval()), None, dict(found))
 
 
 def _quanto() -> Iterator[Way]:
@@ -114,7 +114,9 @@ def _quanto_model(model: Any, rows: Rows) -> Built:
         for batch in rows.calibration():
             model(input_ids=batch)
     freeze(model)
-    return Built(of_model(model), None, dict(Counter(type(m).__name__ for m in model.modules())))
+    return Built(
+        ModelEmbedding(model), None, dict(Counter(type(m).__name__ for m in model.modules()))
+    )
 
 
 def _torchao() -> Iterator[Way]:
@@ -129,7 +131,7 @@ def _torchao_dynamic(model: Any, rows: Rows) -> Built:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return Built(of_model(model), _weights(model))
+    return Built(ModelEmbedding(model), _weights(model))
 
 
 def _torchao_static(model: Any, rows: Rows) -> Built:
@@ -160,7 +162,7 @@ def _torchao_static(model: Any, rows: Rows) -> Built:
             granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda m, n, name=name: n == name)
-    return Built(of_model(model), _weights(model), {"Linear": len(largest)})
+    return Built(ModelEmbedding(model), _weights(model), {"Linear": len(largest)})
 
 
 def _weights(model: Any) -> float:

@@ -1,6 +1,7 @@
 """The rows of the MiniLM demo in a file, so that libraries in several environments see the same."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,9 +51,15 @@ class Rows:
         return int((ids * places).sum())
 
 
-def of_model(model: nn.Module) -> Embed:
-    """Return the embeddings of a model of transformers: the mean over its tokens."""
-    return lambda ids: model(input_ids=ids).last_hidden_state.mean(1)
+@dataclass(frozen=True)
+class ModelEmbedding:
+    """The embeddings of a model of transformers: the mean over its tokens."""
+
+    model: nn.Module
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        embedding: Tensor = self.model(input_ids=ids).last_hidden_state.mean(1)
+        return embedding
 
 
 def of_states(states: Callable[[Tensor], Tensor]) -> Embed:

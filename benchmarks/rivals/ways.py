@@ -37,6 +37,10 @@ class Way:
     bits: tuple[int, int] = (8, 8)  # of weights and of activations
     note: str = ""
 
+    @property
+    def name(self) -> str:
+        return f"{self.library} {self.setting} W{self.bits[0]}A{self.bits[1]}"
+
     def facts(self) -> dict[str, Any]:
         return {
             "library": self.library,
