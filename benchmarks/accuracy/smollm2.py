@@ -2,7 +2,7 @@
 
 python -m benchmarks.accuracy.smollm2 --out benchmarks/results/xeon-2-cores
 python -m benchmarks.accuracy.smollm2 --out DIR --split test --seeds 3 --only "W8A8*rotate*"
-python -m benchmarks.accuracy.smollm2 --out DIR --arm paper --only float
+python -m benchmarks.accuracy.smollm2 --out DIR --arm paper --only float --only "W8A8 linear: mse"
 
 A way takes minutes, on test rows seven times as long as on validation rows. What is in the file
 already is not measured again, so that an interrupted run goes on. A seed draws the rows that ranges
@@ -90,13 +90,18 @@ def ways() -> dict[str, dict[str, Any] | None]:
 def main() -> None:
     parser = arguments.of_folder(__doc__)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--only", default="W8A8 linear: *", help="a pattern of ways: fnmatch")
+    parser.add_argument("--only", action="append", help="a pattern of ways (fnmatch); repeat it")
     parser.add_argument("--arm", choices=[arm.name for arm in SmolLM2.arms], default="base")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     options = parser.parse_args()
     path = options.out / "smollm2.json"
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    chosen = {name: way for name, way in ways().items() if fnmatchcase(name, options.only)}
+    patterns = options.only or ["W8A8 linear: *"]
+    chosen = {
+        name: way
+        for name, way in ways().items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
     for seed in range(options.seeds):
         job = SmolLM2(seed)
         results |= {"caveats": list(job.caveats[1:-1]), "environment": environment()}
