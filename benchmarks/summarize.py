@@ -77,8 +77,7 @@ def main() -> None:
         for file in ("refit", "settings-refit"):
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
-    if (REFIT / "smollm2.json").exists():
-        sections.append(smollm2_section(_read("smollm2.json", REFIT)))
+    sections.append(smollm2_section(*map(_read, ("smollm2.json", "rivals-smollm2.json"))))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))

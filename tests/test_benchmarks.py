@@ -183,12 +183,17 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
         )
     ]  # fmt: skip
     text = from_benchmarks("accuracy.tables").smollm2_section(
-        {"caveats": ["A word."], "rows": rows}
-    )
+        {"caveats": ["A word."], "rows": rows},
+        {"libraries": {"torchao": "1.2"}, "rows": [
+            {"library": "torchao", "setting": "fast", "activations": "dynamic, per token",
+             "zero_points": True, "perplexity": 12.004, "last_token_accuracy": 49.96},
+        ]},
+    )  # fmt: skip
     assert "- A word." in text
-    assert "| validation | base | rotate | 30.00 | 1.50x | 50.0 |" in text
-    assert "| test | base | rotate | 12.00 ±1.41 | 1.20x | 50.0 ±0.0 |" in text
-    assert "| test | paper | float | 10.50 | 1.05x | 50.0 |" in text
+    assert "| validation, base: rotate | 30.00 | 1.50x | 50.0 |" in text
+    assert "| test, base: rotate | 12.00 ±1.41 | 1.20x | 50.0 ±0.0 |" in text
+    assert "| test, paper: float | 10.50 | 1.05x | 50.0 |" in text
+    assert "| torchao 1.2, fast (dynamic, per token, zero points) | 12.00 | 50.0 |" in text
     ways = from_benchmarks("accuracy.smollm2").ways()
     # floats, widths, coverages, without a prefix and behind one, remedies
     assert len(ways) == 2 + 6 * 3 * 2 * 22

@@ -93,8 +93,8 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
     return table(("", *map(" ".join, columns)), lines)
 
 
-def smollm2_section(measured: Any) -> str:
-    """Return the table of a run of smollm2.py."""
+def smollm2_section(measured: Any, rivals: Any) -> str:
+    """Return the tables of a run of smollm2.py, and of one with other libraries."""
     values: dict[Any, list[Any]] = defaultdict(list)
     for row in measured["rows"]:
         values[row["split"], row["arm"], row["way"]].append(row)
@@ -106,7 +106,7 @@ def smollm2_section(measured: Any) -> str:
         )
         share = perplexity.mean / mean(row["perplexity"] for row in values[split, "base", "float"])
         cells = perplexity.text(2), f"{share:.2f}x", accuracy.text(1)
-        rows.append((split, arm, way, *cells))
+        rows.append((f"{split}, {arm}: {way}", *cells))
     caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
     return f"""## SmolLM2
 
@@ -116,8 +116,26 @@ but sums" is coverage full_no_softmax with residual=False, "everything" the same
 float": of the base model on the same rows.
 
 {caveats}
-{table(("rows", "arm", "", "perplexity", "of float", "last token, %"), rows)}
+{table(("", "perplexity", "of float", "last token, %"), rows)}
+
+Other libraries on the same test rows, base, W8A8, inputs of Linear modules alone; ranges from the
+calibration rows of seed 0. ModelOpt leaves the head in float.
+
+{_rivals_table(rivals)}
 """
+
+
+def _rivals_table(measured: Any) -> str:
+    rows = []
+    for row in measured["rows"]:
+        version = measured["libraries"].get(row["library"], "")
+        name = f"{row['library']} {version}, {row['setting']}"
+        name += f" ({row['activations']}{', zero points' if row['zero_points'] else ''})"
+        cells = [row.get("reason", "-"), ""]
+        if "perplexity" in row:
+            cells = [f"{row['perplexity']:.2f}", f"{row['last_token_accuracy']:.1f}"]
+        rows.append((name, *cells))
+    return table(("", "perplexity", "last token, %"), rows)
 
 
 def times_section(measured: Any) -> str:

@@ -57,7 +57,6 @@ class SmolLM2:
         Arm("detached", "its deviation held constant", 1e-4, alpha=0.5, detach_deviation=True),
         Arm("refit", "Linear modules solved anew, no training", refit=0.1),
         Arm("rotated", "kept prefix, rotation, smoothing", keeps_prefix=True, methods=ROTATED),
-        Arm("recipe", "paper, then rotated", 1e-4, alpha=0.5, keeps_prefix=True, methods=ROTATED),
     )
 
     def __init__(self, seed: int, model: str | None = None, test_rows: int = TEST_ROWS) -> None:
@@ -71,27 +70,15 @@ class SmolLM2:
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
         picks = torch.randperm(count, generator=torch.Generator().manual_seed(1 + seed))
         self._calibration = self.rows.tuning[picks[:CALIBRATION_ROWS]]
-        self._trained: dict[Any, nn.Module] = {}
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
-        model = copy.deepcopy(self._tuned(arm, on_step))
-        return prefix(model, data=self.calibration()) if arm.keeps_prefix else model
-
-    def _tuned(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
+        model = copy.deepcopy(self._teacher)
         if arm.refit:
             data = [{"input_ids": ids} for ids in self.rows.tuning[: self.refit_rows].split(BATCH)]
-            return refit(copy.deepcopy(self._teacher), data, tolerance=arm.refit)
-        if not arm.learning_rate:
-            return self._teacher
-        settings = arm.learning_rate, arm.alpha, arm.detach_deviation
-        if settings in self._trained:  # by an arm that is quantized otherwise
-            for _ in range(self.steps):
-                on_step()
-        else:
-            model = copy.deepcopy(self._teacher)
-            loss = self._distillation_loss
-            self._trained[settings] = train(model, arm, self.steps, loss, on_step=on_step)
-        return self._trained[settings]
+            model = refit(model, data, tolerance=arm.refit)
+        if arm.learning_rate:
+            model = train(model, arm, self.steps, self._distillation_loss, on_step=on_step)
+        return prefix(model, data=self.calibration()) if arm.keeps_prefix else model
 
     def calibration(self) -> list[Any]:
         return [{"input_ids": rows} for rows in self._calibration.split(EVALUATION_BATCH)]
