@@ -11,7 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from cases import LOADERS, contents, opt_case, run, save_tokenizer, some_words, tune, write_csv
+from cases import (
+    LOADERS,
+    bert_case,
+    contents,
+    opt_case,
+    run,
+    save_tokenizer,
+    some_words,
+    tune,
+    write_csv,
+)
 from models import WORDS
 from oracle import assert_near, constant, quiet
 from safetensors.torch import load_file
@@ -191,6 +201,29 @@ def test_a_step_is_that_of_a_plain_loop(case, tmp_path, cache):
     assert_near(moved, expected, 1e-4)  # a float32 parameter minus a small step
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["last"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--bf16", "--activation-checkpointing"])
+def test_a_cheaper_step_is_that_of_a_plain_loop(option, tmp_path, cache):
+    data, rows, batch = bert_case(tmp_path)
+    result = tune(
+        tmp_path / "model", "--data", tmp_path / data, "--out", tmp_path / "run", "--steps", 1,
+        "--batch-size", rows, "--learning-rate", 0.1, "--alpha", 0.3, "--tokens", 16, option,
+        "--trainer", "optim=sgd", "--trainer", "max_grad_norm=0",
+        "--trainer", "lr_scheduler_type=constant",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "model").train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=option == "--bf16"):
+        loss = constant(model, 0.3).combine(model(**batch).loss)
+    loss.backward()
+    trained = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    moved = {name: (before[name] - p.detach()) / 0.1 for name, p in trained.named_parameters()}
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert_near(moved, expected, 1e-4)  # a float32 parameter minus a small step
+    arguments = json.loads((tmp_path / "run" / "config.json").read_text())["training_arguments"]
+    assert arguments[option.removeprefix("--").replace("-", "_")] is True
 
 
 def config_of(*names, architecture="ViTForImageClassification"):

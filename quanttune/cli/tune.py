@@ -85,6 +85,20 @@ def run(
             "--detach-deviation --finish-steps of three eighths of --steps.",
         ),
     ] = False,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Train adapters of this rank (peft), and merge them.")
+    ] = 0,
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--activation-checkpointing",
+            "--gradient-checkpointing",
+            help="Keep the input of each block only, and compute the rest again in backward.",
+        ),
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Multiply in bfloat16; the weights stay float32.")
+    ] = False,
     trainer: Fields = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
@@ -99,12 +113,21 @@ def run(
         refit_rows = refit_rows or RECIPE_ROWS
         finish_steps = tuning["finish_steps"] or int(RECIPE_FINISH * steps)
         tuning |= {"detach_deviation": True, "finish_steps": finish_steps}
+    fields = _fields(trainer or [])
+    if activation_checkpointing:
+        fields["activation_checkpointing"] = "true"
+    if bf16:
+        fields["bf16"] = "true"
     settings = replace(
         settings, steps=steps, refit_rows=refit_rows, learning_rate=learning_rate,
-        save_steps=save_steps, tuning=tuning, trainer=_fields(trainer or []),
+        save_steps=save_steps, lora_rank=lora_rank, tuning=tuning, trainer=fields,
     )  # fmt: skip
     schedule.check(tuning["alpha"], tuning["decay"], steps)
     from ..jobs.tune import tune
+
+    if lora_rank:
+        with options.of_extra("lora"):
+            from ..jobs import adapters as adapters
 
     try:
         with progress_bar() as bar, stopping() as stop:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 from . import checkpoints
 from .run_folder import RunFolder
@@ -30,6 +31,14 @@ class Recorder(TrainerCallback):
             self.loss = log.get("loss", self.loss)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
     ) -> None:
-        checkpoints.mark(self.folder.path / f"checkpoint-{state.global_step}")
+        checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
+        if not (checkpoint / CONFIG_NAME).exists():  # of adapters alone
+            model.config.save_pretrained(checkpoint)
+        checkpoints.mark(checkpoint)

@@ -20,6 +20,7 @@ class Settings:
         tokens: longest row of tokens for classification; length of every row for generation.
         refit_rows: how many rows, drawn by the seed, it is refitted to before the first step.
         steps, save_steps: of the optimizer.
+        lora_rank: of the adapters that are trained in place of the model; 0 trains the model.
         tuning: arguments of `quanttune.attach` other than `total_steps`.
         trainer: any other field of transformers' TrainingArguments, as text.
     """
@@ -38,6 +39,7 @@ class Settings:
     learning_rate: float = 2e-5
     save_steps: int = 100
     seed: int = 0
+    lora_rank: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,8 +47,14 @@ class Settings:
         for name in ("tokens", "steps", "batch_size", "save_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        if self.refit_rows < 0:
-            raise ValueError(f"refit_rows must be 0 or more, got {self.refit_rows}")
+        for name in ("refit_rows", "lora_rank"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if self.lora_rank and self.refit_rows:
+            raise ValueError(
+                "a refit changes weights that checkpoints of adapters do not hold: `quanttune "
+                "refit` first, then tune the folder that it writes with --lora-rank"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """Return what a JSON file gives back."""

@@ -42,6 +42,7 @@ def training_arguments(settings: Settings, folder: Path) -> TrainingArguments:
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),  # bf16 wants it said
         "remove_unused_columns": False,  # images become pixels when a batch is taken
         "dataloader_pin_memory": torch.cuda.is_available(),
         **settings.trainer,

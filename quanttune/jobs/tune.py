@@ -82,6 +82,10 @@ def tune(
         arguments = json.loads(job.arguments.to_json_string())
         checkpoint = _begin(folder, {**config, "training_arguments": arguments}, say)
         model = _train(settings, job, folder, checkpoint, progress)
+        if settings.lora_rank:
+            from .adapters import merged
+
+            model = merged(model)
         folder.publish(model, job.inputs.processor, settings.steps)
         return _outcome(folder, settings, checkpoint)
 
@@ -107,13 +111,18 @@ def _prepare(settings: Settings, out: Path) -> _Job:
     inputs = load_dataset(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
     model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
+    name = type(model).__name__
     if drawn:
         more = f" and {len(drawn) - 4} more" if len(drawn) > 4 else ""
         inputs.said.append(f"drawn at random: {', '.join(drawn[:4])}{more}")
+    if settings.lora_rank:
+        from .adapters import add_adapters
+
+        model = add_adapters(model, settings.lora_rank, drawn)
     attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
     epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
     inputs.said.append(
-        f"{inputs.task}: {type(model).__name__} on {len(inputs.rows)} rows, {settings.steps} "
+        f"{inputs.task}: {name} on {len(inputs.rows)} rows, {settings.steps} "
         f"steps of {settings.batch_size}, {epochs / len(inputs.rows):.1f} epochs"
     )
     return _Job(model, inputs, arguments)
@@ -128,8 +137,7 @@ def _train(
 ) -> nn.Module:
     if checkpoint and checkpoints.step_of(checkpoint) == settings.steps:
         # the Trainer would take one step more in the middle of an epoch
-        load_weights(job.model, checkpoint)
-        job.model.config = models.load_config(str(checkpoint))  # the Trainer changes it, too
+        _load(settings, job.model, checkpoint)
         return job.model
     if settings.refit_rows and not checkpoint:
         refit(job.model, job.inputs.batches(settings, job.model, settings.refit_rows))
@@ -144,6 +152,17 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return job.model
+
+
+def _load(settings: Settings, model: Any, checkpoint: Path) -> None:
+    if settings.lora_rank:
+        from .adapters import load_adapters
+
+        load_adapters(model, checkpoint)
+        model = model.get_base_model()
+    else:
+        load_weights(model, checkpoint)
+    model.config = models.load_config(str(checkpoint))  # the Trainer changes it, too
 
 
 def _outcome(

@@ -73,7 +73,8 @@ class QuantTuneMixin(_AnyTrainer):
                 f"{self.args.n_gpu} GPUs in one process make a DataParallel, whose copies of the "
                 "model are not observed: start one process per GPU with torchrun"
             )
-        if self.loss_is_scaled_for_ga is None and type(self.model).__name__ in _MEAN_LOSS:
+        plain = getattr(self.model, "get_base_model", lambda: self.model)()  # in a PeftModel
+        if self.loss_is_scaled_for_ga is None and type(plain).__name__ in _MEAN_LOSS:
             self.loss_is_scaled_for_ga = False
         self.tuning = dict(tuning or {})
         self.add_callback(_Schedule(self))

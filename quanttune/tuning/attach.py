@@ -8,6 +8,7 @@ from torch import nn
 from ..losses import OutlierLoss, find_loss
 from ..masks import Mask
 from . import schedule
+from .adapters import has_adapters
 from .finishing import BITS, Finishing, check_finish
 from .hooks import is_attached, refuse_compiled_parts
 from .observers import Observers
@@ -46,6 +47,9 @@ def attach(
     torch.compile: run one forward of the attached model in training mode before the first compiled
     one. What was compiled already is compiled again, since torch.compile takes no notice of new
     hooks.
+
+    Adapters of PEFT: a module that has one is observed as the merged one will be, its input and its
+    output, under the name of the model without adapters; what is inside an adapter is not.
 
     Args:
         model: any module that contains Linear, Conv1D (GPT-2) or LayerNorm, or what `sites` says.
@@ -93,6 +97,11 @@ def attach(
         raise ValueError(f"observe_every must be at least 1, got {observe_every}")
     check_finish(finish_bits, finish_steps, total_steps)
     refuse_compiled_parts(model)
+    if finish_steps and has_adapters(model):
+        raise ValueError(
+            "finish_steps rounds weights, and those of adapters are known once they are merged: "
+            "tune with finish_steps=0, then merge_and_unload() and finish the model that it returns"
+        )
     finish = Finishing(model, finish_bits, finish_steps) if finish_steps else None
     if finish:
         finish.begin()  # refuses what it must before a step is trained

@@ -20,6 +20,7 @@ from ..masks import Mask
 from .hooks import Hook, make_compiler_see_hooks, recomputing, refuse_compiled_parts
 from .observation import Forward, Observation
 from .observed_tensors import ObservedTensors
+from .sites import is_linear
 from .taps import observation_behind
 
 
@@ -152,6 +153,6 @@ class Observers(ObservedTensors):
             if not isinstance(leaf, Tensor):
                 continue
             known = self._known.get(leaf) or observation_behind(leaf)
-            if known and known.site.endswith(".output") and isinstance(known.module, nn.Linear):
+            if known and known.site.endswith(".output") and is_linear(known.module):
                 known.multiplicity = 0
                 self.heads.add(known.module)

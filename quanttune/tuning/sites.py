@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from .adapters import base_of, merged_modules
+
 LINEAR, LAYER_NORM, RMS_NORM = "linear", "layer_norm", "rms_norm"
 KINDS = {LINEAR: "Linear, Conv1D", LAYER_NORM: "LayerNorm", RMS_NORM: "RMSNorm"}
 PAPER = (LINEAR, LAYER_NORM)
@@ -26,7 +28,7 @@ def find_sites(
             raise ValueError(f"sites must be some of {', '.join(KINDS)}, got {kind!r}")
     sites = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in merged_modules(model)
         if kind_of(module) in kinds
         and any(fnmatchcase(name, pattern) for pattern in include)
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
@@ -49,7 +51,7 @@ def find_unobserved(
     known = (nn.modules.conv._ConvNd, nn.Bilinear)
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in merged_modules(model)
         if LINEAR in kinds
         and not isinstance(module, known)
         and any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
@@ -59,7 +61,8 @@ def find_unobserved(
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Return which of KINDS a module is, if any."""
+    """Return which of KINDS a module is, if any; one with an adapter is what it was without."""
+    module = base_of(module)
     if isinstance(module, nn.LayerNorm):
         return LAYER_NORM
     if isinstance(module, observed_types()):
@@ -85,4 +88,9 @@ def find_heads(model: nn.Module) -> set[nn.Module]:
         if callable(method := getattr(model, getter, None)):
             found = method()
             heads.update(found if isinstance(found, tuple) else (found,))
-    return {head for head in heads if isinstance(head, nn.Linear)}
+    return {head for head in heads if is_linear(head)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a Linear, with an adapter or without."""
+    return isinstance(base_of(module), nn.Linear)
