@@ -66,25 +66,7 @@ def _tuning(
     }  # fmt: skip
 
 
-@options.grouped(settings=options.dataset, tuning=_tuning)
-def run(
-    settings: Settings,
-    tuning: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Its largest value.")] = 2e-5,
-    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
-    refit_rows: Annotated[
-        int, typer.Option(min=0, help="Rows that the model is refitted to before the first step.")
-    ] = 0,
-    recipe: Annotated[
-        bool,
-        typer.Option(
-            "--recipe",
-            help="Refit, hold std(A) constant, and finish rounded: --refit-rows 640 "
-            "--detach-deviation --finish-steps of three eighths of --steps.",
-        ),
-    ] = False,
+def _training(
     lora_rank: Annotated[
         int, typer.Option(min=0, help="Train adapters of this rank (peft), and merge them.")
     ] = 0,
@@ -100,6 +82,39 @@ def run(
         bool, typer.Option("--bf16", help="Multiply in bfloat16; the weights stay float32.")
     ] = False,
     trainer: Fields = None,
+) -> dict[str, Any]:
+    """Return what of the settings says how the Trainer trains."""
+    if lora_rank:
+        with options.of_extra("lora"):
+            import peft as peft
+    fields = _fields(trainer or [])
+    if activation_checkpointing:
+        fields["activation_checkpointing"] = "true"
+    if bf16:
+        fields["bf16"] = "true"
+    return {"lora_rank": lora_rank, "trainer": fields}
+
+
+@options.grouped(settings=options.dataset, tuning=_tuning, training=_training)
+def run(
+    settings: Settings,
+    tuning: dict[str, Any],
+    training: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Its largest value.")] = 2e-5,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    refit_rows: Annotated[
+        int, typer.Option(min=0, help="Rows that the model is refitted to before the first step.")
+    ] = 0,
+    recipe: Annotated[
+        bool,
+        typer.Option(
+            "--recipe",
+            help="Refit, hold std(A) constant, and finish rounded: --refit-rows 640 "
+            "--detach-deviation --finish-steps of three eighths of --steps.",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check all; stop.")] = False,
     json: Json = None,
@@ -113,21 +128,12 @@ def run(
         refit_rows = refit_rows or RECIPE_ROWS
         finish_steps = tuning["finish_steps"] or int(RECIPE_FINISH * steps)
         tuning |= {"detach_deviation": True, "finish_steps": finish_steps}
-    fields = _fields(trainer or [])
-    if activation_checkpointing:
-        fields["activation_checkpointing"] = "true"
-    if bf16:
-        fields["bf16"] = "true"
     settings = replace(
         settings, steps=steps, refit_rows=refit_rows, learning_rate=learning_rate,
-        save_steps=save_steps, lora_rank=lora_rank, tuning=tuning, trainer=fields,
+        save_steps=save_steps, tuning=tuning, **training,
     )  # fmt: skip
     schedule.check(tuning["alpha"], tuning["decay"], steps)
     from ..jobs.tune import tune
-
-    if lora_rank:
-        with options.of_extra("lora"):
-            from ..jobs import adapters as adapters
 
     try:
         with progress_bar() as bar, stopping() as stop:

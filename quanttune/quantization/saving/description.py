@@ -141,10 +141,12 @@ def _kind_of(quantizer: nn.Module) -> str | None:
 
 def _calls(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return what each module calls, by the way there; also what stays in float."""
+    # not those under which it was quantized, before adapters were merged
+    names = {module: name for name, module in model.named_modules()}
     return {
-        calls.module: {"operations": {way: o.as_dict() for way, o in calls.operations.items()}}
-        for _, calls in state_of(model).calls()
-        if calls.operations
+        names[module]: {"operations": {way: o.as_dict() for way, o in calls.operations.items()}}
+        for module, calls in state_of(model).calls()
+        if calls.operations and module in names
     }
 
 
