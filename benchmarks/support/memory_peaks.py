@@ -12,14 +12,13 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import arguments
 from benchmarks.provenance import commit
-from benchmarks.support.memory import Step, need, parameters
+from benchmarks.support.memory import Step, need
 from quanttune.environment import environment
 from quanttune.files import write_json
 
