@@ -24,6 +24,7 @@ from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.markdown_table import table
 from benchmarks.rivals.tables import rival_sections
+from benchmarks.support.memory_tables import needs_table, peaks_table
 from quanttune.demo.experiment import Row
 from quanttune.report.results_table import DIGITS, tabulate
 
@@ -43,6 +44,8 @@ COSINES = {
 }
 GPU, END_OF_GPU = "<!-- gpu: made by benchmarks/summarize.py -->", "<!-- end of gpu -->"
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
+NEEDS, END_OF_NEEDS = "<!-- needs: made by benchmarks/summarize.py -->", "<!-- end of needs -->"
+PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- end of peaks -->"
 ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
@@ -63,6 +66,9 @@ def main() -> None:
         _replace(readme, REFITTED, END_OF_REFITTED, shown)
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
+    large = ROOT / "docs" / "large_models.md"
+    _replace(large, NEEDS, END_OF_NEEDS, needs_table())
+    _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]

@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 from models import BATCH, DEEP, MODELS, Example
 from oracle import Oracle, constant, expected_step, gradients
-from sharded_trainers import lightning_trainer, timm_task, transformers_trainer, two_steps
+from sharded_trainers import (
+    lightning_trainer,
+    timm_task,
+    transformers_trainer,
+    tuned_by_the_command,
+    two_steps,
+)
 from sharding import (
     ALPHA,
     BFLOAT16,
@@ -173,6 +179,7 @@ for _option in ("static_graph", "find_unused_parameters"):
 CASES |= {
     "unused-module-ddp": partial(unused_module, partial(ddp, find_unused_parameters=True)),
     "unused-module-fsdp": partial(unused_module, fsdp),
+    "trainer-of-tune": tuned_by_the_command,
     "task-of-timm": timm_task,
     "logits-behind-a-cast": logits_behind_a_cast,
 }

@@ -1,20 +1,30 @@
 """The trainers of other libraries in two processes, against one plain loop in one."""
 
 import copy
+import shutil
 from collections.abc import Callable
-from tempfile import TemporaryDirectory
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 
+import cases
+import datasets
+import pytest
 import test_lightning_callback
 import test_trainer
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from models import BATCH, MODELS
-from oracle import Oracle, expected_step, gradients
+from oracle import Oracle, constant, expected_step, gradients
 from sharding import ALPHA, EVEN, WORLD, gathered, join_environment, largest_error, share
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import BertForSequenceClassification
 
+from quanttune.jobs.run_folder import RunFolder
+from quanttune.jobs.settings import Settings
+from quanttune.jobs.tune import tune
 from quanttune.trainer import QuantTuneCallback, QuantTuneTask
 
 Rows = list[dict[str, Tensor]]
@@ -56,6 +66,43 @@ def two_steps(name: str, train: Callable[[nn.Module, Rows], None]) -> float:
         {key: start[key] - p for key, p in test_trainer.parameters(model).items()}
         for model in (example.model, twin)
     )
+    return largest_error(moved, expected)
+
+
+def tuned_by_the_command() -> float:
+    """A step of `quanttune tune`, each process with half of the rows, by what it moved."""
+    torch.manual_seed(0)
+    join_environment()
+    shared = [mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    folder = Path(shared[0])
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    (folder / str(dist.get_rank())).mkdir()
+    data, rows, batch = cases.bert_case(folder / str(dist.get_rank()))
+    dist.barrier()
+    start = BertForSequenceClassification.from_pretrained(folder / "0" / "model").train()
+    loss = constant(start, ALPHA).combine(start(**batch).loss)
+    expected = gradients(start, loss)
+    settings = Settings(
+        str(folder / "0" / "model"), str(folder / "0" / data), tokens=16, steps=1,
+        batch_size=rows // WORLD, learning_rate=0.1, tuning={"alpha": ALPHA},
+        trainer={
+            "optim": "sgd", "max_grad_norm": "0", "lr_scheduler_type": "constant",
+            "ddp_find_unused_parameters": "false",
+        },
+    )  # fmt: skip
+    said: list[str] = []
+    outcome = tune(settings, folder / "run", say=said.append)
+    assert any("1 steps of 6" in line for line in said) == (dist.get_rank() == 0)
+    assert outcome["last"]["step"] == 1
+    with pytest.raises(ValueError, match="processes was 2, is 1"):
+        RunFolder(folder / "run").check({"processes": 1, "settings": settings.as_json()}, True)
+    trained = BertForSequenceClassification.from_pretrained(folder / "run" / "model")
+    before, after = (dict(model.named_parameters()) for model in (start, trained))
+    moved = {name: (before[name] - after[name]).detach() / 0.1 for name in expected}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
     return largest_error(moved, expected)
 
 

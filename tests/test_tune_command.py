@@ -394,13 +394,7 @@ def test_a_model_that_does_not_tell_its_task_needs_it(command, bert):
     assert "a new head for 5 labels" in tune(*command, "--task", "text-classification").output
 
 
-def test_several_processes_are_refused(command, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"several processes .*QuantTuneTrainer"):
-        tune(*command)
-
-
 def test_several_gpus_are_refused(command, monkeypatch):
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match=r"2 GPUs are visible: .* CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match=r"2 GPUs .*: start a process for each .*DEVICES=0"):
         tune(*command)

@@ -148,6 +148,7 @@ def need(config: Any, step: Step) -> Need:
     trained = counts.adapters or counts.all
     state = (FLOAT * (counts.all + counts.adapters) + ADAM * trained) // step.devices
     gradients = FLOAT * trained // step.devices
+    of_layer = 0 if step.lora_rank else FLOAT * counts.block // step.devices
     table = 0 if step.lora_rank else FLOAT * counts.table
     gathered = _gathered(counts, step)
     saved = saved_by_block(config, step)
@@ -158,7 +159,10 @@ def need(config: Any, step: Step) -> Need:
     stream = step.rows * config.hidden_size * FLOAT
     kept = counts.layers * (stream if step.checkpoints else saved + casts)
     activations = kept + 2 * stream + (HALF * counts.table if casts else 0)
-    block = saved + casts + step.rows * 2 * (config.ffn_dim + config.hidden_size) * step.width
+    # of a layer that is gone back through: what is computed again, and the widest gradients
+    block = step.rows * (config.ffn_dim + config.hidden_size) * step.width
+    if step.checkpoints:
+        block += saved + casts
     scores = step.rows * config.vocab_size
     # float32 logits, their log-softmax and two gradients; in bf16 the forward has them twice
     cached = counts.layers * casts if step.checkpoints and not step.lora_rank else 0
@@ -167,7 +171,7 @@ def need(config: Any, step: Step) -> Need:
         "loss": around + activations + cached + scores * (2 * FLOAT + (HALF if step.bf16 else 0)),
         "backward begins": around + activations + scores * 3 * FLOAT,
         "last layer": around + activations + table + block,
-        "first layer": around + gradients + block,
+        "first layer": around + gradients - of_layer + block,
         # the embeddings' gradient beside the head's; autocast's is a copy, to which it is added
         "embeddings": around + gradients + table * (1 if step.bf16 else 2),
     }

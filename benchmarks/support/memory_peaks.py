@@ -7,6 +7,7 @@ told of each allocation; the resident memory of a process has libraries and what
 Twenty minutes on two slow cores; it goes on where it was stopped.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def measure(name: str, step: Step) -> dict[str, int]:
 
     torch.manual_seed(0)
     config = config_of(name)
+    gc.collect()  # what is left of another model is not to be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take = stepper(config, step)
         take(1, 8)

@@ -42,6 +42,21 @@ def say(line: str, style: str = "") -> None:
     console.print(in_options(line), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the one of a launcher's processes that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def of_first_process() -> Iterator[None]:
+    """Say nothing in the others, but for what ends them."""
+    before, console.quiet = console.quiet, not is_first_process()
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep other libraries' bars, warnings and logs off the terminal; say our own warnings.

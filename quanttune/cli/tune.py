@@ -19,7 +19,14 @@ from ..tuning import schedule
 from ..tuning.attach import BALANCES
 from ..tuning.finishing import BITS
 from . import options
-from .terminal import Json, progress_bar, say, write_numbers
+from .terminal import (
+    Json,
+    is_first_process,
+    of_first_process,
+    progress_bar,
+    say,
+    write_numbers,
+)
 
 Patterns = Annotated[list[str] | None, typer.Option(help="Names of modules, such as '*.mlp.*'.")]
 Fields = Annotated[
@@ -136,7 +143,7 @@ def run(
     from ..jobs.tune import tune
 
     try:
-        with progress_bar() as bar, stopping() as stop:
+        with of_first_process(), progress_bar() as bar, stopping() as stop:
             task_id = bar.add_task("loading", total=steps)
 
             def advance(step: int, loss: float) -> None:
@@ -147,6 +154,8 @@ def run(
     except KeyboardInterrupt:
         _say_how_to_go_on(out, resume)
         raise typer.Exit(130) from None
+    if not is_first_process():
+        return
     if not dry_run:
         say(f"the model is in {outcome['model']}")
     write_numbers(json, outcome)

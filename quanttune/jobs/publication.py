@@ -74,14 +74,17 @@ def publish(model: Any, processor: Any, folder: Path) -> None:
     sync(folder.parent)
 
 
-def write(model: Any, processor: Any, folder: Path) -> Path:
-    """Save a model and what makes its inputs beside a folder, and return where."""
+def write(model: Any, processor: Any, folder: Path, state: dict[str, Any] | None = None) -> Path:
+    """Save a model and what makes its inputs beside a folder, and return where.
+
+    state: the model's weights, if they are not those that it holds.
+    """
     partial = partial_of(folder)
     if partial.exists():  # from a process that was killed
         for path in partial.iterdir():
             if path.name != LOCK:
                 remove(path)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state)
     processor.save_pretrained(partial)
     for path in partial.rglob("*"):
         sync(path)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
@@ -11,7 +12,7 @@ from .run_folder import RunFolder
 
 
 class Recorder(TrainerCallback):
-    """Appends to metrics.jsonl, marks whole checkpoints, tells the progress."""
+    """Appends to metrics.jsonl, marks whole checkpoints, tells the progress: in one process."""
 
     def __init__(self, folder: RunFolder, progress: Callable[[int, float], None]) -> None:
         self.folder, self.progress = folder, progress
@@ -20,13 +21,16 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.progress(state.global_step, self.loss)  # which may end the run
+        if state.is_world_process_zero:
+            self.progress(state.global_step, self.loss)  # which may end the run
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         log = state.log_history[-1]
-        if "train_runtime" not in log:  # the sum at the end, of this process alone
+        if (
+            state.is_world_process_zero and "train_runtime" not in log
+        ):  # the sum at the end, of this process alone
             self.folder.append(log)
             self.loss = log.get("loss", self.loss)
 
@@ -38,6 +42,9 @@ class Recorder(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
+        PartialState().wait_for_everyone()  # each process has written files of its own
+        if not state.is_world_process_zero:
+            return
         checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
         if not (checkpoint / CONFIG_NAME).exists():  # of adapters alone
             model.config.save_pretrained(checkpoint)

@@ -92,9 +92,14 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(_line(log))
 
-    def publish(self, model: Any, processor: Any, steps: int) -> None:
-        """Save the final model in the place of one of fewer steps, if there is one."""
-        partial = write(model, processor, self.model)
+    def publish(
+        self, model: Any, processor: Any, steps: int, state: dict[str, Any] | None = None
+    ) -> None:
+        """Save the final model in the place of one of fewer steps, if there is one.
+
+        state: its weights, if the model holds a share of them only.
+        """
+        partial = write(model, processor, self.model, state)
         checkpoints.mark(partial, steps=steps)
         if self.model.exists():
             self.model.rename(self.path / f".{MODEL}.old")

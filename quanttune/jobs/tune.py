@@ -1,13 +1,14 @@
 """Tune a model on a dataset, in a folder that it can go on from. What `quanttune tune` does."""
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -23,9 +24,9 @@ from .run_folder import RunFolder
 from .settings import Settings
 from .training_arguments import training_arguments
 
-_ONE = (
-    "quanttune tune takes one GPU; for several use quanttune.trainer.QuantTuneTrainer in a script "
-    "of your own, under torchrun"
+_LAUNCH = (
+    "start a process for each by `accelerate launch -m quanttune.cli tune ...`, or set "
+    "CUDA_VISIBLE_DEVICES=0"
 )
 
 
@@ -55,7 +56,8 @@ def tune(
     the weights and the metrics that it would have ended with, bit for bit; a run that was not begun
     is begun, one that is finished is left alone. With more `settings.steps` than before either goes
     on to so many; the learning rate and alpha are from there on what they would have been had there
-    been so many from the start. One process at a time works in a folder.
+    been so many from the start. One process at a time works in a folder, or those of one launcher
+    (torchrun, accelerate), the first of which writes, and calls `say` and `progress`.
 
     Args:
         dry_run: load and check everything, and stop before anything is written to `out`.
@@ -64,29 +66,35 @@ def tune(
     Raises:
         ValueError: an argument, the data or the folder does not fit; it says what would.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"several processes were started: {_ONE}")
+    arguments = training_arguments(settings, out)
+    if arguments.n_gpu > 1:
+        raise ValueError(f"{arguments.n_gpu} GPUs are visible to one process: {_LAUNCH}")
+    is_first = arguments.process_index == 0
     folder = RunFolder(out)
     folder.check({"settings": settings.as_json()}, resume)
-    with nullcontext() if dry_run else held(out):
+    with held(out) if is_first and not dry_run else nullcontext():
         if folder.is_finished(settings.steps):
             say(f"{out} is finished: nothing is left to do")
             return _outcome(folder, settings)
-        job = _prepare(settings, out)
+        job = _prepare(settings, arguments)
         config = {"settings": settings.as_json(), **job.inputs.facts}
-        folder.check(config, resume)
-        for line in job.inputs.said:
-            say(line)
+        if arguments.world_size > 1:
+            config["processes"] = arguments.world_size
+        found: list[Any] = [None]
+        if is_first:
+            folder.check(config, resume)
+            for line in job.inputs.said:
+                say(line)
+            if not dry_run:
+                written = json.loads(arguments.to_json_string())
+                found = [_begin(folder, {**config, "training_arguments": written}, say)]
         if dry_run:
             return config
-        arguments = json.loads(job.arguments.to_json_string())
-        checkpoint = _begin(folder, {**config, "training_arguments": arguments}, say)
-        model = _train(settings, job, folder, checkpoint, progress)
-        if settings.lora_rank:
-            from .adapters import merged
-
-            model = merged(model)
-        folder.publish(model, job.inputs.processor, settings.steps)
+        (checkpoint,) = broadcast_object_list(found)
+        model, state = _train(settings, job, folder, checkpoint, progress)
+        if is_first:
+            folder.publish(model, job.inputs.processor, settings.steps, state)
+        PartialState().wait_for_everyone()
         return _outcome(folder, settings, checkpoint)
 
 
@@ -102,13 +110,9 @@ def _begin(folder: RunFolder, config: dict[str, Any], say: Callable[[str], None]
     return checkpoint
 
 
-def _prepare(settings: Settings, out: Path) -> _Job:
-    arguments = training_arguments(settings, out)
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible: {_ONE}, or set CUDA_VISIBLE_DEVICES=0"
-        )
-    inputs = load_dataset(settings, new_head=True)
+def _prepare(settings: Settings, arguments: TrainingArguments) -> _Job:
+    with arguments.main_process_first():  # the others find what it made in the cache
+        inputs = load_dataset(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
     model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
     name = type(model).__name__
@@ -120,10 +124,11 @@ def _prepare(settings: Settings, out: Path) -> _Job:
 
         model = add_adapters(model, settings.lora_rank, drawn)
     attach(model, total_steps=settings.steps, **settings.tuning).detach()  # its checks, before all
-    epochs = settings.steps * settings.batch_size * arguments.gradient_accumulation_steps
+    batch = settings.batch_size * arguments.world_size
+    epochs = settings.steps * batch * arguments.gradient_accumulation_steps
     inputs.said.append(
         f"{inputs.task}: {name} on {len(inputs.rows)} rows, {settings.steps} "
-        f"steps of {settings.batch_size}, {epochs / len(inputs.rows):.1f} epochs"
+        f"steps of {batch}, {epochs / len(inputs.rows):.1f} epochs"
     )
     return _Job(model, inputs, arguments)
 
@@ -134,11 +139,12 @@ def _train(
     folder: RunFolder,
     checkpoint: Path | None,
     progress: Callable[[int, float], None],
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Return the trained model; and its weights, if this process has a share of them only."""
     if checkpoint and checkpoints.step_of(checkpoint) == settings.steps:
         # the Trainer would take one step more in the middle of an epoch
         _load(settings, job.model, checkpoint)
-        return job.model
+        return _merged(settings, job.model), None
     if settings.refit_rows and not checkpoint:
         refit(job.model, job.inputs.batches(settings, job.model, settings.refit_rows))
     trainer = QuantTuneTrainer(
@@ -149,9 +155,24 @@ def _train(
         callbacks=[Recorder(folder, progress)],
         tuning=settings.tuning,
     )
+    if settings.lora_rank and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "--lora-rank and FSDP do not go together: adapters are merged into whole weights. "
+            "Launch without FSDP, so that each process has all of the model"
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return job.model
+    if not trainer.is_fsdp_enabled:
+        return _merged(settings, job.model), None
+    return job.model, trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def _merged(settings: Settings, model: nn.Module) -> nn.Module:
+    if not settings.lora_rank:
+        return model
+    from .adapters import merged
+
+    return merged(model)
 
 
 def _load(settings: Settings, model: Any, checkpoint: Path) -> None:
