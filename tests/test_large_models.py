@@ -62,7 +62,7 @@ def test_a_small_step_is_what_the_allocator_says(bf16, attached, checkpoints, be
     monkeypatch.setitem(bench.SIZES, "tiny", TINY)
     step = bench.Step(8, 64, bf16, attached, checkpoints, fused_dropout=False)
     row = {"model": "tiny", "step": vars(step), **bench.measure("tiny", step)}
-    assert abs(bench.compared(row)["added"]) < 0.1
+    assert abs(bench.compared(row)["added"]) < 0.1  # measured: .088 at most
 
 
 def test_operations_are_those_that_pytorch_counts(bench):
