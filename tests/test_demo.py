@@ -220,7 +220,7 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
 
 def test_unknown_tasks_are_refused():
     with pytest.raises(
-        ValueError, match="task must be one of minilm, digits, smollm2, got 'imagenet'"
+        ValueError, match="task must be one of minilm, digits, smollm2, whisper, got 'imagenet'"
     ):
         recipe("imagenet")
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-_RECIPES = {"minilm": "MiniLM", "digits": "Digits", "smollm2": "SmolLM2"}
+_RECIPES = {"minilm": "MiniLM", "digits": "Digits", "smollm2": "SmolLM2", "whisper": "Whisper"}
 NAMES = tuple(_RECIPES)
 
 

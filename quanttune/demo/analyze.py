@@ -49,9 +49,11 @@ def recipe_subject(
 def _quality(job: Any) -> tuple[str, Callable[[nn.Module], float]]:
     """Return the metric of a job and how it is measured, so that more is better."""
     measure = partial(job.evaluate, split="validation")
-    if job.metric != "perplexity":
-        return job.metric, measure
-    return "probability of the next token", lambda model: 100 / measure(model)
+    if job.metric == "perplexity":
+        return "probability of the next token", lambda model: 100 / measure(model)
+    if job.metric == "word error rate":
+        return "words that are not in error", lambda model: 100 - measure(model)
+    return job.metric, measure
 
 
 def _tokenizer(model: str | None) -> Any:

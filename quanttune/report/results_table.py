@@ -7,8 +7,13 @@ from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
-DIGITS = {"cosine": 3, "accuracy": 1, "perplexity": 2}  # of a metric, behind the point
-LESS_IS_BETTER = {"perplexity"}
+DIGITS = {  # of a metric, behind the point
+    "cosine": 3,
+    "accuracy": 1,
+    "perplexity": 2,
+    "word error rate": 1,
+}
+LESS_IS_BETTER = {"perplexity", "word error rate"}
 USUAL_COVERAGE = "full_no_softmax"  # what older results are of, too
 
 
