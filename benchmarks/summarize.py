@@ -19,6 +19,7 @@ from benchmarks.accuracy.tables import (
     refit_table,
     smollm2_section,
     times_section,
+    whisper_weights_section,
 )
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
@@ -84,6 +85,10 @@ def main() -> None:
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
     sections.append(smollm2_section(*map(_read, ("smollm2.json", "rivals-smollm2.json"))))
+    if (RESULTS / "whisper.json").exists():
+        sections.append(_demo_section("whisper", _read("whisper.json")))
+    if (RESULTS / "whisper-weights.json").exists():
+        sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))

@@ -203,6 +203,18 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
     assert ways["kept prefix; float"] is None
 
 
+def test_the_table_of_whispers_weights_has_a_row_per_window(from_benchmarks):
+    window = {
+        "seconds": 30, "rows": 16, "equal_transcripts": 15, "tokens": 700,
+        "largest_state": 20.0, "largest_difference": 0.002,
+    }  # fmt: skip
+    text = from_benchmarks("accuracy.tables").whisper_weights_section(
+        {"ctranslate2": "4.8.5", "windows": [window]}
+    )
+    assert "CTranslate2\n4.8.5" in text
+    assert "| 30 s | 15 of 16 | 700 | 1.0e-04 |" in text
+
+
 def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):
     arm = {"steps": 240, "refit": 0.25, "learning_rate": 4e-4}
     rows = [

@@ -100,7 +100,10 @@ def test_a_wrong_task_is_one_line_and_status_two():
     command = [sys.executable, "-m", "quanttune.cli", "demo", "--task", "imagenet"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "error: task must be one of minilm, digits, smollm2, whisper, got 'imagenet'" in result.stdout
+    assert (
+        "error: task must be one of minilm, digits, smollm2, whisper, got 'imagenet'"
+        in result.stdout
+    )
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -1,4 +1,4 @@
-"""Tables of what models are worth: refits, methods and their cost, SmolLM2."""
+"""Tables of what models are worth: refits, methods and their cost, SmolLM2, Whisper."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -136,6 +136,23 @@ def _rivals_table(measured: Any) -> str:
             cells = [f"{row['perplexity']:.2f}", f"{row['last_token_accuracy']:.1f}"]
         rows.append((name, *cells))
     return table(("", "perplexity", "last token, %"), rows)
+
+
+def whisper_weights_section(measured: Any) -> str:
+    """Return the table of a run of whisper_weights.py."""
+    rows = []
+    for window in measured["windows"]:
+        share = window["largest_difference"] / window["largest_state"]
+        equal = f"{window['equal_transcripts']} of {window['rows']}"
+        rows.append((f"{window['seconds']} s", equal, str(window["tokens"]), f"{share:.1e}"))
+    heads = "transcripts equal", "tokens", "encoder, largest difference of the largest value"
+    return f"""## Whisper as it is read, beside CTranslate2
+
+The packaged file (float16, widened to float32 by both) in transformers and in CTranslate2
+{measured["ctranslate2"]}: validation rows, greedy, in Whisper's own window and in the demo's.
+
+{table(("window", *heads), rows)}
+"""
 
 
 def times_section(measured: Any) -> str:
