@@ -251,6 +251,9 @@ def test_whisper_recipe_on_another_model(folder, short):
     assert tuned.proj_out.weight is embedded
     assert torch.equal(embedded, base.proj_out.weight)
     assert job._distillation_loss(base, 0).item() == pytest.approx(0, abs=1e-5)
+    refitted = job.prepare(arms["refit"], lambda: None)
+    first, second = (model.model.decoder.layers[1].fc2.weight for model in (refitted, base))
+    assert not torch.equal(first, second)
     for batch in job.calibration():  # what the model itself wrote, without the end
         assert batch["decoder_input_ids"][0, :2].tolist() == [1, 2]
         assert 0 not in batch["decoder_input_ids"]
