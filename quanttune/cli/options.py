@@ -19,12 +19,14 @@ Data = Annotated[
 ]
 Task = Annotated[
     str | None,
-    typer.Option(help="text-classification, text-generation or image-classification."),
+    typer.Option(
+        help="text-classification, text-generation, text2text-generation or image-classification."
+    ),
 ]
 Subset = Annotated[str | None, typer.Option(help="Of the dataset, such as sst2.")]
 Split = Annotated[str | None, typer.Option(help="Of the dataset.")]
 Columns = Annotated[list[str] | None, typer.Option(help="A column; twice for pairs of texts.")]
-Label = Annotated[str | None, typer.Option(help="The column of labels.")]
+Label = Annotated[str | None, typer.Option(help="The column of labels, or texts to be written.")]
 Tokens = Annotated[int, typer.Option(help="Length to which texts are cut.")]
 MeasuredSplit = Annotated[
     str | None,
@@ -37,9 +39,9 @@ MeasuredTokens = Annotated[
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
-        help="accuracy, f1 or matthews_correlation; perplexity, last_word or last_token. "
-        "Repeat for several.",
-        show_default="accuracy or perplexity, or GLUE's of its subset",
+        help="accuracy, f1 or matthews_correlation; perplexity, last_word or last_token; "
+        "exact_match, bleu or word_error_rate. Repeat for several.",
+        show_default="accuracy, perplexity or exact_match, or GLUE's of its subset",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows at a time.")]

@@ -10,7 +10,7 @@ from torch import nn
 from ..analysis.subject import Subject
 from . import models
 from .dataset import Dataset, load_dataset
-from .metrics import measure
+from .metrics import choose, measure
 from .settings import Settings
 
 
@@ -24,8 +24,9 @@ def load_subject(
 ) -> tuple[Subject, dict[str, nn.Module]]:
     """Return a subject, and the models to compare it with, by the names of their folders.
 
-    Quality is the accuracy in per cent, or for text generation the geometric mean of the
-    probability of the next token, which is 100 / perplexity.
+    Quality is the accuracy in per cent, how often an encoder's decoder writes the very label, or
+    for text generation the geometric mean of the probability of the next token, which is 100 /
+    perplexity.
 
     Args:
         rows: how many ranges and statistics are taken from; limit: how many others quality is
@@ -48,18 +49,18 @@ def load_subject(
     ]
     measured = _rows(inputs, range(taken, len(inputs.rows)))
     is_text = inputs.task == "text-generation"
-    metric = "perplexity" if is_text else "accuracy"
+    metric = "perplexity" if is_text else choose(inputs.task, None, (), 0)[0]
 
     def evaluate(model: nn.Module) -> float:
         batches = measured.batches(settings, model)
-        (value,) = measure([metric], model, batches).values()
+        (value,) = measure([metric], model, batches, inputs.processor).values()
         return 100 / value if is_text else value
 
     subject = Subject(
         Path(settings.model).name,
         model,
         data,
-        "probability of the next token (%)" if is_text else "accuracy (%)",
+        "probability of the next token (%)" if is_text else f"{metric} (%)",
         evaluate,
         None if inputs.task == "image-classification" else inputs.processor,
         {"task": inputs.task, "rows": [len(watched.rows), len(measured.rows)], **inputs.facts},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import encoding, models
+from . import encoding, models, pairs
 from .models import ModelSource, find_model
 from .rows import Labels, drawn, fingerprint, labels_of, load_rows
 from .settings import Settings
@@ -81,7 +81,7 @@ def load_dataset(
     }
     said: list[str] = []
     classes: dict[Any, int] = {}
-    if task != "text-generation":
+    if task not in ("text-generation", "text2text-generation"):
         labels = labels_of(rows)
         if new_head and len(labels.names) < 2:
             raise ValueError(
@@ -95,7 +95,10 @@ def load_dataset(
     if task != "image-classification" and (most := models.longest(config, processor)) < tokens:
         tokens = most
         said.append(f"{tokens} tokens at most: the model takes no more")
-    encoded, collate = encoding.encode(rows, task, processor, classes, tokens, last_words)
+    if task == "text2text-generation":
+        encoded, collate = pairs.encode(rows, processor, tokens, config)
+    else:
+        encoded, collate = encoding.encode(rows, task, processor, classes, tokens, last_words)
     return Dataset(name, config, task, processor, encoded, collate, facts, said)
 
 

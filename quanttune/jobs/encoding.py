@@ -42,16 +42,18 @@ def encode(
     options = {"tokenizer": processor, "tokens": tokens}
     if task == "text-generation" and last_words:
         collate = _padding(processor)
-        return _map(rows, _last_words, options), collate
+        return map_rows(rows, _last_words, options), collate
     if task == "text-generation":
-        encoded = _map(rows, _blocks, options)
+        encoded = map_rows(rows, _blocks, options)
         if not len(encoded):
             raise ValueError(f"the texts are too short for one row of {tokens}: lower --tokens")
         return encoded, default_data_collator
-    return _map(rows, _words, {**options, "classes": classes}), DataCollatorWithPadding(processor)
+    return map_rows(rows, _words, {**options, "classes": classes}), DataCollatorWithPadding(
+        processor
+    )
 
 
-def _map(rows: Dataset, function: Callable[..., Batch], options: dict[str, Any]) -> Dataset:
+def map_rows(rows: Dataset, function: Callable[..., Batch], options: dict[str, Any]) -> Dataset:
     return rows.map(
         function,
         batched=True,
@@ -64,13 +66,13 @@ def _words(
     batch: Batch, tokenizer: Any, tokens: int, classes: Mapping[Any, int], columns: list[str]
 ) -> Batch:
     *texts, label = columns
-    _check(batch, texts)
+    check_texts(batch, texts)
     encoded = tokenizer(*(batch[text] for text in texts), truncation=True, max_length=tokens)
     return {**encoded, "labels": [classes[value] for value in batch[label]]}
 
 
 def _blocks(batch: Batch, tokenizer: Any, tokens: int, columns: list[str]) -> Batch:
-    _check(batch, columns)
+    check_texts(batch, columns)
     texts = [text + (tokenizer.eos_token or "") for text in batch[columns[0]]]
     ids = list(chain.from_iterable(tokenizer(texts)["input_ids"]))
     rows = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
@@ -78,7 +80,7 @@ def _blocks(batch: Batch, tokenizer: Any, tokens: int, columns: list[str]) -> Ba
 
 
 def _last_words(batch: Batch, tokenizer: Any, tokens: int, columns: list[str]) -> Batch:
-    _check(batch, columns)
+    check_texts(batch, columns)
     texts = [text.rstrip() for text in batch[columns[0]]]
     encoded = tokenizer(texts, truncation=True, max_length=tokens, return_offsets_mapping=True)
     rows = list(map(_to_last_word, texts, encoded["input_ids"], encoded["offset_mapping"]))
@@ -123,7 +125,7 @@ def _pixels(
     return {"pixel_values": list(pixels), "labels": [classes[value] for value in batch[label]]}
 
 
-def _check(batch: Batch, columns: list[str]) -> None:
+def check_texts(batch: Batch, columns: list[str]) -> None:
     for column in columns:
         if None in batch[column]:
             raise ValueError(f"column {column!r} has rows without a text: leave them out")

@@ -34,8 +34,9 @@ def evaluate(
         metrics: accuracy, f1 (of the model's class 1) and matthews_correlation of classification;
             perplexity of generation, or last_word and last_token: how often every token of a
             text's last word, or its last one, is the likeliest after those before it. Texts are
-            not joined then, and lose their beginning beyond `settings.tokens`. In per cent, but
-            for perplexity.
+            not joined then, and lose their beginning beyond `settings.tokens`. exact_match, bleu
+            (sacreBLEU's) and word_error_rate of what an encoder's decoder writes, the likeliest
+            token each. In per cent, but for perplexity.
         limit: rows to measure, drawn by the seed; for perplexity texts, before they are cut.
 
     Raises:
@@ -50,7 +51,8 @@ def evaluate(
 
     def measured(name: str, model: nn.Module) -> dict[str, float]:
         batches = inputs.batches(settings, model)
-        return measure(names, model, track(batches, f"measuring {name}", progress))
+        rows = track(batches, f"measuring {name}", progress)
+        return measure(names, model, rows, inputs.processor)
 
     return {
         "task": inputs.task,

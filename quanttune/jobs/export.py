@@ -64,6 +64,12 @@ def load_calibrated(settings: Settings) -> tuple[ModelSource, Any]:
         ValueError: it is not quantized.
     """
     source = find_model(settings)
+    if source.task == "text2text-generation":
+        raise ValueError(
+            f"{settings.model} has an encoder and a decoder, which no verb exports yet: "
+            "quanttune.deploy.onnx_export.export_onnx takes one call of the model with "
+            "decoder_input_ids"
+        )
     if not source.is_quantized:
         raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
     model: Any = source.load(settings.seed).cpu()

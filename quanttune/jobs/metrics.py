@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 
 from .encoding import IGNORED
 
-Kept = tuple[Tensor, Tensor]
+SPARE = 8  # tokens: of a start and an end, and for short labels
+
+Kept = tuple[Any, Any]  # tensors, or lists of the tokens of texts
 
 
 def _labels(model: nn.Module, batch: dict[str, Tensor]) -> Kept:
@@ -65,19 +69,48 @@ def _last_token(words: Tensor, tokens: Tensor) -> float:
     return _per_cent(tokens)
 
 
+def _texts(model: Any, batch: dict[str, Tensor]) -> Kept:
+    """Return the tokens that the model writes for each row, the likeliest each, and the labels.
+
+    It may write twice as many as the longest label has, and a few more.
+    """
+    labels = batch["labels"]
+    read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    room = 2 * labels.shape[1] + SPARE
+    found = model.generate(**read, do_sample=False, num_beams=1, max_new_tokens=room)
+    return found[:, 1:].tolist(), [[i for i in row if i != IGNORED] for row in labels.tolist()]
+
+
+def _exact_match(found: list[str], wanted: list[str]) -> float:
+    return 100 * sum(map(str.__eq__, found, wanted)) / len(wanted)
+
+
+def _bleu(found: list[str], wanted: list[str]) -> float:
+    from sacrebleu import corpus_bleu
+
+    return float(corpus_bleu(found, [wanted]).score)
+
+
+def _word_error_rate(found: list[str], wanted: list[str]) -> float:
+    from jiwer import wer
+
+    return 100 * float(wer(wanted, found))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number that a model gets for many rows.
 
     Args:
-        kind: of the task, classification or generation.
-        keep: takes a model and a batch; returns two tensors that are joined over the batches.
-        score: makes the number of both.
+        kind: of the task, classification, generation or text2text.
+        keep: takes a model and a batch; returns two tensors, or lists of tokens, that are joined
+            over the batches.
+        score: makes the number of both; of tokens it gets the texts.
     """
 
     kind: str
     keep: Callable[[nn.Module, dict[str, Tensor]], Kept]
-    score: Callable[[Tensor, Tensor], float]
+    score: Callable[[Any, Any], float]
 
 
 # The first of a kind is measured where none is named. All are times 100, but for perplexity.
@@ -88,6 +121,9 @@ METRICS = {
     "perplexity": Metric("generation", _losses, _perplexity),
     "last_word": Metric("generation", _last_words, _last_word),
     "last_token": Metric("generation", _last_words, _last_token),
+    "exact_match": Metric("text2text", _texts, _exact_match),
+    "bleu": Metric("text2text", _texts, _bleu),
+    "word_error_rate": Metric("text2text", _texts, _word_error_rate),
 }
 LAST_WORDS = frozenset(name for name, metric in METRICS.items() if metric.keep is _last_words)
 
@@ -104,7 +140,7 @@ def choose(task: str, subset: str | None, asked: Sequence[str], labels: int) -> 
     Raises:
         ValueError: the task has no such metric, or they cannot be measured together.
     """
-    kind = task.rpartition("-")[2]
+    kind = "text2text" if task == "text2text-generation" else task.rpartition("-")[2]
     known = [name for name, metric in METRICS.items() if metric.kind == kind]
     by_itself = GLUE.get(subset or "") if task == "text-classification" else None
     names = tuple(dict.fromkeys(asked)) or by_itself or (known[0],)
@@ -122,13 +158,22 @@ def choose(task: str, subset: str | None, asked: Sequence[str], labels: int) -> 
 
 @torch.no_grad()
 def measure(
-    names: Sequence[str], model: nn.Module, batches: Iterable[dict[str, Tensor]]
+    names: Sequence[str],
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    tokenizer: Any = None,
 ) -> dict[str, float]:
     """Return the numbers of a model by the names of their metrics, which keep the same.
 
-    f1 is that of the model's class 1, as in GLUE.
+    f1 is that of the model's class 1, as in GLUE. Those of texts want the tokenizer.
     """
     keep = METRICS[names[0]].keep
+    if keep is _texts:
+        found, wanted = (
+            tokenizer.batch_decode(list(chain.from_iterable(parts)), skip_special_tokens=True)
+            for parts in zip(*(keep(model, batch) for batch in batches), strict=True)
+        )
+        return {name: METRICS[name].score(found, wanted) for name in names}
     kept = [[part.cpu() for part in keep(model, batch)] for batch in batches]
     first, second = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return {name: METRICS[name].score(first, second) for name in names}

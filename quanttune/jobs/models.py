@@ -1,4 +1,4 @@
-"""Models of transformers, and of timm by way of transformers, for three tasks."""
+"""Models of transformers, and of timm by way of transformers, for four tasks."""
 
 import copy
 import re
@@ -26,6 +26,10 @@ TASKS = {
     "text-generation": (
         "AutoModelForCausalLM",
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ),
+    "text2text-generation": (
+        "AutoModelForSeq2SeqLM",
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     ),
     "image-classification": (
         "AutoModelForImageClassification",

@@ -48,6 +48,8 @@ def load_rows(settings: Settings, task: str) -> Dataset:
         )
     if task == "text-generation":
         return rows.select_columns(_inputs(rows, settings, limit=1))
+    if task == "text2text-generation":
+        return rows.select_columns(_pair(rows, settings))
     label = settings.label or _label(rows)
     if task == "image-classification":
         return rows.select_columns([_image(rows), label])
@@ -194,6 +196,20 @@ def _inputs(rows: Dataset, settings: Settings, limit: int, label: str = "") -> l
         raise ValueError(
             f"{wanted} of text needed, found {', '.join(names) or 'none'} among "
             f"{_types(rows)}: say which with --text"
+        )
+    return names
+
+
+def _pair(rows: Dataset, settings: Settings) -> list[str]:
+    """Return the columns of the texts that are read and written."""
+    texts = [name for name in rows.column_names if _is_text(rows, name)]
+    given = [*settings.text, *([settings.label] if settings.label else [])]
+    names = given if len(given) == 2 and settings.label else texts if not given else []
+    if len(names) != 2 or not {*names} <= {*texts}:
+        raise ValueError(
+            "two columns of text needed, one to read and one to write, found "
+            f"{', '.join(given or texts) or 'none'} among {_types(rows)}: say which with --text "
+            "and --label"
         )
     return names
 

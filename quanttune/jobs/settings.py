@@ -13,11 +13,12 @@ class Settings:
     Args:
         model: a folder, a Hugging Face id or a name that timm knows.
         data: a folder, a file (csv, tsv, json, jsonl, parquet, txt) or the name of a dataset.
-        task: text-classification, text-generation or image-classification; by default that of the
-            model's architecture.
+        task: text-classification, text-generation, text2text-generation (an encoder and a decoder)
+            or image-classification; by default that of the model's architecture.
         subset, split: of the dataset; without a split its validation rows, or the only ones.
-        text, label: columns; by default those that their types tell.
-        tokens: longest row of tokens for classification; length of every row for generation.
+        text, label: columns; by default those that their types tell. For text2text-generation the
+            label is the text to be written, by default the second of two.
+        tokens: longest row of tokens; for text-generation the length of every row.
         refit_rows: how many rows, drawn by the seed, it is refitted to before the first step.
         steps, save_steps: of the optimizer.
         lora_rank: of the adapters that are trained in place of the model; 0 trains the model.
