@@ -95,6 +95,7 @@ def load_dataset(
     if task != "image-classification" and (most := models.longest(config, processor)) < tokens:
         tokens = most
         said.append(f"{tokens} tokens at most: the model takes no more")
+    collate: Callable[[list[Any]], Any]
     if task == "text2text-generation":
         encoded, collate = pairs.encode(rows, processor, tokens, config)
     else:
