@@ -60,6 +60,7 @@ class Whisper:
         f"split by module. The encoder hears {SECONDS} seconds: positions behind are cut off.",
         f"Decoded greedily, at most {TOKENS} tokens; compared after Whisper's normalization of "
         "English.",
+        "Learning rates are those of smollm2: none was chosen on validation rows yet.",
     )
     arms = (
         Arm("base", "the pretrained model"),
