@@ -23,15 +23,21 @@ def run(
         str, typer.Option(help="Of the codes: uint8 for ONNX Runtime, int8 for TensorRT.")
     ] = "uint8",
     opset: Annotated[int, typer.Option(help="Version of the operators, 18 to 21.")] = 20,
+    with_past: Annotated[
+        bool,
+        typer.Option("--with-past", help="Keys and values as inputs and outputs: to generate."),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Write a quantized model to an ONNX file of integers, or a folder for vLLM.
 
     Example: quanttune export sst2-w8a8 --out sst2.onnx
+
+    Example: quanttune export smollm2-w8a8 --out smollm2-w8a8/model.onnx --with-past
     """
     options.one_of("--format", format, FORMATS)
     if format == COMPRESSED:
-        options.refuse_given(context, ("act_dtype", "opset"), f"with --format {ONNX}")
+        options.refuse_given(context, ("act_dtype", "opset", "with_past"), f"with --format {ONNX}")
     settings = options.dataset(model, "", task)
     with options.of_extra("deploy"):
         from ..jobs import export
@@ -39,7 +45,9 @@ def run(
         if format == COMPRESSED:
             outcome = export.export_compressed(settings, out)
         else:
-            outcome = export.export(settings, out, act_dtype=act_dtype, opset=opset)
+            outcome = export.export(
+                settings, out, act_dtype=act_dtype, opset=opset, with_past=with_past
+            )
     of = f", from {', '.join(outcome['inputs'])}" if "inputs" in outcome else ""
     say(f"{out}: {outcome['bytes'] / 1e6:.1f} MB{of}")
     write_numbers(json, outcome)

@@ -1,14 +1,22 @@
 """The dimensions of inputs that may have any size, and what a file calls them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, count
 from typing import Any
 from warnings import warn
 
 import torch
 
+# of all inputs, or of one by its name: the dimensions that may have any size, and their names
+Dynamic = Mapping[int, str] | Callable[[str], Mapping[int, str]]
 
-def check_free(program: torch.export.ExportedProgram, dynamic: Mapping[int, str]) -> None:
+
+def axes_of(name: str, dynamic: Dynamic) -> Mapping[int, str]:
+    """Return the free dimensions of an input, and their names."""
+    return dynamic(name) if callable(dynamic) else dynamic
+
+
+def check_free(program: torch.export.ExportedProgram, dynamic: Dynamic) -> None:
     """Refuse dimensions that the model's code fixes in all inputs; say in which others it does.
 
     Raises:
@@ -16,8 +24,10 @@ def check_free(program: torch.export.ExportedProgram, dynamic: Mapping[int, str]
     """
     inputs = program.graph_signature.user_inputs
     shapes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.name in inputs}
-    for axis, name in dynamic.items():
-        sizes = {x: shape[axis] for x, shape in shapes.items() if axis < len(shape)}
+    axes = {x: axes_of(x, dynamic) for x in shapes}
+    for axis, name in dict.fromkeys(pair for free in axes.values() for pair in free.items()):
+        having = [x for x, shape in shapes.items() if axis in axes[x] and axis < len(shape)]
+        sizes = {x: shapes[x][axis] for x in having}
         fixed = {x: size for x, size in sizes.items() if str(size).isdigit()}  # SymInt may be 3
         if not sizes:
             raise ValueError(f"dynamic names dimension {axis} ({name}), which no input has")
@@ -31,7 +41,7 @@ def check_free(program: torch.export.ExportedProgram, dynamic: Mapping[int, str]
             )
 
 
-def names_of(inputs: Iterable[Any], dynamic: Mapping[int, str]) -> dict[str, str]:
+def names_of(inputs: Iterable[Any], dynamic: Dynamic) -> dict[str, str]:
     """Return the names of the symbols that a trace gave to the free dimensions of a graph's inputs.
 
     A symbol is one size. Where the inputs' sizes on one axis may differ, the first has the name of
@@ -43,7 +53,7 @@ def names_of(inputs: Iterable[Any], dynamic: Mapping[int, str]) -> dict[str, str
     """
     names: dict[str, str] = {}
     for value in inputs:
-        for axis, name in dynamic.items():
+        for axis, name in axes_of(value.name, dynamic).items():
             symbol = str(value.shape[axis]) if axis < len(value.shape) else ""
             if symbol.isidentifier() and symbol not in names:
                 longer = f"{value.name}_{name}"

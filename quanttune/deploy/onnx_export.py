@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ..quantization.saving.description import describe
 from ..quantization.saving.safetensors_file import KEY
-from .dimensions import names_of
+from . import past
+from .dimensions import Dynamic, names_of
 from .external_data import write
 from .requirements import check_example, check_model, check_path, check_types
 from .tracing import BATCH, outputs_by_name, traced
@@ -29,6 +30,7 @@ def export_onnx(
     act_dtype: str = "uint8",
     opset: int = 20,
     dynamic: Mapping[int, str] = BATCH,
+    with_past: bool = False,
 ) -> None:
     """Write a quantized model to an ONNX file, with QuantizeLinear where it rounds.
 
@@ -68,15 +70,29 @@ def export_onnx(
     check_path(path)
     check_types(act_dtype, opset)
     check_model(model)
-    args, kwargs = check_example(example_inputs, dynamic, model)
-    program = traced(model, args, kwargs, dynamic, act_dtype)
-    onnx_model = _translated(program, act_dtype, opset, dynamic)
+    if with_past and dynamic is not BATCH:
+        raise ValueError(f"dynamic says nothing of a file with_past, got {dict(dynamic)}: leave it")
+    free: Dynamic = past.dimensions if with_past else dynamic
+    names = None
+    with ExitStack() as undo:
+        if with_past:
+            example = past.example(example_inputs, model)
+            names = list(example)
+            example_inputs = {past.identifier(name): x for name, x in example.items()}
+            undo.enter_context(past.with_past(model, names))
+        args, kwargs = check_example(example_inputs, free, model)
+        program = traced(model, args, kwargs, free, act_dtype)
+    onnx_model = _translated(program, act_dtype, opset, free, names)
     onnx_model.metadata_props[KEY] = json.dumps(describe(model))
     write(onnx_model, path)
 
 
 def _translated(
-    program: torch.export.ExportedProgram, act_dtype: str, opset: int, dynamic: Mapping[int, str]
+    program: torch.export.ExportedProgram,
+    act_dtype: str,
+    opset: int,
+    dynamic: Dynamic,
+    input_names: list[str] | None,
 ) -> Any:
     try:
         import onnxscript
@@ -86,7 +102,9 @@ def _translated(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}: pip install "quanttune[deploy]"') from error
     table = translations(getattr(onnxscript, f"opset{opset}"), act_dtype)
-    exported = converted(program, opset, custom_translation_table=table, optimize=False)
+    exported = converted(
+        program, opset, custom_translation_table=table, optimize=False, input_names=input_names
+    )
     name_codes(exported.model.graph)
     with _folding_in_silence():
         exported.optimize()

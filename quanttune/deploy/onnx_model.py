@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .past import has_past
+
 if TYPE_CHECKING:
     import onnx
 
@@ -77,18 +79,23 @@ class OnnxModel:
                 read(model)  # says what is wrong with the file
             raise ValueError(f"ONNX Runtime refuses the model: {error}") from error
         self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self._pasts = {v.name: v.shape for v in self._session.get_inputs() if has_past([v.name])}
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """Return the outputs by name, in their order.
 
         Arguments go to the inputs in their order, keywords to those of their names; keywords that
-        the model has no input for, such as labels, are left out.
+        the model has no input for, such as labels, are left out. Where keys and values of earlier
+        tokens are not given, there are none.
 
         Raises:
             ValueError: an input is missing, or does not fit.
         """
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        rows = len(next(iter(given.values()), ()))
+        for name, (_, heads, _, channels) in self._pasts.items():
+            given.setdefault(name, torch.zeros(rows, heads, 0, channels))
         if missing := [name for name in self.inputs if name not in given]:
             raise ValueError(f"the model needs the inputs {missing}, got {list(given)}")
         feeds = {name: given[name].detach().cpu().numpy() for name in self.inputs}

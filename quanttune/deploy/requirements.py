@@ -11,6 +11,7 @@ from ..batches import arguments_of
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
 from ..tuning.hooks import is_attached
+from .dimensions import Dynamic, axes_of
 from .integer_weights import MAX_INTEGER_BITS
 
 TARGETS = ("inductor", "executorch", "litert")
@@ -18,14 +19,14 @@ OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.
 
 
 def check_example(
-    example: Any, dynamic: Mapping[int, str], model: nn.Module
+    example: Any, dynamic: Dynamic, model: nn.Module
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of the model's forward, if a file can be made of them."""
     args, kwargs = arguments_of(example, model)
-    for x in (*args, *kwargs.values()):
+    for given, x in (*(("", x) for x in args), *kwargs.items()):
         if not isinstance(x, Tensor):
             raise TypeError(f"example_inputs must be tensors, got {type(x).__name__}")
-        for axis, name in dynamic.items():
+        for axis, name in axes_of(given, dynamic).items():
             if axis < x.dim() and x.shape[axis] < 2:
                 raise ValueError(
                     f"dimension {axis} ({name}) of example_inputs must be 2 or more, got "

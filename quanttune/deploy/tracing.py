@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..quantization.running import evaluating
 from .caches import without_caches
-from .dimensions import check_free
+from .dimensions import Dynamic, axes_of, check_free
 from .integer_weights import ONNX, Layout, integer_weights
 
 BATCH = MappingProxyType({0: "batch"})
@@ -20,7 +20,7 @@ def traced(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    dynamic: Mapping[int, str],
+    dynamic: Dynamic,
     dtype: str = "int8",
     layout: Layout = ONNX,
 ) -> torch.export.ExportedProgram:
@@ -28,9 +28,11 @@ def traced(
     # not torch.export.Dim(name), which would have to know how many tokens a model takes; nor
     # DYNAMIC, with which texts beside images could not have tokens, whose channels are fixed
     size = torch.export.Dim.AUTO
-    shapes = pytree.tree_map(
-        lambda x: {axis: size for axis in dynamic if axis < x.dim()}, (args, kwargs)
-    )
+
+    def sizes(name: str, given: Any) -> Any:
+        free = axes_of(name, dynamic)
+        return pytree.tree_map(lambda x: {axis: size for axis in free if axis < x.dim()}, given)
+
     with (
         torch.no_grad(),
         evaluating(model),
@@ -41,7 +43,7 @@ def traced(
             model,
             args,
             kwargs,
-            dynamic_shapes=shapes[0] or shapes[1],
+            dynamic_shapes=sizes("", args) or {name: sizes(name, x) for name, x in kwargs.items()},
             strict=False,  # else the functional sites would not be seen
         )
     check_free(program, dynamic)

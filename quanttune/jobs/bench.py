@@ -13,6 +13,7 @@ from ..deploy.external_data import size_of
 from ..deploy.float_export import export_float
 from ..deploy.latency import compare
 from ..deploy.onnx_model import has_vnni, read
+from ..deploy.past import has_past
 from ..deploy.verification.answers import check_answers
 from ..deploy.verification.identity import check_description
 from ..environment import environment
@@ -47,6 +48,11 @@ def bench(
     source, quantized = load_calibrated(settings)
     graph = read(file)
     check_description(quantized, graph, file)
+    if has_past([value.name for value in graph.graph.input]):
+        raise ValueError(
+            f"bench times one call without keys and values, which {file} takes: export it without "
+            "--with-past"
+        )
     steps = 2 + len(threads)
     with TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float.onnx", "integer": file}

@@ -21,19 +21,27 @@ TEXT = {**BATCH, 1: "tokens"}
 
 
 def export(
-    settings: Settings, out: Path, *, act_dtype: str = "uint8", opset: int = 20
+    settings: Settings,
+    out: Path,
+    *,
+    act_dtype: str = "uint8",
+    opset: int = 20,
+    with_past: bool = False,
 ) -> dict[str, Any]:
     """Write a quantized model to an ONNX file that takes any batch, and texts of any length.
 
-    Of the settings the model and the task count. Dataset have the names that the model's tokenizer
+    Of the settings the model and the task count. Inputs have the names that the model's tokenizer
     or image processor gives them.
+
+    with_past: as in `export_onnx`.
 
     Raises:
         ValueError: the model is not quantized, or an argument does not fit.
     """
     source, model = load_calibrated(settings)
     inputs = example(source)
-    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, dynamic=dimensions(source))
+    how = {"with_past": True} if with_past else {"dynamic": dimensions(source)}
+    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, **how)
     return {
         "out": str(out),
         "task": source.task,

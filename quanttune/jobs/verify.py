@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..deploy.onnx_model import OnnxModel
+from ..deploy.past import positions
 from ..deploy.verification.result import Verification
 from ..deploy.verification.simulated_codes import perturbed
 from ..deploy.verification.verify import verify as verify_outputs
@@ -89,6 +90,8 @@ def _completed(batch: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if ids is not None and name in names and name not in batch:
             batch[name] = torch.full_like(ids, value)
+    if "position_ids" in names and "position_ids" not in batch:
+        batch["position_ids"] = positions(batch["attention_mask"])
     return batch
 
 

@@ -1,6 +1,7 @@
 """Check that an ONNX file computes what the quantized model simulates."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import nn
 from ...quantization.running import evaluating
 from ..caches import without_caches
 from ..onnx_model import read
+from ..past import has_past, with_past
 from ..requirements import check_model
 from .identity import check_description
 from .result import Verification
+from .steps import stepwise
 
 
 def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verification:
@@ -23,6 +26,11 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     simulation, and must make the codes of the simulation, but for values near the border of two.
     Such flips compound with depth, so the whole file is judged on all batches beside a control: the
     simulation with a little noise on everything that it rounds.
+
+    A file with_past is called as a decoder is: with the second half of a batch behind the keys and
+    values of the first, with all of it, and with a few tokens more, one by one, which are the
+    simulation's greedy ones. Its keys and values are those of the simulation. What is said of the
+    logits' argmax is the share of tokens, without padding, behind which the file chooses the same.
 
     Args:
         path: what `export_onnx` wrote.
@@ -41,5 +49,8 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     check_description(model, file, path)
     from .comparison import compare  # needs onnx
 
-    with evaluating(model), without_caches(model), torch.no_grad():
+    with evaluating(model), without_caches(model), torch.no_grad(), ExitStack() as undo:
+        if has_past([value.name for value in file.graph.input]):
+            undo.enter_context(with_past(model))
+            data = stepwise(model, data)
         return Verification(type(model).__name__, **compare(path, file, model, data))

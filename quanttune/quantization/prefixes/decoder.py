@@ -24,28 +24,43 @@ def decoder_of(model: nn.Module) -> Any:
     Raises:
         ValueError: it has none, or one of another kind; it says which.
     """
-    name = type(model).__name__
-    transformers: Any = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        raise ValueError(f"a prefix is for language models of transformers, got {name}")
-    decoder: Any = model.get_decoder()
+    decoder, name = decoder_with_cache(model, "a prefix"), type(model).__name__
+    from transformers import DynamicCache
+
     config = decoder.config
-    arguments = inspect.signature(decoder.forward).parameters
-    if config.is_encoder_decoder or not arguments.keys() & {*CACHES}:
-        raise ValueError(f"a prefix is kept in the cache of a decoder alone: {name} has none")
-    if not getattr(config, "is_decoder", True) or not getattr(config, "is_causal", True):
-        raise ValueError(f"a prefix is kept for the tokens behind it: {name} attends both ways")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise ValueError(
             f"{name} turns keys by the length of the sequence (rope_type "
             f"{rope['rope_type']!r}): those of a prefix are no constants"
         )
-    kinds = {type(layer).__name__ for layer in transformers.DynamicCache(config=config).layers}
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if kinds - {"DynamicLayer"}:
         raise ValueError(
             f"the layers of {name} do not all attend to all tokens, and would lose the prefix: its "
             f"cache has {', '.join(sorted(kinds))}"
+        )
+    return decoder
+
+
+def decoder_with_cache(model: nn.Module, what: str) -> Any:
+    """Return the part of a language model that takes a cache; `what` is it that needs one.
+
+    Raises:
+        ValueError: it has none, or attends both ways.
+    """
+    name = type(model).__name__
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(f"{what} is for language models of transformers, got {name}")
+    decoder: Any = model.get_decoder()
+    config = decoder.config
+    arguments = inspect.signature(decoder.forward).parameters
+    if config.is_encoder_decoder or not arguments.keys() & {*CACHES}:
+        raise ValueError(f"{what} needs the cache of a decoder alone: {name} has none")
+    if not getattr(config, "is_decoder", True) or not getattr(config, "is_causal", True):
+        raise ValueError(
+            f"{what} is for tokens that see those before them: {name} attends both ways"
         )
     return decoder
 
