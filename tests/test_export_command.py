@@ -1,13 +1,17 @@
 """`quanttune export`: the file computes what the folder's model simulates."""
 
 import json
+import math
 
+import datasets
 import numpy as np
+import onnx
 import onnx_files
 import pytest
 import torch
 import transformers
-from cases import LOADERS, bert_case, run
+from cases import LOADERS, bert_case, opt_case, run
+from torch.nn import functional as F
 
 import quanttune as qt
 
@@ -58,5 +62,45 @@ def test_a_folder_of_compressed_tensors_is_whole(tmp_path):
     assert tokenizer("one two")["input_ids"]
     with pytest.raises(ValueError, match="--opset has an effect with --format onnx only"):
         run("export", tmp_path / "model", "--out", tmp_path / "b", *options, "--opset", 20)
+    with pytest.raises(ValueError, match="--with-past has an effect with --format onnx only"):
+        run("export", tmp_path / "model", "--out", tmp_path / "b", *options, "--with-past")
     with pytest.raises(ValueError, match="--format must be one of onnx, compressed-tensors, got"):
         run("export", tmp_path / "model", "--out", tmp_path / "b", "--format", "gguf")
+
+
+def perplexity(path, batch):
+    """Return that of whole rows, which have no past yet."""
+    ids = batch["input_ids"].numpy()
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feeds["position_ids"] = np.arange(ids.shape[1])[None].repeat(len(ids), 0)
+    _, heads, _, channels = onnx.load(path).graph.input[3].type.tensor_type.shape.dim
+    empty = np.zeros((len(ids), heads.dim_value, 0, channels.dim_value), np.float32)
+    for value in onnx.load(path).graph.input[3:]:
+        feeds[value.name] = empty
+    logits = torch.from_numpy(onnx_files.run(path, feeds)["logits"]).double()
+    return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
+
+
+@torch.no_grad()
+def test_a_folder_is_exported_and_verified_to_generate(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    torch.manual_seed(0)
+    data, rows, batch = opt_case(tmp_path)
+    folder, path = tmp_path / "model", tmp_path / "model" / "model.onnx"
+    model = getattr(transformers, LOADERS[opt_case]).from_pretrained(folder).eval()
+    qt.quantize(model, 8, coverage="full", data=[batch])
+    model.save_pretrained(folder)
+    said = run("export", folder, "--out", path, "--with-past", "--json", tmp_path / "a.json").output
+    assert "model.onnx" in said
+    arguments = ["--data", tmp_path / data, "--split", "train", "--batch-size", rows, "--tokens", 5]
+    result = run("verify", folder, "--onnx", path, *arguments, "--json", tmp_path / "b.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [output["name"] for output in found["outputs"]] == ["logits", "keys and values"]
+    assert found["measured"]["file"]["perplexity"] == pytest.approx(perplexity(path, batch), 1e-6)
+    result = run("verify", folder, "--onnx", path)  # of texts that are padded behind
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ValueError, match=r"times one call without keys .* without --with-past"):
+        run("bench", folder, "--onnx", path)
+    result = run("doctor", "--onnx", path)
+    assert "products in integers" in result.output

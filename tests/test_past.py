@@ -4,11 +4,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from test_prefixes import PREFIX, llama, opt, padded, rows
+from test_prefixes import PREFIX, SIZES, llama, padded, rows
 from transformers import (
     BertConfig,
     BertModel,
     LlamaModel,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -28,7 +30,8 @@ def llama_with_a_prefix():
 
 
 def opt_without_one():
-    model = opt().eval()
+    sizes = {**SIZES, "num_hidden_layers": 1, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    model = OPTForCausalLM(OPTConfig(**sizes, init_std=0.3)).eval()
     return qt.quantize(model, data=[padded(1)], coverage="full"), 4
 
 
@@ -54,7 +57,7 @@ def test_it_generates_the_tokens_of_the_simulation(exported):
         assert len(wanted.unique()) > 10  # more than one word again and again
         ids, mask = batch["input_ids"].numpy(), batch["attention_mask"]
         places, past = (mask.cumsum(1) - 1).clamp(min=0).numpy(), {}
-        for layer in range(2):
+        for layer in range(model.config.num_hidden_layers):
             for part in ("key", "value"):
                 past[f"past_key_values.{layer}.{part}"] = torch.zeros(len(ids), heads, 0, 8).numpy()
         found = []
@@ -69,14 +72,18 @@ def test_it_generates_the_tokens_of_the_simulation(exported):
 
 
 def test_inputs_and_outputs_have_the_names_and_sizes_of_optimum(exported):
-    _, heads, path = exported
+    model, heads, path = exported
     graph = onnx.load(path).graph
     said = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
     both = f"{PAST} + {OWN}"
-    parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    parts = [
+        f"{layer}.{part}"
+        for layer in range(model.config.num_hidden_layers)
+        for part in ("key", "value")
+    ]
     assert said == {
         "input_ids": [BATCH, OWN],
         "attention_mask": [BATCH, both],
@@ -86,7 +93,7 @@ def test_inputs_and_outputs_have_the_names_and_sizes_of_optimum(exported):
         **{f"present.{part}": [BATCH, heads, both, 8] for part in parts},
     }
     assert list(said) == ["input_ids", "attention_mask", "position_ids", *list(said)[3:]]
-    assert sum(product.is_integer for product in explain(path).products) >= 15
+    assert all(product.is_integer for product in explain(path).products)
 
 
 @torch.no_grad()
@@ -143,8 +150,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         (ids, {"dynamic": {0: "batch", 1: "tokens"}}, "dynamic says nothing of a file with_past"),
         (ids[:1], {}, r"dimension 0 \(batch_size\) of example_inputs must be 2 or more, got 1"),
         (ids[:, :1], {}, r"dimension 1 \(sequence_length\) of example_inputs must be 2 or more"),
-        ({"input_ids": ids, "token_type_ids": ids}, {}, "of others it got token_type_ids"),
-        ({"inputs_embeds": torch.ones(2, 5, 32)}, {}, "of others it got none, but inputs_embeds"),
+        ({"input_ids": ids, "cache": ids}, {}, "at least: got input_ids, cache"),
+        ({"inputs_embeds": torch.ones(2, 5, 32)}, {}, "input_ids at least: got inputs_embeds"),
     ):
         with pytest.raises(ValueError, match=said):
             qt.export_onnx(model, example, path, with_past=True, **options)

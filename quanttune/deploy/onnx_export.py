@@ -37,8 +37,8 @@ def export_onnx(
     Weights are stored as integers, those of Linear modules as (inputs, outputs). The codes of an
     activation are named after its site, such as head.input_quantizer.codes. What is rounded to more
     than 8 bits is computed in float. Sites that make the same codes of the same tensor are one, and
-    have the first one's name. Keys and values of caches are no outputs. The metadata hold the
-    recipe, as `quanttune.save` writes it.
+    have the first one's name. Keys and values of caches are no outputs, but with_past. The metadata
+    hold the recipe, as `quanttune.save` writes it.
 
     Where the sizes of two inputs may differ, so do the names: a decoder's second dimension is
     decoder_input_ids_tokens beside the encoder's tokens. What the model's code fixes, such as the
@@ -60,11 +60,16 @@ def export_onnx(
         opset: version of the operators, 18 to 21; with int8 to 20.
         dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
             any length it is {0: "batch", 1: "tokens"}.
+        with_past: for decoders of transformers that generate. Keys and values of earlier tokens are
+            inputs past_key_values.N.key and .value (batch, heads, tokens, channels), of length 0
+            for a prompt, those of all tokens outputs present.N.key and .value beside logits, as in
+            Optimum's files. The other inputs are input_ids, attention_mask of earlier and new
+            tokens, and position_ids, if the model has any. A kept prefix is no part of the past.
 
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
-            not fit, or the model's code fixes a dimension in all inputs. OSError: the file cannot
-            be written.
+            not fit, or the model's code fixes a dimension in all inputs, or with_past is not for
+            such a model. OSError: the file cannot be written.
     """
     path = Path(path)
     check_path(path)

@@ -41,23 +41,27 @@ def has_past(names: Collection[str]) -> bool:
 def prompt(batch: Any, model: nn.Module) -> dict[str, Tensor]:
     """Return the first call of a sequence: token ids, their mask and, if it has any, positions.
 
-    Rows that are padded behind their last token are turned: what follows is added there.
+    Rows that are padded behind their last token are turned: what follows is added there. Labels,
+    and what the model has no argument for, are left out.
 
     Raises:
-        ValueError: the batch holds other inputs.
+        ValueError: the batch holds other inputs, or no token ids.
     """
     args, given = arguments_of(batch, model)
     given = {**dict(zip(INPUTS, args, strict=False)), **given}
-    if IDS not in given or (others := sorted(given.keys() - {*INPUTS})):
-        said = ", ".join(others) if IDS in given else f"none, but {', '.join(given)}"
-        raise ValueError(f"with_past takes {', '.join(INPUTS)}, and of others it got {said}")
+    known = signature(type(model).forward).parameters
+    others = sorted(given.keys() & known.keys() - {*INPUTS, "labels"})
+    if IDS not in given or others:
+        raise ValueError(
+            f"with_past takes {', '.join(INPUTS)}, and {IDS} at least: got {', '.join(given)}"
+        )
     ids = given[IDS]
     mask = given.get(MASK)
     mask = torch.ones_like(ids) if mask is None else mask
     call = {IDS: ids, MASK: mask}
-    if POSITIONS in signature(type(model).forward).parameters:
-        known = given.get(POSITIONS)
-        call[POSITIONS] = positions(mask) if known is None else known
+    if POSITIONS in known:
+        places = given.get(POSITIONS)
+        call[POSITIONS] = positions(mask) if places is None else places
     behind = mask.flip(1).argmax(1, keepdim=True)  # padding of each row
     order = (torch.arange(ids.shape[1], device=ids.device) - behind) % ids.shape[1]
     return {name: x.expand_as(ids).gather(1, order) for name, x in call.items()}
