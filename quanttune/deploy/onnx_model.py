@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .past import has_past
+from .past import IDS, has_past
 
 if TYPE_CHECKING:
     import onnx
@@ -93,9 +93,8 @@ class OnnxModel:
             ValueError: an input is missing, or does not fit.
         """
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
-        rows = len(next(iter(given.values()), ()))
         for name, (_, heads, _, channels) in self._pasts.items():
-            given.setdefault(name, torch.zeros(rows, heads, 0, channels))
+            given.setdefault(name, torch.zeros(len(given.get(IDS, ())), heads, 0, channels))
         if missing := [name for name in self.inputs if name not in given]:
             raise ValueError(f"the model needs the inputs {missing}, got {list(given)}")
         feeds = {name: given[name].detach().cpu().numpy() for name in self.inputs}

@@ -11,6 +11,7 @@ from PIL import Image
 from ..deploy.compressed_tensors import export_compressed_tensors
 from ..deploy.external_data import size_of
 from ..deploy.onnx_export import export_onnx
+from ..deploy.past import prompt
 from ..deploy.tracing import BATCH
 from . import models
 from .models import ModelSource, find_model
@@ -39,8 +40,8 @@ def export(
         ValueError: the model is not quantized, or an argument does not fit.
     """
     source, model = load_calibrated(settings)
-    inputs = example(source)
-    how = {"with_past": True} if with_past else {"dynamic": dimensions(source)}
+    inputs = prompt(example(source), model) if with_past else example(source)
+    how: Any = {"with_past": True} if with_past else {"dynamic": dimensions(source)}
     export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, **how)
     return {
         "out": str(out),
