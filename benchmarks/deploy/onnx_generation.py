@@ -41,7 +41,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     job = SmolLM2(0)
     model: Any = qt.prefix(job.prepare(job.arms[0], lambda: None), COMMA)
-    methods = ["rotate", "smooth_inputs", SmoothQuant(alpha=0.9)]
+    methods: list[Any] = ["rotate", "smooth_inputs", SmoothQuant(alpha=0.9)]
     calibration = job.calibration()[:1]  # how well it answers is not what is measured here
     qt.quantize(model, 8, coverage="linear", methods=methods, data=calibration)
     model.generation_config.eos_token_id = None  # all texts are as long
