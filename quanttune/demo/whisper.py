@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..refitting.refit import refit
 from . import speech
 from .ctranslate2_whisper import load_whisper
-from .experiment import Arm
+from .experiment import COVERAGE, Arm
 from .training import train
 
 BATCH = 2
@@ -48,6 +48,7 @@ class Whisper:
     metric = "word error rate"
     bits = (8, 7, 6)
     ways = MappingProxyType({"minmax": ("channel",), "mse": ("channel",)})
+    coverages = (COVERAGE,)
     steps = 30
     refit_rows = 8
     demo_rows = 6  # measuring all in every way takes longer than tuning
