@@ -10,6 +10,8 @@ from torch import nn
 
 import quanttune as qt
 
+# else what is not rounded may be bfloat16, and what is, is rounded once more
+ACCURATE = {"EXECUTION_MODE_HINT": "ACCURACY"}
 PRECISIONS = {"uint8": "u8", "int8": "i8"}
 CASES = [("vit", 8, "uint8"), ("bert", 6, "int8")]
 
@@ -30,8 +32,7 @@ def test_openvino_computes_the_simulation(name, bits, act_dtype, openvino, tmp_p
     qt.quantize(model, bits, coverage="linear", data=[example.inputs])
     qt.export_onnx(model, example.inputs, tmp_path / "model.onnx", act_dtype=act_dtype)
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32"}  # else what is not rounded may be bfloat16
-    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", hints)
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", ACCURATE)
     logits = torch.from_numpy(compiled([example.inputs[:3].numpy()])[0])
     simulated = example.logits(rows=slice(3))
     lost = (exact[:3] - simulated).abs().mean()
@@ -58,7 +59,6 @@ def test_class_tokens_beside_rounded_patches(name, openvino, tmp_path):
             parameter.add_(torch.randn_like(parameter) / 10)
     qt.quantize(example.model, 8, coverage="full", data=[example.inputs])
     qt.export_onnx(example.model, example.inputs, tmp_path / "model.onnx")
-    hints = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", hints)
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", ACCURATE)
     logits = torch.from_numpy(compiled([example.inputs.numpy()])[0])
     torch.testing.assert_close(logits, example.logits(), rtol=0, atol=1e-5)
