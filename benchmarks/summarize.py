@@ -14,11 +14,12 @@ from typing import Any
 
 from benchmarks.accuracy.tables import (
     bold,
+    language_rivals_section,
     methods_section,
     refit_section,
     refit_table,
-    smollm2_section,
     times_section,
+    ways_section,
     whisper_weights_section,
 )
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
@@ -84,11 +85,10 @@ def main() -> None:
         for file in ("refit", "settings-refit"):
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
-    sections.append(smollm2_section(*map(_read, ("smollm2.json", "rivals-smollm2.json"))))
-    if (RESULTS / "whisper.json").exists():
-        sections.append(_demo_section("whisper", _read("whisper.json")))
-    if (RESULTS / "whisper-weights.json").exists():
-        sections.append(whisper_weights_section(_read("whisper-weights.json")))
+    sections.append(ways_section("SmolLM2", _read("smollm2.json")))
+    sections.append(language_rivals_section(_read("rivals-smollm2.json")))
+    sections.append(ways_section("Whisper", _read("whisper.json")))
+    sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))

@@ -182,8 +182,9 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
             (1, "base", "test", "rotate", 13.0), (0, "paper", "test", "float", 10.5),
         )
     ]  # fmt: skip
-    text = from_benchmarks("accuracy.tables").smollm2_section(
-        {"caveats": ["A word."], "rows": rows},
+    tables = from_benchmarks("accuracy.tables")
+    text = tables.ways_section("SmolLM2", {"caveats": ["A word."], "rows": rows})
+    text += tables.language_rivals_section(
         {"libraries": {"torchao": "1.2"}, "rows": [
             {"library": "torchao", "setting": "fast", "activations": "dynamic, per token",
              "zero_points": True, "perplexity": 12.004, "last_token_accuracy": 49.96},
@@ -194,9 +195,9 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
     assert "| test, base: rotate | 12.00 ±1.41 | 1.20x | 50.0 ±0.0 |" in text
     assert "| test, paper: float | 10.50 | 1.05x | 50.0 |" in text
     assert "| torchao 1.2, fast (dynamic, per token, zero points) | 12.00 | 50.0 |" in text
-    ways = from_benchmarks("accuracy.smollm2").ways()
+    ways = from_benchmarks("accuracy.ways").ways()
     # floats, widths, coverages, without a prefix and behind one, remedies
-    assert len(ways) == 2 + 6 * 3 * 2 * 22
+    assert len(ways) == 2 + 6 * 4 * 2 * 22
     assert ways["W4A8 all but sums: rotate"] == {
         "weight_bits": 4, "coverage": "full_no_softmax", "residual": False, "methods": ["rotate"],
     }  # fmt: skip

@@ -11,6 +11,13 @@ from quanttune.demo import recipe
 from quanttune.demo.experiment import FLOAT_BITS
 from quanttune.report.results_table import DIGITS, Cell, cells_of
 
+# of ways.py, and what a column of them is called
+METRICS = {
+    "perplexity": "perplexity",
+    "last_token_accuracy": "last token, %",
+    "word error rate": "words wrong, %",
+}
+
 
 def refit_section(measured: Any) -> str:
     """Return the table of a run of refitting.py."""
@@ -93,22 +100,21 @@ def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
     return table(("", *map(" ".join, columns)), lines)
 
 
-def smollm2_section(measured: Any, rivals: Any) -> str:
-    """Return the tables of a run of smollm2.py, and of one with other libraries."""
+def ways_section(title: str, measured: Any) -> str:
+    """Return the table of a run of ways.py."""
+    metrics = [name for name in METRICS if name in measured["rows"][0]]
     values: dict[Any, list[Any]] = defaultdict(list)
     for row in measured["rows"]:
         values[row["split"], row["arm"], row["way"]].append(row)
     rows = []
     for (split, arm, way), found in values.items():
-        perplexity, accuracy = (
-            cells_of([[row[metric] for row in found]])[0]
-            for metric in ("perplexity", "last_token_accuracy")
-        )
-        share = perplexity.mean / mean(row["perplexity"] for row in values[split, "base", "float"])
-        cells = perplexity.text(2), f"{share:.2f}x", accuracy.text(1)
+        first, *others = (cells_of([[row[name] for row in found]])[0] for name in metrics)
+        share = first.mean / mean(row[metrics[0]] for row in values[split, "base", "float"])
+        cells = first.text(2), f"{share:.2f}x", *(cell.text(1) for cell in others)
         rows.append((f"{split}, {arm}: {way}", *cells))
     caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
-    return f"""## SmolLM2
+    heads = [METRICS[name] for name in metrics]
+    return f"""## {title}
 
 Means of seeds, ± their standard deviation where there are several; a seed draws the rows of
 calibration and tuning. Weights per channel, symmetric static grids and min-max if not said. "all
@@ -116,16 +122,12 @@ but sums" is coverage full_no_softmax with residual=False, "everything" the same
 float": of the base model on the same rows.
 
 {caveats}
-{table(("", "perplexity", "of float", "last token, %"), rows)}
-
-Other libraries on the same test rows, base, W8A8, inputs of Linear modules alone; ranges from the
-calibration rows of seed 0. ModelOpt leaves the head in float.
-
-{_rivals_table(rivals)}
+{table(("", heads[0], "of float", *heads[1:]), rows)}
 """
 
 
-def _rivals_table(measured: Any) -> str:
+def language_rivals_section(measured: Any) -> str:
+    """Return the table of a run of rivals/smollm2.py."""
     rows = []
     for row in measured["rows"]:
         version = measured["libraries"].get(row["library"], "")
@@ -135,7 +137,13 @@ def _rivals_table(measured: Any) -> str:
         if "perplexity" in row:
             cells = [f"{row['perplexity']:.2f}", f"{row['last_token_accuracy']:.1f}"]
         rows.append((name, *cells))
-    return table(("", "perplexity", "last token, %"), rows)
+    return f"""## Other libraries on SmolLM2
+
+The test rows, base, W8A8, inputs of Linear modules alone; ranges from the calibration rows of seed
+0. ModelOpt leaves the head in float.
+
+{table(("", "perplexity", "last token, %"), rows)}
+"""
 
 
 def whisper_weights_section(measured: Any) -> str:

@@ -93,13 +93,16 @@ class Whisper:
         return [self._batch([row]) for row in range(CALIBRATION_ROWS)]
 
     def evaluate(self, model: nn.Module, split: str = "test") -> float:
+        return self.measure(model, split)[self.metric]
+
+    def measure(self, model: nn.Module, split: str) -> dict[str, float]:
         from jiwer import wer
 
         rows, count = self._splits[split], self._rows[split]
         heard = _transcribe(model.eval(), rows.features[:count])
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in heard]
         said = [_normalized(text) for text in rows.texts[:count]]
-        return 100 * float(wer(said, [_normalized(text) for text in texts]))
+        return {self.metric: 100 * float(wer(said, [_normalized(text) for text in texts]))}
 
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return rows as they are tuned on: cut to the shortest, so that none is padded."""

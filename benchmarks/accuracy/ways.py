@@ -1,8 +1,9 @@
-"""Quantize SmolLM2 in many ways and measure the perplexity of held-out docstrings.
+"""Quantize SmolLM2 or Whisper in many ways, and measure what their demos do on held-out rows.
 
-python -m benchmarks.accuracy.smollm2 --out benchmarks/results/xeon-2-cores
-python -m benchmarks.accuracy.smollm2 --out DIR --split test --seeds 3 --only "W8A8*rotate*"
-python -m benchmarks.accuracy.smollm2 --out DIR --arm paper --only float --only "W8A8 linear: mse"
+python -m benchmarks.accuracy.ways smollm2 --out benchmarks/results/xeon-2-cores
+python -m benchmarks.accuracy.ways smollm2 --out DIR --split test --seeds 3 --only "W8A8*rotate*"
+python -m benchmarks.accuracy.ways smollm2 --out DIR --arm paper --only float
+python -m benchmarks.accuracy.ways whisper --out DIR --split test --only "W8A8 linear inputs: mse"
 
 A way takes minutes, on test rows seven times as long as on validation rows. What is in the file
 already is not measured again, so that an interrupted run goes on. A seed draws the rows that ranges
@@ -21,7 +22,7 @@ from torch import nn
 
 import quanttune as qt
 from benchmarks import arguments
-from quanttune.demo.smollm2 import SmolLM2
+from quanttune.demo import recipe
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import SmoothInputs, SmoothQuant
@@ -34,12 +35,18 @@ WIDTHS: dict[str, dict[str, int]] = {
     "W4A8": {"weight_bits": 4},
     "W4A4": {"bits": 4},
 }
-LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
+INPUTS, LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
+    {"coverage": "linear_inputs"},
     {"coverage": "linear"},
     {"coverage": "full_no_softmax", "residual": False},
     {"coverage": "full_no_softmax"},
 )
-COVERAGES = {"linear": LINEAR, "all but sums": SUMS_IN_FLOAT, "everything": EVERYTHING}
+COVERAGES = {
+    "linear inputs": INPUTS,
+    "linear": LINEAR,
+    "all but sums": SUMS_IN_FLOAT,
+    "everything": EVERYTHING,
+}
 DOWN = {"overrides": {"*.down_proj.input_quantizer": {"bits": 16}}}
 ROTATED: dict[str, Any] = {"methods": ["rotate"]}
 SMOOTHED = ["smooth_inputs", SmoothQuant(alpha=0.9)]
@@ -89,12 +96,13 @@ def ways() -> dict[str, dict[str, Any] | None]:
 
 def main() -> None:
     parser = arguments.of_folder(__doc__)
+    parser.add_argument("task", choices=("smollm2", "whisper"))
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--only", action="append", help="a pattern of ways (fnmatch); repeat it")
-    parser.add_argument("--arm", choices=[arm.name for arm in SmolLM2.arms], default="base")
+    parser.add_argument("--arm", default="base", help="of the demo")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     options = parser.parse_args()
-    path = options.out / "smollm2.json"
+    path = options.out / f"{options.task}.json"
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
     patterns = options.only or ["W8A8 linear: *"]
     chosen = {
@@ -103,8 +111,13 @@ def main() -> None:
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     for seed in range(options.seeds):
-        job = SmolLM2(seed)
-        results |= {"caveats": list(job.caveats[1:-1]), "environment": environment()}
+        job = recipe(options.task)(seed)
+        results |= {
+            "task": options.task,
+            "metric": job.metric,
+            "caveats": list(job.caveats[1:-1]),
+            "environment": environment(),
+        }
         row = {"seed": seed, "arm": options.arm, "split": options.split}
         left = {name: way for name, way in chosen.items() if not _is_in(results["rows"], row, name)}
         for found in _measured(job, options.arm, options.split, left):
@@ -117,9 +130,7 @@ def _is_in(rows: list[Any], row: Mapping[str, Any], way: str) -> bool:
     return any((row | {"way": way}).items() <= found.items() for found in rows)
 
 
-def _measured(
-    job: SmolLM2, name: str, split: str, ways: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _measured(job: Any, name: str, split: str, ways: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     arm = next(arm for arm in job.arms if arm.name == name)
 
     @cache
