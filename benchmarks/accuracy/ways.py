@@ -23,6 +23,7 @@ from torch import nn
 import quanttune as qt
 from benchmarks import arguments
 from quanttune.demo import recipe
+from quanttune.demo.experiment import Arm
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import SmoothInputs, SmoothQuant
@@ -112,15 +113,14 @@ def main() -> None:
     }
     for seed in range(options.seeds):
         job = recipe(options.task)(seed)
-        results |= {
-            "task": options.task,
-            "metric": job.metric,
-            "caveats": list(job.caveats[1:-1]),
-            "environment": environment(),
-        }
+        arms = {arm.name: arm for arm in job.arms}
+        if options.arm not in arms:
+            parser.error(f"--arm must be one of {', '.join(arms)}, got {options.arm}")
+        facts = {"task": options.task, "metric": job.metric, "caveats": job.caveats[1:-1]}
+        results |= {**facts, "environment": environment()}
         row = {"seed": seed, "arm": options.arm, "split": options.split}
         left = {name: way for name, way in chosen.items() if not _is_in(results["rows"], row, name)}
-        for found in _measured(job, options.arm, options.split, left):
+        for found in _measured(job, arms[options.arm], options.split, left):
             results["rows"].append(row | found)
             print(results["rows"][-1], flush=True)
             write_json(path, results)
@@ -130,9 +130,7 @@ def _is_in(rows: list[Any], row: Mapping[str, Any], way: str) -> bool:
     return any((row | {"way": way}).items() <= found.items() for found in rows)
 
 
-def _measured(job: Any, name: str, split: str, ways: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    arm = next(arm for arm in job.arms if arm.name == name)
-
+def _measured(job: Any, arm: Arm, split: str, ways: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     @cache
     def prepared() -> nn.Module:
         return job.prepare(arm, lambda: None)
