@@ -197,7 +197,7 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
     assert "| torchao 1.2, fast (dynamic, per token, zero points) | 12.00 | 50.0 |" in text
     ways = from_benchmarks("accuracy.ways").ways()
     # floats, widths, coverages, without a prefix and behind one, remedies
-    assert len(ways) == 2 + 6 * 4 * 2 * 22
+    assert len(ways) == 2 + 6 * 4 * 2 * 23
     assert ways["W4A8 all but sums: rotate"] == {
         "weight_bits": 4, "coverage": "full_no_softmax", "residual": False, "methods": ["rotate"],
     }  # fmt: skip

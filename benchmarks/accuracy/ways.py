@@ -49,6 +49,8 @@ COVERAGES = {
     "everything": EVERYTHING,
 }
 DOWN = {"overrides": {"*.down_proj.input_quantizer": {"bits": 16}}}
+# of attention: over many tokens most are less than half of a step
+PROBABILITIES = {"overrides": {"*_probability_quantizer": None}}
 ROTATED: dict[str, Any] = {"methods": ["rotate"]}
 SMOOTHED = ["smooth_inputs", SmoothQuant(alpha=0.9)]
 # what is done beside coverage and min-max
@@ -61,6 +63,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "smooth_inputs": {"methods": ["smooth_inputs"]},
     "erq": {"methods": ["erq"]},
     "inputs of down_proj at 16 bits": DOWN,
+    "probabilities in float": PROBABILITIES,
     "rotate": ROTATED,
     "rotate, mse": {**ROTATED, "calibrator": "mse"},
     "rotate, omse": {**ROTATED, "calibrator": "omse"},
