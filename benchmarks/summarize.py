@@ -16,6 +16,7 @@ from benchmarks.accuracy.tables import (
     bold,
     language_rivals_section,
     methods_section,
+    models_table,
     refit_section,
     refit_table,
     times_section,
@@ -45,6 +46,7 @@ COSINES = {
     "onnxruntime": "in ONNX Runtime",
 }
 GPU, END_OF_GPU = "<!-- gpu: made by benchmarks/summarize.py -->", "<!-- end of gpu -->"
+MODELS, END_OF_MODELS = "<!-- models: made by benchmarks/summarize.py -->", "<!-- end of models -->"
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
 NEEDS, END_OF_NEEDS = "<!-- needs: made by benchmarks/summarize.py -->", "<!-- end of needs -->"
 PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- end of peaks -->"
@@ -66,6 +68,9 @@ def main() -> None:
     if (REFIT / "refit-minilm.json").exists():
         shown = refit_table(_read("refit-minilm.json", REFIT), REFIT_SHOWN)
         _replace(readme, REFITTED, END_OF_REFITTED, shown)
+    models = {task: _read(f"{task}.json") for task in ("smollm2", "whisper")}
+    rivals = _read("rivals-smollm2.json")
+    _replace(readme, MODELS, END_OF_MODELS, models_table(models, rivals))
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
     large = ROOT / "docs" / "large_models.md"
@@ -85,9 +90,9 @@ def main() -> None:
         for file in ("refit", "settings-refit"):
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
-    sections.append(ways_section("SmolLM2", _read("smollm2.json")))
-    sections.append(language_rivals_section(_read("rivals-smollm2.json")))
-    sections.append(ways_section("Whisper", _read("whisper.json")))
+    sections.append(ways_section("SmolLM2", models["smollm2"]))
+    sections.append(language_rivals_section(rivals))
+    sections.append(ways_section("Whisper", models["whisper"]))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))

@@ -216,6 +216,23 @@ def test_the_table_of_whispers_weights_has_a_row_per_window(from_benchmarks):
     assert "| 30 s | 15 of 16 | 700 | 1.0e-04 |" in text
 
 
+def test_the_table_of_models_has_test_rows_of_the_base_alone(from_benchmarks):
+    tables = from_benchmarks("accuracy.tables")
+    measured = {"smollm2": {"rows": []}, "whisper": {"rows": []}}
+    for number, (_, task, metric, coverage, chosen) in enumerate(tables.SHOWN_MODELS):
+        for way in ("float", *(f"W8A8 {coverage}: {x}" for x in ("nothing", "mse", chosen))):
+            row = {"seed": 0, "arm": "base", "split": "test", "way": way}
+            value = number + len(way) / 100
+            others = ({"split": "validation"}, {"arm": "paper"}) if way != "float" else ()
+            rows = [row | {metric: value}, *(row | other | {metric: 999.0} for other in others)]
+            measured[task]["rows"] += rows if way != "float" or number != 1 else []
+    rivals = {"rows": [{"perplexity": 7.0}, {"perplexity": 6.0}, {"reason": "no"}]}
+    first, second, third = tables.models_table(measured, rivals).splitlines()[2:]
+    assert first == "| SmolLM2-135M, perplexity, linear | 0.05 | 0.20 | 0.16 | 6.00 | 0.60 |"
+    assert second.split(" | ")[1:4] == ["0.05", "1.24", "1.20"]
+    assert third == "| Whisper tiny.en, words wrong, %, linear | 2.05 | 2.20 | 2.16 |  | 2.35 |"
+
+
 def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):
     arm = {"steps": 240, "refit": 0.25, "learning_rate": 4e-4}
     rows = [

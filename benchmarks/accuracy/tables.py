@@ -1,7 +1,7 @@
 """Tables of what models are worth: refits, methods and their cost, SmolLM2, Whisper."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from statistics import mean
 from typing import Any
 
@@ -17,6 +17,13 @@ METRICS = {
     "last_token_accuracy": "last token, %",
     "word error rate": "words wrong, %",
 }
+_ALL = "kept prefix; rotate, smooth_inputs, smoothquant"
+# in the README: what a table calls the model, its task and metric, what is rounded, and how
+SHOWN_MODELS = (
+    ("SmolLM2-135M", "smollm2", "perplexity", "linear", _ALL),
+    ("SmolLM2-135M", "smollm2", "perplexity", "everything", _ALL),
+    ("Whisper tiny.en", "whisper", "word error rate", "linear", "probabilities in float"),
+)
 
 
 def refit_section(measured: Any) -> str:
@@ -124,6 +131,23 @@ float": of the base model on the same rows.
 {caveats}
 {table(("", heads[0], "of float", *heads[1:]), rows)}
 """
+
+
+def models_table(measured: Mapping[str, Any], rivals: Any) -> str:
+    """Return a row per model and what is rounded, of runs of ways.py on test rows."""
+    best = {"linear": min(row["perplexity"] for row in rivals["rows"] if "perplexity" in row)}
+    rows = []
+    for model, task, metric, coverage, chosen in SHOWN_MODELS:
+        values: dict[str, list[float]] = defaultdict(list)
+        for row in measured[task]["rows"]:
+            if (row["split"], row["arm"]) == ("test", "base"):
+                values[row["way"]].append(row[metric])
+        remedies = ("nothing", "mse", chosen)
+        ways = ["float", *(f"W8A8 {coverage}: {remedy}" for remedy in remedies)]
+        first, minmax, mse, ours = (cells_of([values[way]])[0].text(2) for way in ways)
+        rival = f"{best[coverage]:.2f}" if task == "smollm2" and coverage in best else ""
+        rows.append((f"{model}, {METRICS[metric]}, {coverage}", first, minmax, mse, rival, ours))
+    return table(("W8A8", "float", "min-max", "mse", "best other library", "here"), rows)
 
 
 def language_rivals_section(measured: Any) -> str:
