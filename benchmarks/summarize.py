@@ -91,6 +91,7 @@ def main() -> None:
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
     sections.append(ways_section("SmolLM2", models["smollm2"]))
+    sections.append(ways_section("SmolLM2, on another machine", _read("smollm2.json", REFIT)))
     sections.append(language_rivals_section(rivals))
     sections.append(ways_section("Whisper", models["whisper"]))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))

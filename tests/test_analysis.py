@@ -96,6 +96,7 @@ def test_results_file_keeps_its_promised_shape(results, tmp_path):
         "weights": "channel",
         "metric": "cosine",
         "value": 0.512,
+        "coverage": "full_no_softmax",
     }
 
 

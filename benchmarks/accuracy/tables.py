@@ -115,9 +115,9 @@ def ways_section(title: str, measured: Any) -> str:
         values[row["split"], row["arm"], row["way"]].append(row)
     rows = []
     for (split, arm, way), found in values.items():
-        first, *others = (cells_of([[row[name] for row in found]])[0] for name in metrics)
-        share = first.mean / mean(row[metrics[0]] for row in values[split, "base", "float"])
-        cells = first.text(2), f"{share:.2f}x", *(cell.text(1) for cell in others)
+        first, *others = ([row[name] for row in found if row[name] is not None] for name in metrics)
+        share = mean(first) / mean(row[metrics[0]] for row in values[split, "base", "float"])
+        cells = _text(first, 2), f"{share:.2f}x", *(_text(other, 1) for other in others)
         rows.append((f"{split}, {arm}: {way}", *cells))
     caveats = "".join(f"- {caveat}\n" for caveat in measured["caveats"])
     heads = [METRICS[name] for name in metrics]
@@ -133,6 +133,11 @@ float": of the base model on the same rows.
 """
 
 
+def _text(values: list[float], digits: int) -> str:
+    """Return a mean and its deviation; "-" where nobody looked."""
+    return cells_of([values])[0].text(digits) if values else "-"
+
+
 def models_table(measured: Mapping[str, Any], rivals: Any) -> str:
     """Return a row per model and what is rounded, of runs of ways.py on test rows."""
     best = {"linear": min(row["perplexity"] for row in rivals["rows"] if "perplexity" in row)}
@@ -144,7 +149,7 @@ def models_table(measured: Mapping[str, Any], rivals: Any) -> str:
                 values[row["way"]].append(row[metric])
         remedies = ("nothing", "mse", chosen)
         ways = ["float", *(f"W8A8 {coverage}: {remedy}" for remedy in remedies)]
-        first, minmax, mse, ours = (cells_of([values[way]])[0].text(2) for way in ways)
+        first, minmax, mse, ours = (_text(values[way], 2) for way in ways)
         rival = f"{best[coverage]:.2f}" if task == "smollm2" and coverage in best else ""
         rows.append((f"{model}, {METRICS[metric]}, {coverage}", first, minmax, mse, rival, ours))
     return table(("W8A8", "float", "min-max", "mse", "best other library", "here"), rows)

@@ -84,7 +84,7 @@ def write(model: Any, processor: Any, folder: Path, state: dict[str, Any] | None
         for path in partial.iterdir():
             if path.name != LOCK:
                 remove(path)
-    model.save_pretrained(partial, state_dict=state)
+    model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
     processor.save_pretrained(partial)
     for path in partial.rglob("*"):
         sync(path)
