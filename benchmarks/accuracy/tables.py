@@ -168,8 +168,8 @@ def language_rivals_section(measured: Any) -> str:
         rows.append((name, *cells))
     return f"""## Other libraries on SmolLM2
 
-The test rows, base, W8A8, inputs of Linear modules alone; ranges from the calibration rows of seed
-0. ModelOpt leaves the head in float.
+The test rows, base, W8A8, inputs of Linear modules alone. Ranges are those of one draw of the
+calibration rows, the first; ModelOpt leaves the head in float.
 
 {table(("", "perplexity", "last token, %"), rows)}
 """
