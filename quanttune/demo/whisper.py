@@ -55,8 +55,8 @@ class Whisper:
     range_batches = 2  # of those for calibration: for a picture
     caveats: tuple[str, ...] = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
-        "The float model itself mishears every fourth or fifth word: it is the smallest Whisper (38 million "
-        "parameters), and the voice is espeak-ng's, made of formants, which it was not trained on.",
+        "The float model itself mishears every fourth or fifth word: it is the smallest Whisper (38 "
+        "million parameters), and the voice is espeak-ng's, made of formants, which it was not trained on.",
         f"Text: plain sentences of docstrings of installed packages, {speech.SENTENCES} to a row, "
         f"split by module. The encoder hears {SECONDS} seconds: positions behind are cut off.",
         f"Decoded greedily, at most {TOKENS} tokens; compared after Whisper's normalization of "
