@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..refitting.refit import refit
 from . import speech
 from .ctranslate2_whisper import load_whisper
-from .experiment import COVERAGE, Arm
+from .experiment import Arm
 from .training import train
 
 BATCH = 2
@@ -46,17 +46,18 @@ class Whisper:
 
     name = "whisper"
     metric = "word error rate"
-    bits = (8, 7, 6)
-    ways = MappingProxyType({"minmax": ("channel",), "mse": ("channel",)})
-    coverages = (COVERAGE,)
+    bits = (8, 6)
+    ways = MappingProxyType({"minmax": ("channel",)})
+    coverages = ("linear_inputs", "linear")
     steps = 30
     refit_rows = 8
     demo_rows = 6  # measuring all in every way takes longer than tuning
     range_batches = 2  # of those for calibration: for a picture
     caveats: tuple[str, ...] = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
-        "The float model itself mishears every fourth or fifth word: it is the smallest Whisper (38 "
-        "million parameters), and the voice is espeak-ng's, made of formants, which it was not trained on.",
+        "The float model itself mishears every fourth or fifth word: it is the smallest Whisper "
+        "(38 million parameters), and it was not trained on voices like espeak-ng's, made of "
+        "formants.",
         f"Text: plain sentences of docstrings of installed packages, {speech.SENTENCES} to a row, "
         f"split by module. The encoder hears {SECONDS} seconds: positions behind are cut off.",
         f"Decoded greedily, at most {TOKENS} tokens; compared after Whisper's normalization of "
