@@ -27,6 +27,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     "detached": {"color": "tab:red", "marker": "D"},
     "refit": {"color": "tab:cyan", "marker": "^"},
     "recipe": {"color": "tab:orange", "marker": "v"},
+    "rotated": {"color": "tab:purple", "marker": "P"},
 }
 _DULL = ("bert", "encoder", "decoder", "model", "layer", "layers", "blocks")
 _KINDS = {
