@@ -24,7 +24,7 @@ def run(
         int | None,
         typer.Option(
             help="Rows to measure on; not for digits.",
-            show_default="minilm 48, smollm2 16, whisper 6; of 512, 240, 48",
+            show_default="minilm 48, smollm2 16, whisper 16; of 512, 240, 48",
         ),
     ] = None,
     calibrator: Annotated[

@@ -51,7 +51,7 @@ class Whisper:
     coverages = ("linear_inputs", "linear")
     steps = 30
     refit_rows = 8
-    demo_rows = 6  # measuring all in every way takes longer than tuning
+    demo_rows = 16  # measuring all in every way takes longer than tuning
     range_batches = 2  # of those for calibration: for a picture
     caveats: tuple[str, ...] = (
         "At alpha = 0 the self-distillation loss is zero: the control equals the base model.",
@@ -63,6 +63,7 @@ class Whisper:
         f"Decoded greedily, at most {TOKENS} tokens; compared after Whisper's normalization of "
         "English.",
         "Learning rates are those of smollm2: none was chosen on validation rows yet.",
+        "A transcript that runs on and on costs as much as many words: few rows tell little.",
     )
     arms = (
         Arm("base", "the pretrained model"),
