@@ -21,7 +21,7 @@ from ..quantization.prefixes.prefix import prefix
 from ..refitting.refit import refit
 from . import docstrings
 from .experiment import COVERAGE, Arm
-from .training import train
+from .training import distance_from, train
 
 TOKENS = 128
 BATCH = 4
@@ -99,12 +99,8 @@ class SmolLM2:
         return {"perplexity": perplexity, "last_token_accuracy": accuracy}
 
     def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
-        ids = self.rows.tuning[self._order[step]]
-        with torch.no_grad():
-            target = self._teacher(input_ids=ids).logits.log_softmax(-1)
-        answer = model(input_ids=ids).logits.log_softmax(-1)
-        distance = F.kl_div(answer, target, reduction="none", log_target=True).sum(-1).mean()
-        return TASK_WEIGHT * distance
+        batch = {"input_ids": self.rows.tuning[self._order[step]]}
+        return TASK_WEIGHT * distance_from(self._teacher, model, batch)
 
 
 @torch.no_grad()

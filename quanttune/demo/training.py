@@ -3,11 +3,12 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..quantization.simulation import quantize
@@ -74,6 +75,14 @@ def train(
         weights = trained.state_dict()
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return model.eval()
+
+
+def distance_from(teacher: nn.Module, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the Kullback-Leibler divergence of a model's next tokens from those of its teacher."""
+    with torch.no_grad():
+        target = teacher(**batch).logits.log_softmax(-1)
+    answer = model(**batch).logits.log_softmax(-1)
+    return F.kl_div(answer, target, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

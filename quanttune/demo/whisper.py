@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..refitting.refit import refit
 from . import speech
 from .ctranslate2_whisper import load_whisper
 from .experiment import Arm
-from .training import train
+from .training import distance_from, train
 
 BATCH = 2
 EVALUATION_BATCH = 8  # rows
@@ -117,11 +116,7 @@ class Whisper:
 
     def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
         batch = self._batch(self._order[step].tolist())
-        with torch.no_grad():
-            target = self._teacher(**batch).logits.log_softmax(-1)
-        answer = model(**batch).logits.log_softmax(-1)
-        distance = F.kl_div(answer, target, reduction="none", log_target=True).sum(-1).mean()
-        return TASK_WEIGHT * distance
+        return TASK_WEIGHT * distance_from(self._teacher, model, batch)
 
 
 def _normalized(text: str) -> str:
