@@ -68,8 +68,9 @@ def main() -> None:
     if (REFIT / "refit-minilm.json").exists():
         shown = refit_table(_read("refit-minilm.json", REFIT), REFIT_SHOWN)
         _replace(readme, REFITTED, END_OF_REFITTED, shown)
-    models = {task: _read(f"{task}.json") for task in ("smollm2", "whisper")}
-    rivals = _read("rivals-smollm2.json")
+    titles = {"smollm2": "SmolLM2", "whisper": "Whisper"}
+    models = {task: _read(f"{task}.json") for task in titles}
+    rivals = {task: _read(f"rivals-{task}.json") for task in titles}
     _replace(readme, MODELS, END_OF_MODELS, models_table(models, rivals))
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
@@ -90,10 +91,10 @@ def main() -> None:
         for file in ("refit", "settings-refit"):
             if (REFIT / f"{file}-{name}.json").exists():
                 sections.append(refit_section(_read(f"{file}-{name}.json", REFIT)))
-    sections.append(ways_section("SmolLM2", models["smollm2"]))
+    for task, title in titles.items():
+        sections.append(ways_section(title, models[task]))
+        sections.append(language_rivals_section(title, rivals[task]))
     sections.append(ways_section("SmolLM2, on another machine", _read("smollm2.json", REFIT)))
-    sections.append(language_rivals_section(rivals))
-    sections.append(ways_section("Whisper", models["whisper"]))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))

@@ -185,9 +185,11 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
     tables = from_benchmarks("accuracy.tables")
     text = tables.ways_section("SmolLM2", {"caveats": ["A word."], "rows": rows})
     text += tables.language_rivals_section(
-        {"libraries": {"torchao": "1.2"}, "rows": [
+        "SmolLM2", {"libraries": {"torchao": "1.2"}, "rows": [
             {"library": "torchao", "setting": "fast", "activations": "dynamic, per token",
              "zero_points": True, "perplexity": 12.004, "last_token_accuracy": 49.96},
+            {"library": "other", "setting": "slow", "activations": "static", "zero_points": False,
+             "reason": "TypeError"},
         ]},
     )  # fmt: skip
     assert "- A word." in text
@@ -195,6 +197,7 @@ def test_the_table_of_smollm2_has_the_float_model_of_the_same_rows_beside(from_b
     assert "| test, base: rotate | 12.00 ±1.41 | 1.20x | 50.0 ±0.0 |" in text
     assert "| test, paper: float | 10.50 | 1.05x | 50.0 |" in text
     assert "| torchao 1.2, fast (dynamic, per token, zero points) | 12.00 | 50.0 |" in text
+    assert "| other , slow (static) | TypeError | - |" in text
     ways = from_benchmarks("accuracy.ways").ways()
     # floats, widths, coverages, without a prefix and behind one, remedies
     assert len(ways) == 2 + 6 * 4 * 2 * 23
@@ -216,21 +219,26 @@ def test_the_table_of_whispers_weights_has_a_row_per_window(from_benchmarks):
     assert "| 30 s | 15 of 16 | 700 | 1.0e-04 |" in text
 
 
-def test_the_table_of_models_has_test_rows_of_the_base_alone(from_benchmarks):
+def test_the_table_of_models_has_test_rows_of_the_base_and_of_one_arm(from_benchmarks):
     tables = from_benchmarks("accuracy.tables")
     measured = {"smollm2": {"rows": []}, "whisper": {"rows": []}}
-    for number, (_, task, metric, coverage, chosen) in enumerate(tables.SHOWN_MODELS):
-        for way in ("float", *(f"W8A8 {coverage}: {x}" for x in ("nothing", "mse", chosen))):
-            row = {"seed": 0, "arm": "base", "split": "test", "way": way}
-            value = number + len(way) / 100
-            others = ({"split": "validation"}, {"arm": "paper"}) if way != "float" else ()
-            rows = [row | {metric: value}, *(row | other | {metric: 999.0} for other in others)]
-            measured[task]["rows"] += rows if way != "float" or number != 1 else []
-    rivals = {"rows": [{"perplexity": 7.0}, {"perplexity": 6.0}, {"reason": "no"}]}
-    first, second, third = tables.models_table(measured, rivals).splitlines()[2:]
+    others = [("base", "test", 0), ("detached", "test", 100)]
+    others += [("base", "validation", 200), ("paper", "test", 300)]
+    for number, shown in enumerate(tables.SHOWN_MODELS):
+        rows, ways = measured[shown.task]["rows"], ("nothing", "mse", shown.remedy)
+        for way in ("float", *(f"W8A8 {shown.coverage}: {x}" for x in ways)):
+            for arm, split, more in others:
+                row = {"arm": arm, "split": split, "way": way}
+                if not any(row.items() <= known.items() for known in rows):
+                    rows.append(row | {shown.metric: number + more + len(way) / 100})
+    found = [{"perplexity": 7.0}, {"perplexity": 6.0}, {"reason": "no"}]
+    rivals = {"smollm2": {"rows": found}, "whisper": {"rows": [{"word error rate": 3.5}]}}
+    first, second, third, last = tables.models_table(measured, rivals).splitlines()[2:]
     assert first == "| SmolLM2-135M, perplexity, linear | 0.05 | 0.20 | 0.16 | 6.00 | 0.60 |"
-    assert second.split(" | ")[1:4] == ["0.05", "1.24", "1.20"]
-    assert third == "| Whisper tiny.en, words wrong, %, linear | 2.05 | 2.20 | 2.16 |  | 2.35 |"
+    assert second.split(" | ")[1:5] == ["0.05", "1.24", "1.20", ""]
+    name = "| Whisper tiny.en, words wrong, %, linear inputs |"
+    assert third == f"{name} 2.05 | 2.27 | 2.23 | 3.50 | 102.27 |"
+    assert last.split(" | ")[1:] == ["2.05", "3.24", "3.20", "", "103.24 |"]
 
 
 def test_the_table_of_refits_has_means_and_says_of_how_many_seeds(from_benchmarks):

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.accuracy import methods
 from benchmarks.markdown_table import table
@@ -18,12 +18,29 @@ METRICS = {
     "word error rate": "words wrong, %",
 }
 _ALL = "kept prefix; rotate, smooth_inputs, smoothquant"
-# in the README: what a table calls the model, its task and metric, what is rounded, and how
+
+
+class ShownModel(NamedTuple):
+    """A row of the README's table: a model, what is rounded of it, and how."""
+
+    model: str
+    task: str
+    metric: str
+    coverage: str
+    arm: str
+    remedy: str
+
+
 SHOWN_MODELS = (
-    ("SmolLM2-135M", "smollm2", "perplexity", "linear", _ALL),
-    ("SmolLM2-135M", "smollm2", "perplexity", "everything", _ALL),
-    ("Whisper tiny.en", "whisper", "word error rate", "linear", "probabilities in float"),
+    ShownModel("SmolLM2-135M", "smollm2", "perplexity", "linear", "base", _ALL),
+    ShownModel("SmolLM2-135M", "smollm2", "perplexity", "everything", "base", _ALL),
+    *(
+        ShownModel("Whisper tiny.en", "whisper", "word error rate", coverage, "detached", "nothing")
+        for coverage in ("linear inputs", "everything")
+    ),
 )
+# what other libraries round is compared with these rows
+BESIDE_RIVALS = {"smollm2": "linear", "whisper": "linear inputs"}
 
 
 def refit_section(measured: Any) -> str:
@@ -138,40 +155,46 @@ def _text(values: list[float], digits: int) -> str:
     return cells_of([values])[0].text(digits) if values else "-"
 
 
-def models_table(measured: Mapping[str, Any], rivals: Any) -> str:
-    """Return a row per model and what is rounded, of runs of ways.py on test rows."""
-    best = {"linear": min(row["perplexity"] for row in rivals["rows"] if "perplexity" in row)}
+def models_table(measured: Mapping[str, Any], rivals: Mapping[str, Any]) -> str:
+    """Return a row per model and what is rounded, of runs of ways.py on test rows.
+
+    measured, rivals: by task.
+    """
     rows = []
-    for model, task, metric, coverage, chosen in SHOWN_MODELS:
-        values: dict[str, list[float]] = defaultdict(list)
-        for row in measured[task]["rows"]:
-            if (row["split"], row["arm"]) == ("test", "base"):
-                values[row["way"]].append(row[metric])
-        remedies = ("nothing", "mse", chosen)
-        ways = ["float", *(f"W8A8 {coverage}: {remedy}" for remedy in remedies)]
-        first, minmax, mse, ours = (_text(values[way], 2) for way in ways)
-        rival = f"{best[coverage]:.2f}" if task == "smollm2" and coverage in best else ""
-        rows.append((f"{model}, {METRICS[metric]}, {coverage}", first, minmax, mse, rival, ours))
+    for shown in SHOWN_MODELS:
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for row in measured[shown.task]["rows"]:
+            if row["split"] == "test":
+                values[row["arm"], row["way"]].append(row[shown.metric])
+        way = f"W8A8 {shown.coverage}: "
+        ours = values[shown.arm, way + shown.remedy]
+        untuned = (values["base", x] for x in ("float", way + "nothing", way + "mse"))
+        found = [row[shown.metric] for row in rivals[shown.task]["rows"] if shown.metric in row]
+        is_beside = BESIDE_RIVALS[shown.task] == shown.coverage
+        others = [f"{min(found):.2f}" if found and is_beside else ""]
+        name = f"{shown.model}, {METRICS[shown.metric]}, {shown.coverage}"
+        rows.append((name, *(_text(x, 2) for x in untuned), *others, _text(ours, 2)))
     return table(("W8A8", "float", "min-max", "mse", "best other library", "here"), rows)
 
 
-def language_rivals_section(measured: Any) -> str:
-    """Return the table of a run of rivals/smollm2.py."""
+def language_rivals_section(title: str, measured: Any) -> str:
+    """Return the table of a run of rivals/generative.py."""
+    metrics = [name for name in METRICS if any(name in row for row in measured["rows"])]
     rows = []
     for row in measured["rows"]:
         version = measured["libraries"].get(row["library"], "")
         name = f"{row['library']} {version}, {row['setting']}"
         name += f" ({row['activations']}{', zero points' if row['zero_points'] else ''})"
-        cells = [row.get("reason", "-"), ""]
-        if "perplexity" in row:
-            cells = [f"{row['perplexity']:.2f}", f"{row['last_token_accuracy']:.1f}"]
-        rows.append((name, *cells))
-    return f"""## Other libraries on SmolLM2
+        first, *others = (
+            _text([row[x]] if x in row else [], n) for x, n in zip(metrics, (2, 1), strict=False)
+        )
+        rows.append((name, row.get("reason", first), *others))
+    return f"""## Other libraries on {title}
 
 The test rows, base, W8A8, inputs of Linear modules alone. Ranges are those of one draw of the
 calibration rows, the first; ModelOpt leaves the head in float.
 
-{table(("", "perplexity", "last token, %"), rows)}
+{table(("", *(METRICS[name] for name in metrics)), rows)}
 """
 
 

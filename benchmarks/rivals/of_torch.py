@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rivals.rows import ModelEmbedding, Rows, States, of_states
+from benchmarks.rivals.rows import ModelEmbedding, Rows, States, feed, of_states
 from benchmarks.rivals.ways import Built, Way, linears
 
 STATIC, TOKEN = "static, per tensor", "dynamic, per token"
@@ -56,7 +56,7 @@ def _modelopt_model(model: Any, rows: Rows, config: str, norms: bool, bits: int)
 
     def forwards(model: Any) -> None:
         for batch in rows.calibration():
-            model(input_ids=batch)
+            feed(model, batch)
 
     done = mtq.quantize(model, chosen, forwards)
     found: Counter[str] = Counter()
@@ -93,11 +93,11 @@ def _brevitas_model(model: Any, rows: Rows, name: str, bits: int) -> Built:
     batches = rows.calibration()
     with torch.no_grad(), calibration_mode(done):
         for batch in batches:
-            done(input_ids=batch)
+            feed(done, batch)
     if name != "default":
         with torch.no_grad(), bias_correction_mode(done):
             for batch in batches:
-                done(input_ids=batch)
+                feed(done, batch)
     found = Counter(type(m).__name__ for m in done.modules() if isinstance(m, qnn.QuantLinear))
     return Built(ModelEmbedding(done.eval()), None, dict(found))
 
@@ -112,7 +112,7 @@ def _quanto_model(model: Any, rows: Rows) -> Built:
     quantize(model, weights=qint8, activations=qint8)
     with torch.no_grad(), Calibration():
         for batch in rows.calibration():
-            model(input_ids=batch)
+            feed(model, batch)
     freeze(model)
     return Built(
         ModelEmbedding(model), None, dict(Counter(type(m).__name__ for m in model.modules()))
@@ -153,7 +153,7 @@ def _torchao_static(model: Any, rows: Rows) -> Built:
     hooks = [m.register_forward_pre_hook(partial(note, name=n)) for n, m in linears(model)]
     with torch.no_grad():
         for batch in rows.calibration():
-            model(input_ids=batch)
+            feed(model, batch)
     for hook in hooks:
         hook.remove()
     for name, absmax in largest.items():

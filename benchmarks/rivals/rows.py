@@ -1,6 +1,6 @@
 """The rows of the MiniLM demo in a file, so that libraries in several environments see the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,11 @@ def write(path: Path) -> None:
         found[f"{split}_embeddings"] = job._embed(job._teacher, found[split])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)
+
+
+def feed(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
+    """Call a model with token ids, or with all that a batch holds."""
+    model(**(batch if isinstance(batch, Mapping) else {"input_ids": batch}))
 
 
 class Rows:
