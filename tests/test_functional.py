@@ -440,3 +440,69 @@ def test_what_calibrators_compute_is_not_followed(monkeypatch, padded):
 
     # a percentile takes more operations than an extreme value: were they followed, it would show
     assert operations("percentile") == operations("kl") == operations("minmax") > 0
+
+
+class AddsBranch(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class AddsEach(nn.Module):
+    """As VitDet's bottleneck of transformers: every child is a layer."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        for part in self.children():
+            x = x + part(x)
+        return x
+
+
+class AddsNamed(nn.ModuleDict):
+    def __init__(self, first, second):
+        super().__init__({"first": first, "second": second})
+
+    def forward(self, x):
+        first, second = (part for _, part in self.items())
+        return x + second(first(x)) if len(self) == 2 else None
+
+
+class Spelled(nn.Module):
+    """What these compute, by names."""
+
+    def __init__(self, first, second, each):
+        super().__init__()
+        self.first, self.second, self.each = first, second, each
+
+    def forward(self, x):
+        if not self.each:
+            return x + self.second(self.first(x))
+        for part in (self.first, self.second):
+            x = x + part(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [AddsBranch, AddsEach, AddsNamed])
+def test_a_forward_through_the_children_meets_no_quantizers(kind, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(32, 4, 8)
+    parts = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    original = nn.Sequential(kind(*parts), nn.Linear(8, 4)).eval()
+    spelled = nn.Sequential(Spelled(*parts, each=kind is AddsEach), original[1])
+    model, expected = (
+        qt.quantize(copy.deepcopy(m), data=[x[:16], x[16:]]) for m in (original, spelled)
+    )
+    assert torch.equal(model(x), expected(x))
+    assert torch.equal(copy.deepcopy(model)(x), expected(x))
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected(x))
+    torch.compiler.reset()
+    sums = [name for name, _ in model.named_modules() if "add" in name]
+    assert len(sums) == 1
+    model.train()  # what goes through all children from outside meets them
+    assert all(model.get_submodule(name).training for name in sums)
+    qt.save(model.eval(), tmp_path / "model.safetensors")
+    assert torch.equal(qt.load(original, tmp_path / "model.safetensors")(x), expected(x))

@@ -15,7 +15,7 @@ from .functional.functional_sites import FunctionalSites
 from .modules import QuantizedConvolution, QuantizedEmbedding, become, quantized_class_of
 from .parameters import RoundsParameters, parameter_quantizer, rounding_class_of
 from .placement import free_forwards
-from .quantizer import ActivationQuantizer, WeightQuantizer
+from .quantizer import is_quantizer
 from .scheme import Scheme
 from .state import STATE, refuse_quantized
 
@@ -104,8 +104,7 @@ def _quantize_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tens
 
 
 def _drop_quantizers(model: nn.Module) -> None:
-    ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if name.endswith("_quantizer") and isinstance(child, ours):
+            if is_quantizer(name, child):
                 delattr(module, name)

@@ -291,3 +291,9 @@ def check_scale(site: str, scale: Tensor) -> None:
     """Refuse a scale that is not finite and positive."""
     if not (scale.isfinite() & (scale > 0)).all():
         raise ValueError(f"{site}.scale must be finite and positive")
+
+
+def is_quantizer(name: str, module: nn.Module | None) -> bool:
+    """Tell whether `quantize` gave a module to its parent; Identity leaves a site in float."""
+    ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)
+    return name.endswith("_quantizer") and isinstance(module, ours)

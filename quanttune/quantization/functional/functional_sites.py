@@ -23,6 +23,7 @@ from ..parameters import RoundsParameters
 from ..product_counts import Product
 from ..scheme import Scheme
 from .contractions import Contraction, contraction
+from .iteration import children_of
 from .modes import unwatch, watch
 from .operations import CALLS, Call, Calls, Operation, call_under_way
 from .provenance import ACTIVATION, Made, Provenance, tensors_in
@@ -84,10 +85,10 @@ class FunctionalSites:
             if kind == "weight":
                 weights: Any = self.scheme.weight_quantizer(site, 0)
                 weights.enabled = self.round_weights
-                module.add_module(attribute, weights)
+                children_of(module)[attribute] = weights
             elif kind in self.scheme.kinds:
                 quantizer = self.scheme.activation_quantizer(site, kind, self.device)
-                module.add_module(attribute, quantizer)
+                children_of(module)[attribute] = quantizer
         return operation
 
     def decide(self, call: Call, stem: str, kinds: dict[str, str], **more: Any) -> Operation:
@@ -97,8 +98,8 @@ class FunctionalSites:
 
     def leave(self, module: nn.Module, operation: Operation) -> None:
         """Leave a sum in float that turned out to go into a softmax."""
-        if operation.name and hasattr(module, operation.quantizer("")):
-            delattr(module, operation.quantizer(""))
+        if operation.name:
+            children_of(module).pop(operation.quantizer(""), None)
         operation.name, operation.kinds, operation.is_score = None, {}, True
 
     def owner_of(self, weight: Tensor, caller: nn.Module) -> str | None:
@@ -253,7 +254,7 @@ def _rounded_product(call: Call, operation: Operation, found: Contraction) -> Te
         return product if found.add is None else found.add(product)
     which = operation.weight
     operands[1 - which] = call.round(operation, "input", operands[1 - which])
-    quantizer = getattr(call.module, operation.quantizer("weight"), None)
+    quantizer = call.quantizer(operation, "weight")
     if quantizer is not None:
         operands[which] = found.round_weight(which, quantizer)
     product = found.again(*operands)

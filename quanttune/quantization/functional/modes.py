@@ -2,7 +2,8 @@
 
 A watched module is of a subclass of its class, of the same name, whose forward enters the mode
 where no module above it has. So nothing is left behind by a call that ends, in whatever way it
-ends. A copy, pickled or not, is watched too.
+ends. A copy, pickled or not, is watched too. Its forward may go through its children, as that of
+Sequential does: meanwhile the quantizers that it was given are not among them.
 """
 
 import functools
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from . import places
+from .iteration import ways_through
 
 ATTRIBUTE = "_watch"  # of a watched module: what it is watched by
 
@@ -85,9 +87,14 @@ def _watched(base: Any) -> Any:
         args = tuple(base if arg is type(self) else arg for arg in args)
         return (_make_watched, (make, args), *state)
 
+    def is_called(self: Any) -> bool:
+        by = self.__dict__.get(ATTRIBUTE)
+        return by is not None and (torch.compiler.is_dynamo_compiling() or _is_under_way(by))
+
     functools.update_wrapper(forward, base.forward)
     places.begins(forward.__code__, "self")
     names: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce}
+    names |= ways_through(base, is_called)
     names |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base)(base.__name__, (_Watched, base), names)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import places
+from .iteration import children_of
 from .modes import Carried, class_of
 
 CALLS = "_functional_calls"  # the attribute of a watched module that holds its Calls
@@ -82,9 +83,13 @@ class Call:
         """Return what is known of it, or once the sites are settled what it must be."""
         return self.calls.find(self.way) if is_settled else self.calls.operations.get(self.way)
 
+    def quantizer(self, operation: Operation, part: str) -> Any:
+        """Return what rounds a part of the operation, if it is covered."""
+        return children_of(self.module).get(operation.quantizer(part))
+
     def round(self, operation: Operation, part: str, x: Tensor) -> Tensor:
         """Round a part of the operation, if it is covered."""
-        quantizer = getattr(self.module, operation.quantizer(part), None)
+        quantizer = self.quantizer(operation, part)
         return x if quantizer is None else quantizer(x)
 
     def refusal(self, what: str) -> RuntimeError:
