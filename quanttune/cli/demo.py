@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .terminal import Json, console, progress_bar, writable, write_numbers, written
+from .terminal import Json, console, progress_bar, say, writable, write_numbers, written
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
         raise ValueError(f"a calibrator is one of {names}, got {', '.join(sorted(unknown))}")
     if dry_run:
         names = ", ".join(arm.name for arm in make.arms)  # type: ignore[attr-defined]
-        console.print(f"{task}: {seeds} seed(s) of {names}; results in {out}")
+        say(f"{task}: {seeds} seed(s) of {names}; results in {out}")
         return
     with progress_bar() as progress:
         bar = progress.add_task("loading", total=experiment.units(make, seeds, calibrators))
@@ -62,7 +62,7 @@ def run(
     files = report.write(results, out)
     write_numbers(json, results.as_dict())
     _print_results(results)
-    console.print(f"{results.seconds:.0f} s. Written: {', '.join(map(str, files))}")
+    say(f"{results.seconds:.0f} s. Written: {', '.join(map(str, files))}")
 
 
 def _print_results(results: Any) -> None:

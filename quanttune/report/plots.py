@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter
 
 BLUE, RED, GRAY = "#3b6fb6", "#c8553d", "#8a8a8a"
@@ -33,6 +34,16 @@ _DULL = ("bert", "encoder", "decoder", "model", "layer", "layers", "blocks")
 _KINDS = {
     "residual": RED, "norm": "#e0a458", "input": BLUE, "output": "#6fa8a0", "score": "#7d5ba6",
 }  # fmt: skip
+
+
+class Plain(Figure):
+    """A figure whose texts hold no formulas: a name may have a $."""
+
+    def draw(self, renderer: Any) -> None:
+        with rc_context({"text.parse_math": False}):  # ticks are made while it is drawn
+            for text in self.findobj(Text):
+                text.set_parse_math(False)  # type: ignore[attr-defined]
+            super().draw(renderer)
 
 
 def svg(figure: Figure) -> bytes:
@@ -191,7 +202,7 @@ def short_site(site: str) -> str:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.8, height), layout="constrained")
+    figure = Plain(figsize=(5.8, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
