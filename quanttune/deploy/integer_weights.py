@@ -96,8 +96,11 @@ class IntegerLinear(QuantizedModule, nn.Module):
         # not @, which would be a functional site where torch.export stands in for a shared module
         product = torch.ops.aten.matmul.default
         # ONNX Runtime makes a float Gemm of the product of two matrices and a bias
-        y = product(x, weight) if x.dim() > 2 else product(x.unsqueeze(0), weight).squeeze(0)
-        return self.output_quantizer(y if bias is None else y + bias)
+        flat = x.dim() < 3
+        y = product(x.unsqueeze(0) if flat else x, weight)
+        # inside: else OpenVINO 2026.4 fuses small products of a fixed batch, and answers nonsense
+        y = y if bias is None else y + bias
+        return self.output_quantizer(y.squeeze(0) if flat else y)
 
 
 class IntegerEmbedding(QuantizedModule, nn.Module):

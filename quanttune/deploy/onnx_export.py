@@ -113,7 +113,7 @@ def _translated(
     name_codes(exported.model.graph)
     with _folding_in_silence():
         exported.optimize()
-    finish(exported.model, names_of(exported.model.graph.inputs, dynamic))
+    finish(exported.model, names_of(exported.model.graph.inputs, dynamic), act_dtype)
     return exported.model
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .onnx_moves import move_codes
+from .onnx_readers import copy_roundings
 from .onnx_sums import is_made, keep_sums
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
@@ -18,11 +19,13 @@ LOWEST = "lowest"  # the name of a float that no value is below
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
+def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> None:
     """Name dimensions and products, drop the machine's traces, let integers be integers.
 
     Args:
         dimensions: names of dimensions that replace those of the trace.
+        act_dtype: type of the codes. Those of uint8 are written as ONNX Runtime likes them, those
+            of int8 as others do: OpenVINO 2026.4 computes in float what is not made floats at once.
     """
     _name_dimensions(model.graph, dimensions)
     _name_products(model.graph)
@@ -31,9 +34,12 @@ def finish(model: ir.Model, dimensions: Mapping[str, str]) -> None:
     for owner in owners:
         owner.metadata_props.clear()
     _free_products(model.graph)
-    move_codes(model.graph)
+    if act_dtype == "uint8":
+        move_codes(model.graph)
     keep_sums(model.graph)
-    _keep_floats(model.graph)
+    if act_dtype == "int8":
+        copy_roundings(model.graph)
+    _keep_floats(model.graph, act_dtype)
 
 
 def name_codes(graph: ir.Graph) -> None:
@@ -99,19 +105,24 @@ def _free_products(graph: ir.Graph) -> None:
         )
 
 
-def _keep_floats(graph: ir.Graph) -> None:
+def _keep_floats(graph: ir.Graph, act_dtype: str) -> None:
     """Put a Max that changes nothing behind what is to be computed in float.
 
     ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
     what is simulated, and of a convolution whose weight it then rounds to 8 bits itself. An output
     of the graph it returns rounded, where a transposed copy of it is rounded. Of two roundings in
-    a row, to grids that differ, it makes one.
+    a row, to grids that differ, it makes one. A product that is rounded twice it computes in float.
+    OpenVINO 2026.4 adds a LayerNorm's epsilon to the variance of int8 codes, not of what they mean.
     """
     lowest = ir.Value(name=LOWEST, const_value=ir.tensor(np.float32(-np.inf), name=LOWEST))
     for node in graph:
         of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
         if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
             _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
+        if node.op_type == "MatMul" and len(node.outputs[0].uses()) > 1:
+            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
+        if node.op_type == "DequantizeLinear" and act_dtype == "int8":
+            _keep_float(graph, node.outputs[0], "LayerNormalization", lowest)
         if node.op_type == "DequantizeLinear" and is_made(node.inputs[0], "QuantizeLinear"):
             _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest, tuple(node.inputs[1:]))
         for output in node.outputs:

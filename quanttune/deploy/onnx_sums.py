@@ -3,6 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_moves import MOVES
+
 
 def keep_sums(graph: ir.Graph) -> None:
     """Write biases and class tokens in a form that no runtime's optimizer changes.
@@ -79,7 +81,7 @@ def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> Non
     OpenVINO 2026.4 else gives all channels of the rounded patches beside an expanded token the bias
     of channel 0.
     """
-    patches = next((x for x in concat.inputs if is_made(x, "DequantizeLinear")), None)
+    patches = next((x for x in concat.inputs if _is_rounded(x)), None)
     if patches is None or _rank(patches) != 3 or concat.attributes["axis"].as_int() not in (1, -2):
         return
     for index, x in enumerate(concat.inputs):
@@ -93,6 +95,13 @@ def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> Non
         rows.outputs[0].shape, rows.outputs[0].type = x.shape, x.type  # type: ignore[union-attr]
         graph.insert_before(concat, [first, zeros, rows])
         concat.replace_input_with(index, rows.outputs[0])
+
+
+def _is_rounded(value: ir.Value | None) -> bool:
+    """Tell whether a value is what DequantizeLinear returns, moved or not."""
+    while value is not None and value.producer() and value.producer().op_type in MOVES:  # type: ignore[union-attr]
+        value = value.producer().inputs[0]  # type: ignore[union-attr]
+    return is_made(value, "DequantizeLinear")
 
 
 def _is_token(token: ir.Value, expanded: ir.Value | None) -> bool:

@@ -10,17 +10,19 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ..onnx_readers import original
+
 CODES = ".codes"
 Grid = tuple[float, int]  # scale and zero point
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A QuantizeLinear, and what reads its codes."""
+    """A QuantizeLinear, its copies for further readers, and what reads their codes."""
 
     codes: str  # name of what it returns: <site>.codes, of later calls <site>.codes_1, ...
     dtype: np.dtype[Any]  # of the codes
-    grids: tuple[Grid, ...]  # its own, and those of the nodes that make floats of its codes
+    grids: tuple[Grid, ...]  # its own, its copies', and those of what makes floats of the codes
     shape: tuple[int, ...]  # as the file declares it; 0 where any size may be
 
     @property
@@ -49,14 +51,12 @@ def roundings(
     """Yield where a graph rounds, in the order in which it computes."""
     readers = _readers(model)
     declared = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
-    for node in model.graph.node:
-        codes = node.output[0]
-        if node.op_type == "QuantizeLinear" and CODES in codes:
-            nodes = [node, *(n for n in readers[codes] if n.op_type == "DequantizeLinear")]
-            grids = tuple(_grid(n, tensors) for n in nodes)
-            zero_point = tensors.get("".join(node.input[2:]), np.uint8(0))
-            shape = tuple(size.dim_value for size in declared.get(codes, ()))
-            yield Rounding(codes, zero_point.dtype, grids, shape)
+    for codes, nodes in _makers(model).items():
+        read = [n for n in readers[codes] if n.op_type == "DequantizeLinear"]
+        grids = tuple(_grid(n, tensors) for n in (*nodes, *read))
+        zero_point = tensors.get("".join(nodes[0].input[2:]), np.uint8(0))
+        shape = tuple(size.dim_value for size in declared.get(codes, ()))
+        yield Rounding(codes, zero_point.dtype, grids, shape)
 
 
 def input_for(codes: str) -> str:
@@ -74,17 +74,27 @@ def cut(model: onnx.ModelProto, sites: list[Rounding]) -> None:
         kind = helper.np_dtype_to_tensor_dtype(rounding.dtype)
         other = input_for(rounding.codes)
         for node in readers[rounding.codes]:
-            names = [other if name == rounding.codes else name for name in node.input]
+            names = [other if original(name) == rounding.codes else name for name in node.input]
             del node.input[:]
             node.input.extend(names)
         model.graph.input.append(helper.make_tensor_value_info(other, kind, None))
         model.graph.output.append(helper.make_tensor_value_info(rounding.codes, kind, None))
 
 
+def _makers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return what rounds by the name of the codes, the copies last."""
+    makers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and CODES in node.output[0]:
+            makers[original(node.output[0])].append(node)
+    return makers
+
+
 def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return what reads a tensor, or a copy of it, by its name."""
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
-        for name in set(node.input):
+        for name in {original(name) for name in node.input}:
             readers[name].append(node)
     return readers
 
