@@ -1,0 +1,210 @@
+"""Run exported files in several runtimes: products of integers, answers, and (--times) speed.
+
+python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores
+python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores --times    # alone
+
+Coverage full, so that every product is to be one of integers; 8 images, 8 x 128 tokens. timm's
+models and the OPT have random weights, the MiniLM is the demo's tuned one. Files stay in --files
+for the second call. A run that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import quanttune as qt
+from benchmarks import arguments
+from benchmarks.deploy.onnx_agreement import WIDTHS
+from benchmarks.deploy.openvino_file import OpenVinoFile
+from benchmarks.deploy.web_file import answers
+from benchmarks.provenance import commit
+from quanttune.demo.minilm import MiniLM
+from quanttune.deploy.float_export import export_float
+from quanttune.deploy.latency import in_turns, summarize
+from quanttune.deploy.onnx_model import OnnxModel, has_vnni
+from quanttune.deploy.products import explain
+from quanttune.deploy.tracing import outputs_by_name
+from quanttune.deploy.verification.simulated_codes import perturbed
+from quanttune.environment import environment
+from quanttune.files import write_json
+
+ROWS, TOKENS = 8, 128
+SECONDS = 15.0  # of turns per model, runtime and number of threads
+TYPES = ("uint8", "int8")
+THREADS = (1, 2)
+TIMED = {"onnxruntime": TYPES, "openvino": ("int8",)}  # uint8 is computed in float there
+Batch = dict[str, Tensor]
+Case = tuple[nn.Module, list[Batch], Batch, dict[int, str]]
+
+
+def main() -> None:
+    options = _options()
+    options.files.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "runtimes.json"
+    results: dict[str, Any] = {"rows": [], "times": []}
+    if path.exists():
+        results = json.loads(path.read_text())
+    results["environment"] = {**environment(), "vnni": has_vnni()}
+    for name in options.models:
+        key, cells = ("times", _timed(name)) if options.times else ("rows", _agreeing(name))
+        for cell, measure in cells:
+            if any(cell.items() <= row.items() for row in results[key]):
+                continue
+            results[key].append({**cell, "commit": commit(), **measure(options)})
+            write_json(path, results)
+            print(results[key][-1], flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = arguments.of_folder(__doc__)
+    parser.add_argument("--files", type=Path, default=Path("build/runtimes"))
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--times", action="store_true", help="measure speed, and nothing else")
+    parser.add_argument("--web", type=Path, help="where npm has installed onnxruntime-web")
+    return parser.parse_args()
+
+
+def vit(name: str = "vit_tiny_patch16_224") -> Case:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images = [{"x": torch.randn(ROWS, 3, 224, 224)} for _ in range(3)]
+    return model, images[:2], images[2], {0: "batch"}
+
+
+def opt() -> Case:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 2048}
+    config = OPTConfig(**sizes, num_hidden_layers=4, num_attention_heads=4, use_cache=False)
+    ids = [{"input_ids": torch.randint(3, 2048, (ROWS, TOKENS))} for _ in range(3)]
+    return OPTForCausalLM(config).eval(), ids[:2], ids[2], {0: "batch", 1: "tokens"}
+
+
+def minilm() -> Case:
+    job = MiniLM(0)
+    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    data = job.calibration()
+    words = torch.cat([rows["input_ids"].flatten() for rows in data])
+    batch = {"input_ids": words[: ROWS * TOKENS].reshape(ROWS, TOKENS)}
+    return model, data, batch, {0: "batch", 1: "tokens"}
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "ViT-tiny": vit,
+    "Swin-tiny": partial(vit, "swin_tiny_patch4_window7_224"),
+    "tuned MiniLM": minilm,
+    "OPT, 4 layers": opt,
+}
+
+
+@cache
+def _case(name: str) -> Case:
+    return CASES[name]()
+
+
+@cache
+def _quantized(name: str, bits: int) -> nn.Module:
+    model, data, _, _ = _case(name)
+    quantized: nn.Module = qt.quantize(copy.deepcopy(model), bits, coverage="full", data=data)
+    return quantized
+
+
+def _file(folder: Path, name: str, shapes: str, kind: str) -> Path:
+    return folder / f"{name}-{shapes}-{kind}.onnx".lower().replace(" ", "-").replace(",", "")
+
+
+def _shapes(name: str) -> dict[str, dict[int, str]]:
+    return {"dynamic": _case(name)[3], "static": {}}
+
+
+def _agreeing(name: str) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, Any]]]]:
+    for bits in WIDTHS:
+        for shapes in ("dynamic", "static"):
+            for kind in TYPES:
+                cell = {"model": name, "bits": bits, "shapes": shapes, "act_dtype": kind}
+                yield cell, partial(_agreement, **cell)
+
+
+@torch.no_grad()
+def _agreement(
+    options: argparse.Namespace, model: str, bits: int, shapes: str, act_dtype: str
+) -> dict[str, Any]:
+    """Export a model, and compare what each runtime makes of the file with the simulation."""
+    exact, _, batch, _ = _case(model)
+    quantized, dynamic = _quantized(model, bits), _shapes(model)[shapes]
+    path = _file(options.files, model, shapes, f"{bits}-{act_dtype}")
+    qt.export_onnx(quantized, batch, path, act_dtype=act_dtype, dynamic=dynamic)
+    reference = _file(options.files, model, shapes, "float")
+    if not reference.exists():
+        export_float(exact, batch, reference, dynamic=dynamic)
+    simulated = _first(quantized(**batch))
+    with perturbed(quantized, seed=0):
+        noise = _cosine(_first(quantized(**batch)), simulated)
+    runtimes = {}
+    products = [product.is_integer for product in explain(path).products]
+    found = _first(OnnxModel(path)(**batch))
+    runtimes["onnxruntime"] = {"integer": sum(products), "cosine": _cosine(found, simulated)}
+    openvino = OpenVinoFile(path)
+    cosine = _cosine(openvino(**batch), simulated)
+    runtimes["openvino"] = {"integer": sum(openvino.products().values()), "cosine": cosine}
+    if options.web:
+        answer, version = answers(path, batch, options.web)
+        cosines = {"cosine": _cosine(answer, simulated), "cosine_to_native": _cosine(answer, found)}
+        runtimes["onnxruntime-web"] = {"version": version, **cosines}
+    float_cosine = _cosine(_first(exact(**batch)), simulated)
+    facts = {"products": len(products), "float": float_cosine, "noise": noise}
+    return {**facts, "bytes": path.stat().st_size, "runtimes": runtimes}
+
+
+def _first(outputs: Any) -> Tensor:
+    found: Tensor = next(iter(outputs_by_name(outputs).values()))
+    return found
+
+
+def _cosine(found: Tensor, simulated: Tensor) -> float:
+    """Return the mean cosine of images or tokens."""
+    return F.cosine_similarity(found.double(), simulated.double(), dim=-1).mean().item()
+
+
+def _timed(name: str) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, Any]]]]:
+    for shapes in ("dynamic", "static"):
+        for runtime in TIMED:
+            for threads in THREADS:
+                cell = {"model": name, "shapes": shapes, "runtime": runtime, "threads": threads}
+                yield cell, partial(_speed, **cell)
+
+
+def _speed(
+    options: argparse.Namespace, model: str, shapes: str, runtime: str, threads: int
+) -> dict[str, Any]:
+    """Time files in turns with the float file, which comes first."""
+    _, _, batch, _ = _case(model)
+    kinds = [f"{bits}-{kind}" for bits in WIDTHS for kind in TIMED[runtime]]
+    files = {kind: _file(options.files, model, shapes, kind) for kind in ("float", *kinds)}
+    calls: Mapping[str, Callable[[], Any]]
+    if runtime == "onnxruntime":
+        sessions = {kind: OnnxModel(path, threads=threads) for kind, path in files.items()}
+        calls = {kind: partial(session, **batch) for kind, session in sessions.items()}
+    else:
+        compiled = {kind: OpenVinoFile(path, threads) for kind, path in files.items()}
+        compiled["float, no hint"] = OpenVinoFile(files["float"], threads, accurate=False)
+        calls = {kind: partial(file, **batch) for kind, file in compiled.items()}
+    timings = summarize(in_turns(calls, SECONDS))
+    return {"timings": {kind: asdict(timing) for kind, timing in timings.items()}}
+
+
+if __name__ == "__main__":
+    main()
