@@ -69,6 +69,18 @@ def test_every_product_is_one_of_integers(name, shapes, openvino, tmp_path):
     assert {name: types.get(name) for name in names} == dict.fromkeys(names, "i8")
 
 
+@pytest.mark.parametrize("coverage", ["full", "linear"])
+@torch.no_grad()
+def test_small_products_without_biases(coverage, openvino, tmp_path):
+    """OpenVINO 2026.4 else makes one operator of both, and answers nonsense in thousands."""
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 5, bias=False))
+    x = torch.randn(6, 24)
+    qt.quantize(model.eval(), 8, coverage=coverage, data=[x])
+    qt.export_onnx(model, x, tmp_path / "model.onnx", act_dtype="int8", dynamic={})
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", ACCURATE)
+    torch.testing.assert_close(torch.from_numpy(compiled([x.numpy()])[0]), model(x))
+
+
 @torch.no_grad()
 def test_an_epsilon_is_added_to_the_variance_of_values(openvino, tmp_path):
     """OpenVINO 2026.4 else adds it to that of int8 codes, which is larger by the scale's square."""

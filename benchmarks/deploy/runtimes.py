@@ -122,6 +122,17 @@ def _quantized(name: str, bits: int) -> nn.Module:
     return quantized
 
 
+@cache
+def _simulated(name: str, bits: int) -> tuple[Tensor, dict[str, float]]:
+    """Return the simulation's answers, and how near to them float and a little noise are."""
+    exact, _, batch, _ = _case(name)
+    quantized = _quantized(name, bits)
+    simulated = _first(quantized(**batch))
+    with perturbed(quantized, seed=0):
+        noise = _cosine(_first(quantized(**batch)), simulated)
+    return simulated, {"float": _cosine(_first(exact(**batch)), simulated), "noise": noise}
+
+
 def _file(folder: Path, name: str, shapes: str, kind: str) -> Path:
     return folder / f"{name}-{shapes}-{kind}.onnx".lower().replace(" ", "-").replace(",", "")
 
@@ -150,9 +161,7 @@ def _agreement(
     reference = _file(options.files, model, shapes, "float")
     if not reference.exists():
         export_float(exact, batch, reference, dynamic=dynamic)
-    simulated = _first(quantized(**batch))
-    with perturbed(quantized, seed=0):
-        noise = _cosine(_first(quantized(**batch)), simulated)
+    simulated, controls = _simulated(model, bits)
     runtimes = {}
     products = [product.is_integer for product in explain(path).products]
     found = _first(OnnxModel(path)(**batch))
@@ -164,9 +173,8 @@ def _agreement(
         answer, version = answers(path, batch, options.web)
         cosines = {"cosine": _cosine(answer, simulated), "cosine_to_native": _cosine(answer, found)}
         runtimes["onnxruntime-web"] = {"version": version, **cosines}
-    float_cosine = _cosine(_first(exact(**batch)), simulated)
-    facts = {"products": len(products), "float": float_cosine, "noise": noise}
-    return {**facts, "bytes": path.stat().st_size, "runtimes": runtimes}
+    facts = {"products": len(products), "bytes": path.stat().st_size, **controls}
+    return {**facts, "runtimes": runtimes}
 
 
 def _first(outputs: Any) -> Tensor:

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
+from .onnx_floats import keep_floats, keep_from_openvino
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
-from .onnx_sums import is_made, keep_sums
+from .onnx_sums import keep_sums
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
-LOWEST = "lowest"  # the name of a float that no value is below
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -39,7 +38,8 @@ def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> No
     keep_sums(model.graph)
     if act_dtype == "int8":
         copy_roundings(model.graph)
-    _keep_floats(model.graph, act_dtype)
+        keep_from_openvino(model.graph)
+    keep_floats(model.graph)
 
 
 def name_codes(graph: ir.Graph) -> None:
@@ -103,56 +103,6 @@ def _free_products(graph: ir.Graph) -> None:
         ir.convenience.replace_nodes_and_values(
             graph, node, [node], made, node.outputs, made[-1].outputs
         )
-
-
-def _keep_floats(graph: ir.Graph, act_dtype: str) -> None:
-    """Put a Max that changes nothing behind what is to be computed in float.
-
-    ONNX Runtime else makes integer operators of a softmax between codes, which is slower and not
-    what is simulated, and of a convolution whose weight it then rounds to 8 bits itself. An output
-    of the graph it returns rounded, where a transposed copy of it is rounded. Of two roundings in
-    a row, to grids that differ, it makes one. A product that is rounded twice it computes in float.
-    OpenVINO 2026.4 adds a LayerNorm's epsilon to the variance of int8 codes, not of what they mean.
-    """
-    lowest = ir.Value(name=LOWEST, const_value=ir.tensor(np.float32(-np.inf), name=LOWEST))
-    for node in graph:
-        of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
-        if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
-            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
-        if node.op_type == "MatMul" and len(node.outputs[0].uses()) > 1:
-            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest)
-        if node.op_type == "DequantizeLinear" and act_dtype == "int8":
-            _keep_float(graph, node.outputs[0], "LayerNormalization", lowest)
-        if node.op_type == "DequantizeLinear" and is_made(node.inputs[0], "QuantizeLinear"):
-            _keep_float(graph, node.outputs[0], "QuantizeLinear", lowest, tuple(node.inputs[1:]))
-        for output in node.outputs:
-            if output.is_graph_output() and output.dtype == ir.DataType.FLOAT:
-                _keep_float(graph, output, "Transpose", lowest)
-
-
-def _keep_float(
-    graph: ir.Graph,
-    value: ir.Value,
-    reader_type: str,
-    lowest: ir.Value,
-    grid: tuple[ir.Value | None, ...] | None = None,
-) -> None:
-    """Let the readers of one type take a value through a Max, but for those that have the grid."""
-    of_type = [use for use in value.uses() if use[0].op_type == reader_type]
-    readers = [use for use in of_type if tuple(use[0].inputs[1:]) != grid]
-    producer = value.producer()
-    if not readers or producer is None:
-        return
-    greatest = ir.node("Max", [value, lowest])
-    greatest.outputs[0].shape, greatest.outputs[0].type = value.shape, value.type
-    for reader, index in readers:
-        reader.replace_input_with(index, greatest.outputs[0])
-    graph.insert_after(producer, greatest)
-    graph.initializers[LOWEST] = lowest
-
-
-def _is_dequantized(value: ir.Value | None) -> bool:
-    return is_made(value, "DequantizeLinear")
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -1,0 +1,80 @@
+"""A Max that changes nothing, where runtimes would compute otherwise than a file says."""
+
+import numpy as np
+import onnx_ir as ir
+
+from .onnx_sums import is_made
+
+LOWEST = "lowest"  # the name of a float that no value is below
+FUSED = 256  # the largest width of products that OpenVINO makes one of
+
+
+def keep_floats(graph: ir.Graph) -> None:
+    """Put a Max behind what ONNX Runtime is to compute in float, and behind two products.
+
+    It else makes integer operators of a softmax between codes, which is slower and not what is
+    simulated, and of a convolution whose weight it then rounds to 8 bits itself. An output of the
+    graph it returns rounded, where a transposed copy of it is rounded. Of two roundings in a row,
+    to grids that differ, it makes one. A product that is rounded twice it computes in float.
+    """
+    for node in graph:
+        of_floats = node.op_type == "Conv" and not _is_dequantized(node.inputs[1])
+        if (of_floats or node.op_type == "Softmax") and _is_dequantized(node.inputs[0]):
+            _keep(graph, node.outputs[0], "QuantizeLinear")
+        if node.op_type == "MatMul" and len(node.outputs[0].uses()) > 1:
+            _keep(graph, node.outputs[0], "QuantizeLinear")
+        if node.op_type == "DequantizeLinear" and is_made(node.inputs[0], "QuantizeLinear"):
+            _keep(graph, node.outputs[0], "QuantizeLinear", tuple(node.inputs[1:]))
+        for output in node.outputs:
+            if output.is_graph_output() and output.dtype == ir.DataType.FLOAT:
+                _keep(graph, output, "Transpose")
+
+
+def keep_from_openvino(graph: ir.Graph) -> None:
+    """Put a Max where OpenVINO 2026.4 computes something else with codes of int8.
+
+    It adds a LayerNorm's epsilon to the variance of the codes, not of what they mean, and of two
+    small products whose sizes it knows, without a bias, it makes one that answers nonsense.
+    """
+    for node in graph:
+        if node.op_type == "DequantizeLinear":
+            _keep(graph, node.outputs[0], "LayerNormalization")
+        if node.op_type == "MatMul" and _may_be_fused(node):
+            for reader_type in {reader.op_type for reader, _ in node.outputs[0].uses()} - {"Add"}:
+                _keep(graph, node.outputs[0], reader_type)
+
+
+def _keep(
+    graph: ir.Graph,
+    value: ir.Value,
+    reader_type: str,
+    grid: tuple[ir.Value | None, ...] | None = None,
+) -> None:
+    """Let the readers of one type take a value through a Max, but for those that have the grid."""
+    of_type = [use for use in value.uses() if use[0].op_type == reader_type]
+    readers = [use for use in of_type if tuple(use[0].inputs[1:]) != grid]
+    producer = value.producer()
+    if not readers or producer is None:
+        return
+    if LOWEST not in graph.initializers:
+        low = ir.tensor(np.float32(-np.inf), name=LOWEST)
+        graph.initializers[LOWEST] = ir.Value(name=LOWEST, const_value=low)
+    greatest = ir.node("Max", [value, graph.initializers[LOWEST]])
+    greatest.outputs[0].shape, greatest.outputs[0].type = value.shape, value.type
+    for reader, index in readers:
+        reader.replace_input_with(index, greatest.outputs[0])
+    graph.insert_after(producer, greatest)
+
+
+def _may_be_fused(product: ir.Node) -> bool:
+    weight = product.inputs[1].producer() if product.inputs[1] else None
+    codes = weight.inputs[0] if weight and weight.op_type == "DequantizeLinear" else None
+    shape = product.outputs[0].shape
+    if codes is None or not codes.is_initializer() or shape is None or not shape.is_static():
+        return False
+    width = shape[-1]
+    return isinstance(width, int) and width <= FUSED
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    return is_made(value, "DequantizeLinear")
