@@ -43,7 +43,6 @@ TYPES = ("uint8", "int8")
 THREADS = (1, 2)
 TIMED = {"onnxruntime": TYPES, "openvino": ("int8",)}  # uint8 is computed in float there
 Batch = dict[str, Tensor]
-Case = tuple[nn.Module, list[Batch], Batch, dict[int, str]]
 
 
 def main() -> None:
@@ -74,59 +73,79 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def vit(name: str = "vit_tiny_patch16_224") -> Case:
+def images() -> tuple[list[Batch], Batch]:
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(ROWS, 3, 224, 224, generator=generator)} for _ in range(3)]
+    return batches[:2], batches[2]
+
+
+def words() -> tuple[list[Batch], Batch]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, ROWS, TOKENS)
+    batches = [{"input_ids": ids} for ids in torch.randint(3, 2048, sizes, generator=generator)]
+    return batches[:2], batches[2]
+
+
+def texts() -> tuple[list[Batch], Batch]:
+    data = MiniLM(0).calibration()
+    ids = torch.cat([rows["input_ids"].flatten() for rows in data])
+    return data, {"input_ids": ids[: ROWS * TOKENS].reshape(ROWS, TOKENS)}
+
+
+def timm_model(name: str) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    images = [{"x": torch.randn(ROWS, 3, 224, 224)} for _ in range(3)]
-    return model, images[:2], images[2], {0: "batch"}
+    model: nn.Module = timm.create_model(name).eval()
+    return model
 
 
-def opt() -> Case:
+def opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "vocab_size": 2048}
     config = OPTConfig(**sizes, num_hidden_layers=4, num_attention_heads=4, use_cache=False)
-    ids = [{"input_ids": torch.randint(3, 2048, (ROWS, TOKENS))} for _ in range(3)]
-    return OPTForCausalLM(config).eval(), ids[:2], ids[2], {0: "batch", 1: "tokens"}
+    return OPTForCausalLM(config).eval()
 
 
-def minilm() -> Case:
+@torch.enable_grad()
+def minilm() -> nn.Module:
     job = MiniLM(0)
-    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
-    data = job.calibration()
-    words = torch.cat([rows["input_ids"].flatten() for rows in data])
-    batch = {"input_ids": words[: ROWS * TOKENS].reshape(ROWS, TOKENS)}
-    return model, data, batch, {0: "batch", 1: "tokens"}
+    return job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "ViT-tiny": vit,
-    "Swin-tiny": partial(vit, "swin_tiny_patch4_window7_224"),
-    "tuned MiniLM": minilm,
-    "OPT, 4 layers": opt,
+IMAGE, TEXT = {0: "batch"}, {0: "batch", 1: "tokens"}
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[int, str]]] = {
+    "ViT-tiny": (partial(timm_model, "vit_tiny_patch16_224"), images, IMAGE),
+    "Swin-tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), images, IMAGE),
+    "tuned MiniLM": (minilm, texts, TEXT),
+    "OPT, 4 layers": (opt, words, TEXT),
 }
 
 
 @cache
-def _case(name: str) -> Case:
-    return CASES[name]()
+def _model(name: str) -> nn.Module:
+    return CASES[name][0]()
+
+
+@cache
+def _data(name: str) -> tuple[list[Batch], Batch]:
+    data: tuple[list[Batch], Batch] = CASES[name][1]()
+    return data
 
 
 @cache
 def _quantized(name: str, bits: int) -> nn.Module:
-    model, data, _, _ = _case(name)
-    quantized: nn.Module = qt.quantize(copy.deepcopy(model), bits, coverage="full", data=data)
+    model, (data, _) = copy.deepcopy(_model(name)), _data(name)
+    quantized: nn.Module = qt.quantize(model, bits, coverage="full", data=data)
     return quantized
 
 
 @cache
 def _simulated(name: str, bits: int) -> tuple[Tensor, dict[str, float]]:
     """Return the simulation's answers, and how near to them float and a little noise are."""
-    exact, _, batch, _ = _case(name)
-    quantized = _quantized(name, bits)
+    exact, quantized, (_, batch) = _model(name), _quantized(name, bits), _data(name)
     simulated = _first(quantized(**batch))
     with perturbed(quantized, seed=0):
         noise = _cosine(_first(quantized(**batch)), simulated)
@@ -138,7 +157,7 @@ def _file(folder: Path, name: str, shapes: str, kind: str) -> Path:
 
 
 def _shapes(name: str) -> dict[str, dict[int, str]]:
-    return {"dynamic": _case(name)[3], "static": {}}
+    return {"dynamic": CASES[name][2], "static": {}}
 
 
 def _agreeing(name: str) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, Any]]]]:
@@ -154,13 +173,12 @@ def _agreement(
     options: argparse.Namespace, model: str, bits: int, shapes: str, act_dtype: str
 ) -> dict[str, Any]:
     """Export a model, and compare what each runtime makes of the file with the simulation."""
-    exact, _, batch, _ = _case(model)
-    quantized, dynamic = _quantized(model, bits), _shapes(model)[shapes]
+    quantized, (_, batch), dynamic = _quantized(model, bits), _data(model), _shapes(model)[shapes]
     path = _file(options.files, model, shapes, f"{bits}-{act_dtype}")
     qt.export_onnx(quantized, batch, path, act_dtype=act_dtype, dynamic=dynamic)
     reference = _file(options.files, model, shapes, "float")
     if not reference.exists():
-        export_float(exact, batch, reference, dynamic=dynamic)
+        export_float(_model(model), batch, reference, dynamic=dynamic)
     simulated, controls = _simulated(model, bits)
     runtimes = {}
     products = [product.is_integer for product in explain(path).products]
@@ -199,7 +217,7 @@ def _speed(
     options: argparse.Namespace, model: str, shapes: str, runtime: str, threads: int
 ) -> dict[str, Any]:
     """Time files in turns with the float file, which comes first."""
-    _, _, batch, _ = _case(model)
+    _, batch = _data(model)
     kinds = [f"{bits}-{kind}" for bits in WIDTHS for kind in TIMED[runtime]]
     files = {kind: _file(options.files, model, shapes, kind) for kind in ("float", *kinds)}
     calls: Mapping[str, Callable[[], Any]]

@@ -30,13 +30,16 @@ def keep_floats(graph: ir.Graph) -> None:
                 _keep(graph, output, "Transpose")
 
 
-def keep_from_openvino(graph: ir.Graph) -> None:
-    """Put a Max where OpenVINO 2026.4 computes something else with codes of int8.
+def keep_from_others(graph: ir.Graph) -> None:
+    """Put a Max where runtimes that take int8 would compute something else.
 
-    It adds a LayerNorm's epsilon to the variance of the codes, not of what they mean, and of two
-    small products whose sizes it knows, without a bias, it makes one that answers nonsense.
+    OpenVINO 2026.4 adds a LayerNorm's epsilon to the variance of the codes, not of what they mean,
+    and of two small products whose sizes it knows, without a bias, it makes one that answers
+    nonsense. tract 0.23 takes a softmax of masked codes for one of values.
     """
     for node in graph:
+        if node.op_type == "Softmax":
+            _keep(graph, node.outputs[0], "QuantizeLinear")
         if node.op_type == "DequantizeLinear":
             _keep(graph, node.outputs[0], "LayerNormalization")
         if node.op_type == "MatMul" and _may_be_fused(node):

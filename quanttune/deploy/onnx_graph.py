@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .onnx_floats import keep_floats, keep_from_openvino
+from .onnx_floats import keep_floats, keep_from_others
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
 from .onnx_sums import keep_sums
@@ -38,7 +38,7 @@ def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> No
     keep_sums(model.graph)
     if act_dtype == "int8":
         copy_roundings(model.graph)
-        keep_from_openvino(model.graph)
+        keep_from_others(model.graph)
     keep_floats(model.graph)
 
 
