@@ -25,6 +25,7 @@ from benchmarks.accuracy.tables import (
 )
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
+from benchmarks.deploy.runtime_tables import runtimes_table
 from benchmarks.markdown_table import table
 from benchmarks.rivals.tables import rival_sections
 from benchmarks.support.memory_tables import needs_table, peaks_table
@@ -50,6 +51,8 @@ MODELS, END_OF_MODELS = "<!-- models: made by benchmarks/summarize.py -->", "<!-
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
 NEEDS, END_OF_NEEDS = "<!-- needs: made by benchmarks/summarize.py -->", "<!-- end of needs -->"
 PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- end of peaks -->"
+RUNTIMES = "<!-- runtimes: made by benchmarks/summarize.py -->"
+END_OF_RUNTIMES = "<!-- end of runtimes -->"
 ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
@@ -77,6 +80,8 @@ def main() -> None:
     large = ROOT / "docs" / "large_models.md"
     _replace(large, NEEDS, END_OF_NEEDS, needs_table())
     _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))
+    deployment = ROOT / "docs" / "deployment.md"
+    _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]

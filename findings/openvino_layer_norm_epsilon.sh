@@ -3,7 +3,7 @@
 # point 0, OpenVINO normalizes the codes and drops their scale, as if that cancelled out. It does not: epsilon is added to the
 # variance of the codes, which is larger than that of the values by the square of 1 / scale. What comes out is what epsilon 0 gives.
 # For values of size .01 and PyTorch's epsilon of 1e-5 a tenth of the answer is gone. With uint8 and zero point 128 it is right.
-# Seen, the largest difference to float64: "values of 1: int8 0.0000, uint8 0.0000", "values of 0.01: int8 0.1167, uint8 0.0000".
+# Seen, the largest difference to float64: "values of 1: int8 0.0000, uint8 0.0000", "values of 0.01: int8 0.1846, uint8 0.0000".
 set -eu
 export CI=true  # openvino sends usage data otherwise
 folder=$(mktemp -d)

@@ -109,8 +109,15 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
             for bits in ("W8A8", "W6A6")
         ],
     },
+    "test_onnx_readers": {
+        "test_every_product_is_one_of_integers": ["opt-8", "swin-6"],
+        "test_the_file_computes_the_simulation": ["swin"],
+    },
     "test_openvino": {
         "test_openvino_computes_the_simulation": ["bert-6-int8"],
+        "test_every_product_is_one_of_integers": [
+            "vit-static", "bert-dynamic", "swin-dynamic", "swin-static",
+        ],
         "test_class_tokens_beside_rounded_patches": ["deit"],
     },
     "test_ops": {"test_a_missing_backend_is_said_once_and_replaced": ["triton without a GPU"]},

@@ -298,3 +298,26 @@ def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
     assert not list(refitting._rows("minilm", 1, 5, refitting.REFIT, "test", []))
     assert refitting._job("minilm", 5, 0).prepared == 2
     refitting._job.cache_clear()
+
+
+def test_the_table_of_runtimes_joins_the_widths(from_benchmarks):
+    cell = {"model": "ViT", "shapes": "static", "products": 9, "noise": 0.5}
+    rows = [
+        {**cell, "bits": bits, "act_dtype": "int8", "runtimes": {
+            "onnxruntime": {"integer": integer, "cosine": 1},
+            "openvino": {"integer": 9, "cosine": 0.9},
+            "onnxruntime-web": {"cosine": bits / 10},
+        }}
+        for bits, integer in ((6, 8), (7, 9), (8, 9))
+    ]  # fmt: skip
+    key = {"model": "ViT", "shapes": "static", "runtime": "openvino", "threads": 2}
+    timings = {f"{bits}-int8": {"speed": bits / 4} for bits in (8, 7, 6)}
+    measured = {"rows": rows, "times": [{**key, "timings": timings}]}
+    lines = from_benchmarks("deploy.runtime_tables").runtimes_table(measured).splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert found == [
+        ["ViT", "ONNX Runtime", "int8", "static", "9, 9, 8 of 9", "1.0000", "0.5000",
+         "0.8000, 0.7000, 0.6000", "", ""],
+        ["ViT", "OpenVINO", "int8", "static", "9 of 9", "0.9000", "0.5000", "", "",
+         "2.00x, 1.75x, 1.50x"],
+    ]  # fmt: skip

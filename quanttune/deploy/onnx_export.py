@@ -56,7 +56,7 @@ def export_onnx(
         act_dtype: type of the codes, of activations and of the weights that they meet. "uint8"
             (zero point 128) is for ONNX Runtime, whose products of two uint8 are exact on every
             processor: those of uint8 and int8 saturate on x86 without VNNI. "int8" (zero point 0)
-            is for runtimes such as TensorRT.
+            is for all others: OpenVINO, TensorRT, tract. It rounds once for each reader.
         opset: version of the operators, 18 to 21; with int8 to 20.
         dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
             any length it is {0: "batch", 1: "tokens"}.

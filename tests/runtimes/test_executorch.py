@@ -1,6 +1,6 @@
 """Programs for ExecuTorch multiply integers in XNNPACK, and answer what the model simulates."""
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of ExecuTorch and of torcha
 @pytest.fixture
 def lowered(monkeypatch):
     """Return what lowers a program, and counts its products."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    return __import__("executorch_run").Lowered
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.deploy.executorch_run").Lowered
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])

@@ -1,0 +1,56 @@
+"""The table of runtimes, of what runtimes.py has measured."""
+
+from typing import Any
+
+from benchmarks.markdown_table import table
+
+SHOWN = (("onnxruntime", "uint8"), ("onnxruntime", "int8"), ("openvino", "int8"))
+NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+HEADS = (
+    "model", "runtime", "file", "sizes", "products of integers", "cosine", "noise's",
+    "in WebAssembly", "speed, 1 thread", "2 threads",
+)  # fmt: skip
+
+
+def runtimes_table(measured: Any) -> str:
+    """Return a row for each model, runtime and file; its cells are of 8, 7 and 6 bits."""
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in measured["rows"]):
+        for runtime, kind in SHOWN:
+            for shapes in ("dynamic", "static"):
+                key = {"model": model, "shapes": shapes}
+                found = [
+                    r for r in measured["rows"] if {**key, "act_dtype": kind}.items() <= r.items()
+                ]
+                found.sort(key=lambda row: -row["bits"])
+                if found:
+                    speeds = (
+                        _speeds(measured, {**key, "runtime": runtime}, kind, t) for t in (1, 2)
+                    )
+                    rows.append(
+                        (model, NAMES[runtime], kind, shapes, *_cells(found, runtime), *speeds)
+                    )
+    return table(HEADS, rows, numbers=0)
+
+
+def _cells(found: list[Any], runtime: str) -> tuple[str, ...]:
+    integer = _joined(str(row["runtimes"][runtime]["integer"]) for row in found)
+    cosines = _joined(f"{row['runtimes'][runtime]['cosine']:.4f}" for row in found)
+    noise = _joined(f"{row['noise']:.4f}" for row in found)
+    web = (row["runtimes"].get("onnxruntime-web") for row in found if runtime == "onnxruntime")
+    browser = _joined(f"{facts['cosine']:.4f}" for facts in web if facts)
+    return f"{integer} of {found[0]['products']}", cosines, noise, browser
+
+
+def _speeds(measured: Any, key: dict[str, Any], kind: str, threads: int) -> str:
+    for row in measured["times"]:
+        if {**key, "threads": threads}.items() <= row.items():
+            timings = row["timings"]
+            return _joined(f"{timings[f'{bits}-{kind}']['speed']:.2f}x" for bits in (8, 7, 6))
+    return ""
+
+
+def _joined(cells: Any) -> str:
+    """Return cells in a row, or one where all are the same."""
+    cells = list(cells)
+    return cells[0] if len(set(cells)) == 1 else ", ".join(cells)
