@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.deploy.onnx_agreement import WIDTHS
 from benchmarks.markdown_table import table
 
 SHOWN = (("onnxruntime", "uint8"), ("onnxruntime", "int8"), ("openvino", "int8"))
@@ -13,7 +14,7 @@ HEADS = (
 
 
 def runtimes_table(measured: Any) -> str:
-    """Return a row for each model, runtime and file; its cells are of 8, 7 and 6 bits."""
+    """Return a row for each model, runtime and file that was measured at all widths."""
     rows = []
     for model in dict.fromkeys(row["model"] for row in measured["rows"]):
         for runtime, kind in SHOWN:
@@ -23,7 +24,7 @@ def runtimes_table(measured: Any) -> str:
                     r for r in measured["rows"] if {**key, "act_dtype": kind}.items() <= r.items()
                 ]
                 found.sort(key=lambda row: -row["bits"])
-                if found:
+                if len(found) == len(WIDTHS):
                     speeds = (
                         _speeds(measured, {**key, "runtime": runtime}, kind, t) for t in (1, 2)
                     )
@@ -46,7 +47,7 @@ def _speeds(measured: Any, key: dict[str, Any], kind: str, threads: int) -> str:
     for row in measured["times"]:
         if {**key, "threads": threads}.items() <= row.items():
             timings = row["timings"]
-            return _joined(f"{timings[f'{bits}-{kind}']['speed']:.2f}x" for bits in (8, 7, 6))
+            return _joined(f"{timings[f'{bits}-{kind}']['speed']:.2f}x" for bits in WIDTHS)
     return ""
 
 
