@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from .onnx_floats import keep_floats, keep_from_others
@@ -15,6 +16,7 @@ from .onnx_readers import copy_roundings
 from .onnx_sums import keep_sums
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
+ZERO = "zero"  # the name of a float
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -87,14 +89,19 @@ def _name_dimensions(graph: ir.Graph, names: Mapping[str, str]) -> None:
 
 
 def _free_products(graph: ir.Graph) -> None:
-    """Make Min and Max of a Clip behind a product, which ONNX Runtime else computes in float."""
+    """Make Min and Max of a Clip or Relu behind a product, which ONNX Runtime else computes in
+    float.
+    """
+    zero = ir.Value(name=ZERO, const_value=ir.tensor(np.float32(0), name=ZERO))
     for node in graph:
-        if node.op_type != "Clip":
+        if node.op_type not in ("Clip", "Relu"):
             continue
         x, *bounds = node.inputs  # one bound, where a model has written it so
         producer = x.producer() if x else None
         if not (producer and producer.op_type == "MatMul"):
             continue
+        if node.op_type == "Relu":
+            bounds, graph.initializers[ZERO] = [zero], zero
         low, high = (*bounds, None, None)[:2]
         made: list[ir.Node] = []
         for operator, bound in (("Min", high), ("Max", low)):
