@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import quanttune as qt
-from quanttune.jobs import pairs
+from quanttune.jobs import bench, pairs
 from quanttune.jobs.encoding import IGNORED
 from quanttune.jobs.metrics import measure
 
@@ -158,7 +158,7 @@ def test_a_hand_worked_case(tmp_path):
     assert found == pytest.approx({"exact_match": 100 / 3, "word_error_rate": 40})
 
 
-def test_a_model_is_quantized_as_by_hand_and_not_exported(made, tmp_path):
+def test_a_model_is_quantized_as_by_hand(made, tmp_path):
     model, read, wanted = made
     data, out = ["--data", tmp_path / "data.csv", "--tokens", 32], tmp_path / "quantized"
     run("calibrate", tmp_path / "model", *data, "--batch-size", 6, "--out", out)
@@ -174,10 +174,49 @@ def test_a_model_is_quantized_as_by_hand_and_not_exported(made, tmp_path):
     run("evaluate", out, *data, "--json", tmp_path / "a.json", "--metric", "word_error_rate")
     measured = json.loads((tmp_path / "a.json").read_text())
     assert measured["float"].keys() == measured["quantized"].keys() == {"word_error_rate"}
-    for verb in (["export"], ["verify", *data], ["bench"]):
-        file = ["--out" if verb[0] == "export" else "--onnx", tmp_path / "a.onnx"]
-        with pytest.raises(ValueError, match="has an encoder and a decoder, which no verb exports"):
-            run(verb[0], out, *verb[1:], *file)
+
+
+def test_a_model_is_exported_verified_and_timed(made, tmp_path, monkeypatch):
+    data, out = ["--data", tmp_path / "data.csv", "--tokens", 32], tmp_path / "quantized"
+    run("calibrate", tmp_path / "model", *data, "--batch-size", 6, "--out", out)
+    said = run("export", out, "--out", tmp_path / "onnx", "--json", tmp_path / "a.json").output
+    assert "MB, from input_ids, attention_mask, decoder_input_ids" in said
+    names = ("encoder_model.onnx", "decoder_model_merged.onnx")
+    files = [tmp_path / "onnx" / name for name in names]
+    assert json.loads((tmp_path / "a.json").read_text())["bytes"] == sum(
+        file.stat().st_size for file in files
+    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    assert loaded.get_vocab() == AutoTokenizer.from_pretrained(out).get_vocab()
+    told = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert told >= {*names, "config.json", "generation_config.json"}
+    metrics = ["--metric", "word_error_rate", "--metric", "bleu", "--batch-size", 4]
+    arguments = ["--onnx", tmp_path / "onnx"]
+    result = run("verify", out, *arguments, *data, *metrics, "--json", tmp_path / "b.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "b.json").read_text())
+    run("evaluate", out, *data, *metrics, "--json", tmp_path / "c.json")
+    evaluated = json.loads((tmp_path / "c.json").read_text())["quantized"]
+    assert found["measured"]["simulation"] == evaluated
+    assert found["measured"]["file"].keys() == evaluated.keys()
+    assert run("verify", out, *arguments).exit_code == 0  # on rows of its own
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    timed = ["--batch-size", 3, "--tokens", 8, "--threads", 1, "--json", tmp_path / "d.json"]
+    said = run("bench", out, *arguments, *timed).output
+    parts = json.loads((tmp_path / "d.json").read_text())["parts"]
+    assert list(parts) == ["encoder", "decoder, a step"]
+    sizes = [part["bytes"]["integer"] for part in parts.values()]
+    assert sizes == [file.stat().st_size for file in files]
+    assert parts["encoder"]["inputs"] == {"input_ids": [3, 8], "attention_mask": [3, 8]}
+    step = parts["decoder, a step"]["inputs"]
+    assert step["input_ids"] == [3, 1]
+    assert step["encoder_attention_mask"] == [3, 8]
+    for half in ("decoder", "encoder"):
+        assert step[f"past_key_values.0.{half}.key"] == [3, 2, 8, 8]
+    assert all(part["latency"]["1"]["integer"]["milliseconds"] > 0 for part in parts.values())
+    assert "decoder, a step" in said
+    with pytest.raises(ValueError, match="has an encoder and a decoder: export it as onnx"):
+        run("export", out, "--out", tmp_path / "e", "--format", "compressed-tensors")
 
 
 def test_a_model_is_tuned(made, tmp_path):

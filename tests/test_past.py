@@ -11,8 +11,6 @@ from transformers import (
     LlamaModel,
     OPTConfig,
     OPTForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import quanttune as qt
@@ -130,15 +128,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     path, ids = tmp_path / "model.onnx", rows(2, 5)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     bert = BertModel(BertConfig(**sizes, intermediate_size=48, vocab_size=64))
-    t5 = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, vocab_size=64))
     headless = LlamaModel(llama().config)
     for model, data, said in (
         (bert, ids, "BertModel attends both ways"),
-        (
-            t5,
-            {"input_ids": ids, "decoder_input_ids": ids},
-            "needs the cache of a decoder alone: T5",
-        ),
         (headless, ids, "for models that tell the next token: LlamaModel"),
         (torch.nn.Linear(3, 3), torch.ones(2, 3), "language models of transformers, got Q"),
     ):

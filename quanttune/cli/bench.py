@@ -13,7 +13,9 @@ from .terminal import Json, console, say, showing, write_numbers
 
 def run(
     model: Annotated[str, typer.Argument(help="A folder of quanttune calibrate.")],
-    onnx: Annotated[Path, typer.Option(help="The file that quanttune export made of it.")],
+    onnx: Annotated[
+        Path, typer.Option(help="The file, or folder, that quanttune export made of it.")
+    ],
     task: options.Task = None,
     batch_size: options.BatchSize = 8,
     tokens: options.Tokens = 128,
@@ -41,11 +43,21 @@ def run(
 
 
 def _print(outcome: dict[str, Any]) -> None:
-    """Print a row for each file and number of threads."""
+    """Print the times of a file, or of each part of an encoder-decoder, and the machine's name."""
+    for name, timed in outcome.get("parts", {"file": outcome}).items():
+        _print_times(name, timed)
+    facts = outcome["environment"]
+    vnni = {True: "VNNI", False: "no VNNI", None: "VNNI unknown"}[facts["vnni"]]
+    version = facts["versions"]["onnxruntime"]
+    say(f"onnxruntime {version}; {facts['processor']}, {facts['cores']} cores, {vnni}")
+
+
+def _print_times(part: str, timed: dict[str, Any]) -> None:
+    """Print a row for each file and number of threads, the sizes and the inputs."""
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("threads", "file", "median ms", "quartiles ms", "rows/s", "speed"):
-        table.add_column(column, justify="left" if column == "file" else "right")
-    for threads, files in outcome["latency"].items():
+    for column in ("threads", part, "median ms", "quartiles ms", "rows/s", "speed"):
+        table.add_column(column, justify="left" if column == part else "right")
+    for threads, files in timed["latency"].items():
         for name, timing in files.items():
             quartiles = " to ".join(f"{t:.4g}" for t in timing["quartiles"])
             table.add_row(
@@ -57,10 +69,8 @@ def _print(outcome: dict[str, Any]) -> None:
                 f"{timing['speed']:.2f}x",
             )
     console.print(table)
-    sizes, facts = outcome["bytes"], outcome["environment"]
+    sizes = timed["bytes"]
     megabytes = [f"{sizes[name] / 1e6:.1f} MB" for name in ("float", "integer")]
-    say(f"file: {megabytes[0]} float, {megabytes[1]} integer, {100 * sizes['ratio']:.0f} %")
-    shapes = ", ".join(f"{name} {shape}" for name, shape in outcome["inputs"].items())
-    vnni = {True: "VNNI", False: "no VNNI", None: "VNNI unknown"}[facts["vnni"]]
-    version = facts["versions"]["onnxruntime"]
-    say(f"{shapes}; onnxruntime {version}; {facts['processor']}, {facts['cores']} cores, {vnni}")
+    say(f"{part}: {megabytes[0]} float, {megabytes[1]} integer, {100 * sizes['ratio']:.0f} %")
+    shapes = [f"{n} {x}" for n, x in timed["inputs"].items() if not n.startswith("past_")]
+    say(", ".join(shapes))

@@ -34,6 +34,8 @@ def run(
     Example: quanttune export sst2-w8a8 --out sst2.onnx
 
     Example: quanttune export smollm2-w8a8 --out smollm2-w8a8/model.onnx --with-past
+
+    Example: quanttune export t5-w8a8 --out t5-onnx  (an encoder and a decoder: a folder)
     """
     options.one_of("--format", format, FORMATS)
     if format == COMPRESSED:

@@ -17,7 +17,7 @@ def run(
     context: typer.Context,
     settings: Settings,
     model: Annotated[str, typer.Argument(help="The folder that the file was made from.")],
-    onnx: Annotated[Path, typer.Option(help="A file of quanttune export.")],
+    onnx: Annotated[Path, typer.Option(help="A file, or folder, of quanttune export.")],
     metric: options.Metrics = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows, drawn by the seed.")] = None,
     tolerance: Annotated[

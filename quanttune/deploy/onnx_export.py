@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from ..quantization.saving.description import describe
 from ..quantization.saving.safetensors_file import KEY
-from . import past
 from .dimensions import Dynamic, names_of
 from .external_data import write
+from .parts import parts_of, traceable
 from .requirements import check_example, check_model, check_path, check_types
 from .tracing import BATCH, outputs_by_name, traced
 
@@ -52,7 +52,8 @@ def export_onnx(
         example_inputs: a batch of 2 samples or more, as `quantize` takes it: a tensor, a mapping
             (passed as keywords), or a tuple or list, whose first element is taken.
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
-            a file that is named after it and them (.onnx.<digest>.data), and replaced with it.
+            a file that is named after it and them (.onnx.<digest>.data), and replaced with it. Of
+            an encoder-decoder with_past it is a folder, which is made if there is none.
         act_dtype: type of the codes, of activations and of the weights that they meet. "uint8"
             (zero point 128) is for ONNX Runtime, whose products of two uint8 are exact on every
             processor: those of uint8 and int8 saturate on x86 without VNNI. "int8" (zero point 0)
@@ -66,30 +67,38 @@ def export_onnx(
             Optimum's files. The other inputs are input_ids, attention_mask of earlier and new
             tokens, and position_ids, if the model has any. A kept prefix is no part of the past.
 
+            An encoder-decoder's are two files in a folder. encoder_model.onnx takes what the model
+            reads, of tokens with attention_mask, and returns last_hidden_state.
+            decoder_model_merged.onnx takes input_ids, encoder_hidden_states, the tokens'
+            encoder_attention_mask and past_key_values.N.decoder.key and .value, .encoder.key and
+            .value: without any the first time, then what it returned as present.N.decoder.key and
+            so on. Keys and values of encoder_hidden_states are computed where the past has none.
+            The example holds decoder_input_ids.
+
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
             not fit, or the model's code fixes a dimension in all inputs, or with_past is not for
             such a model. OSError: the file cannot be written.
     """
     path = Path(path)
-    check_path(path)
     check_types(act_dtype, opset)
     check_model(model)
     if with_past and dynamic is not BATCH:
         raise ValueError(f"dynamic says nothing of a file with_past, got {dict(dynamic)}: leave it")
-    free: Dynamic = past.dimensions if with_past else dynamic
-    names = None
-    with ExitStack() as undo:
-        if with_past:
-            example = past.example(example_inputs, model)
-            names = list(example)
-            example_inputs = {past.identifier(name): x for name, x in example.items()}
-            undo.enter_context(past.with_past(model, names))
-        args, kwargs = check_example(example_inputs, free, model)
-        program = traced(model, args, kwargs, free, act_dtype)
-    onnx_model = _translated(program, act_dtype, opset, free, names)
-    onnx_model.metadata_props[KEY] = json.dumps(describe(model))
-    write(onnx_model, path)
+    parts = parts_of(model) if with_past else (None,)
+    check_path(path, is_folder=len(parts) > 1)
+    found: dict[Path, Any] = {}
+    for part in parts:
+        free = part.dimensions if part else dynamic
+        with traceable(model, example_inputs, part) as (example, names):
+            args, kwargs = check_example(example, free, model)
+            program = traced(model, args, kwargs, free, act_dtype)
+        file = path / part.file if part else path
+        found[file] = _translated(program, act_dtype, opset, free, names)
+    for file, onnx_model in found.items():
+        onnx_model.metadata_props[KEY] = json.dumps(describe(model))
+        file.parent.mkdir(exist_ok=True)
+        write(onnx_model, file)
 
 
 def _translated(

@@ -3,7 +3,7 @@
 A first call has none of them; a later one takes as its past what the call before returned.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter, Signature, signature
 from typing import Any
@@ -84,8 +84,9 @@ def following(
     call: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ids: Tensor
 ) -> dict[str, Tensor]:
     """Return the call behind another one, with token ids (rows, tokens) and what that returned."""
-    mask = torch.cat([call[MASK], torch.ones_like(ids)], 1)
-    found = {IDS: ids, MASK: mask}
+    found = {**call, IDS: ids}
+    if MASK in call:
+        found[MASK] = torch.cat([call[MASK], torch.ones_like(ids)], 1)
     if POSITIONS in call:
         steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         found[POSITIONS] = call[POSITIONS][:, -1:] + steps
@@ -100,14 +101,13 @@ def with_past(model: nn.Module, traced: Collection[str] = ()) -> Iterator[None]:
     Meanwhile its outputs are a dictionary of `logits` and the present keys and values. A prefix
     that it keeps is not among them.
 
-    traced: the names of what a trace calls it with, which takes them from its signature.
+    traced: as in `called_as`.
     """
     cache_name = _cache_argument(model)
     forward: Any = model.forward
 
-    def flat(**tensors: Tensor) -> dict[str, Tensor]:
-        tensors = {identifier(name): x for name, x in tensors.items()}
-        past = _pairs(tensors)
+    def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        past = pairs(tensors)
         _check_lengths(tensors, past)
         from transformers import DynamicCache
 
@@ -115,12 +115,25 @@ def with_past(model: nn.Module, traced: Collection[str] = ()) -> Iterator[None]:
         cache = DynamicCache(past)
         inputs = {name: tensors[name] for name in INPUTS if name in tensors}
         outputs = forward(**inputs, use_cache=True, return_dict=True, **{cache_name: cache})
-        presents = {
-            f"{PRESENT}{i}.{part}": tensor
-            for i, layer in enumerate(cache.layers)
-            for part, tensor in zip(PARTS, (layer.keys, layer.values), strict=True)
-        }
-        return {"logits": outputs.logits, **presents}
+        return {"logits": outputs.logits, **presents({"": cache})}
+
+    with called_as(model, flat, traced):
+        yield
+
+
+@contextmanager
+def called_as(
+    model: nn.Module,
+    forward: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    traced: Collection[str] = (),
+) -> Iterator[None]:
+    """Let a model compute something else from tensors by name.
+
+    traced: the names of what a trace calls it with, which takes them from its signature.
+    """
+
+    def flat(**tensors: Tensor) -> dict[str, Tensor]:
+        return forward({identifier(name): x for name, x in tensors.items()})
 
     if traced:  # not by **: of sizes that must be equal a program would hold guards without names
         arguments = [Parameter(identifier(x), Parameter.KEYWORD_ONLY) for x in traced]
@@ -156,23 +169,48 @@ def _cache_argument(model: nn.Module) -> str:
     return next(argument for argument in CACHES if argument in arguments)
 
 
-def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return the keys and values of each layer; none in a first call."""
-    past = identifier(PAST)
-    layers = sum(name.startswith(past) for name in tensors) // len(PARTS)
-    return [tuple(tensors[f"{past}{i}_{part}"] for part in PARTS) for i in range(layers)]
+def pairs(tensors: Mapping[str, Tensor], of: str = "") -> list[tuple[Tensor, ...]]:
+    """Return the keys and values of each layer; none in a first call.
+
+    tensors: by identifiers. of: what stands before the part in their names.
+    """
+    names = [identifier(f".{of}{part}") for part in PARTS]
+    layers = sum(x.startswith(identifier(PAST)) and x.endswith(names[0]) for x in tensors)
+    return [tuple(tensors[f"{identifier(PAST)}{i}{x}"] for x in names) for i in range(layers)]
+
+
+def presents(caches: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the keys and values of caches by name, layer by layer.
+
+    caches: by what stands before the part in the names.
+    """
+    layers = zip(*(cache.layers for cache in caches.values()), strict=True)
+    return {
+        f"{PRESENT}{i}.{of}{part}": getattr(layer, f"{part}s")
+        for i, of_layer in enumerate(layers)
+        for of, layer in zip(caches, of_layer, strict=True)
+        for part in PARTS
+    }
+
+
+def checked_length(past: list[tuple[Tensor, ...]], rows: int) -> int:
+    """Return of how many tokens keys and values are; refuse those that do not belong together.
+
+    A trace learns from it which sizes are one.
+    """
+    length = past[0][0].shape[2] if past else 0
+    for x in (x for pair in past for x in pair):
+        torch._check_value(x.shape[0] == rows, lambda: f"keys of {rows} rows wanted")
+        torch._check_value(x.shape[2] == length, lambda: f"keys of {length} tokens wanted")
+    return length
 
 
 def _check_lengths(tensors: Mapping[str, Tensor], past: list[tuple[Tensor, ...]]) -> None:
-    """Refuse tensors of lengths that do not belong together; a trace learns from it what do."""
+    """Refuse tensors of lengths that do not belong together."""
     rows, tokens = tensors[IDS].shape
-    length = past[0][0].shape[2] if past else 0
-    mask = tensors[MASK].shape
+    length, mask = checked_length(past, rows), tensors[MASK].shape
     torch._check_value(mask[0] == rows, lambda: f"{MASK} has {mask[0]} rows, {IDS} has {rows}")
     torch._check_value(
         mask[1] == length + tokens,
         lambda: f"{MASK} must be {length} + {tokens} long, got {mask[1]}",
     )
-    for x in (x for pair in past for x in pair):
-        torch._check_value(x.shape[0] == rows, lambda: f"keys of {rows} rows wanted")
-        torch._check_value(x.shape[2] == length, lambda: f"keys of {length} tokens wanted")

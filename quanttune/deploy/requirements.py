@@ -35,11 +35,13 @@ def check_example(
     return args, kwargs
 
 
-def check_path(path: Path) -> None:
-    """Refuse a path that no file can have."""
+def check_path(path: Path, is_folder: bool = False) -> None:
+    """Refuse a path that no file can have, or no folder of files."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
-    if path.is_dir():
+    if is_folder and (path.suffix == ".onnx" or (path.exists() and not path.is_dir())):
+        raise NotADirectoryError(f"path must be a folder, for two files, got the file {path}")
+    if path.is_dir() and not is_folder:
         raise IsADirectoryError(f"path must be a file, and {path} is a folder")
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch.nn import functional as F
 
 from ..deploy.compressed_tensors import export_compressed_tensors
+from ..deploy.encoder_decoder import has_two_parts
 from ..deploy.external_data import size_of
 from ..deploy.onnx_export import export_onnx
+from ..deploy.parts import part_files
 from ..deploy.past import prompt
 from ..deploy.tracing import BATCH
 from . import models
@@ -32,7 +35,8 @@ def export(
     """Write a quantized model to an ONNX file that takes any batch, and texts of any length.
 
     Of the settings the model and the task count. Inputs have the names that the model's tokenizer
-    or image processor gives them.
+    or image processor gives them. An encoder-decoder is written with_past, to a folder that also
+    gets its configuration and tokenizer.
 
     with_past: as in `export_onnx`.
 
@@ -40,15 +44,20 @@ def export(
         ValueError: the model is not quantized, or an argument does not fit.
     """
     source, model = load_calibrated(settings)
-    inputs = prompt(example(source), model) if with_past else example(source)
-    how: Any = {"with_past": True} if with_past else {"dynamic": dimensions(source)}
+    is_folder, inputs = has_two_parts(model), example(source)
+    if with_past and not is_folder:
+        inputs = prompt(inputs, model)
+    how: Any = {"with_past": True} if with_past or is_folder else {"dynamic": dimensions(source)}
     export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, **how)
+    if is_folder:
+        _save_others(source, model, out)
+    files = part_files(out).values() if is_folder else (out,)
     return {
         "out": str(out),
         "task": source.task,
         "model": source.origin,
         "inputs": {name: list(x.shape) for name, x in inputs.items()},
-        "bytes": size_of(out),
+        "bytes": sum(map(size_of, files)),
     }
 
 
@@ -60,6 +69,8 @@ def export_compressed(settings: Settings, out: Path) -> dict[str, Any]:
         FileExistsError: the folder holds something.
     """
     source, model = load_calibrated(settings)
+    if has_two_parts(model):
+        raise ValueError(f"{settings.model} has an encoder and a decoder: export it as onnx")
     export_compressed_tensors(model, out)
     models.load_processor(source.name, source.task).save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir())
@@ -73,12 +84,6 @@ def load_calibrated(settings: Settings) -> tuple[ModelSource, Any]:
         ValueError: it is not quantized.
     """
     source = find_model(settings)
-    if source.task == "text2text-generation":
-        raise ValueError(
-            f"{settings.model} has an encoder and a decoder, which no verb exports yet: "
-            "quanttune.deploy.onnx_export.export_onnx takes one call of the model with "
-            "decoder_input_ids"
-        )
     if not source.is_quantized:
         raise ValueError(f"{settings.model} is not quantized: make it so by quanttune calibrate")
     model: Any = source.load(settings.seed).cpu()
@@ -97,4 +102,17 @@ def example(source: ModelSource) -> dict[str, Any]:
         images = [Image.new("RGB", (64, 64))] * 2
         return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
     processor.pad_token = processor.pad_token or processor.eos_token
-    return dict(processor(list(TEXTS), padding=True, return_tensors="pt"))
+    rows = dict(processor(list(TEXTS), padding=True, return_tensors="pt"))
+    if source.task == "text2text-generation":
+        ids, start = rows["input_ids"], source.config.decoder_start_token_id
+        rows = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        rows["decoder_input_ids"] = F.pad(ids[:, :-1], (1, 0), value=start)
+    return rows
+
+
+def _save_others(source: ModelSource, model: Any, folder: Path) -> None:
+    """Write what else is read from a folder of files, such as by Optimum, where it is not there."""
+    parts = (model.config, model.generation_config, models.load_processor(source.name, source.task))
+    if folder.resolve() != Path(source.name).resolve():
+        for part in parts:
+            part.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deploy.encoder_decoder import has_two_parts
+from ..deploy.generation import computed_by
 from ..deploy.onnx_model import OnnxModel
 from ..deploy.past import positions
 from ..deploy.verification.result import Verification
@@ -33,7 +36,7 @@ def verify(
     progress: Progress = silent,
 ) -> tuple[Verification, dict[str, Any]]:
     """Compare a file with the quantized model of a folder: its layers on the first batch, and how
-    it is measured on all rows.
+    it is measured on all rows. Of an encoder-decoder the file is the folder of both.
 
     Without data the layers are compared on two rows that are made up, and nothing is measured.
 
@@ -59,29 +62,40 @@ def verify(
     inputs = load_dataset(settings, limit=limit, last_words=names[0] in LAST_WORDS)
     for line in inputs.said:
         say(line)
-    file = OnnxModel(onnx, threads=torch.get_num_threads())
+    taken = () if has_two_parts(model) else OnnxModel(onnx).inputs
 
     def batches(what: str) -> Iterator[dict[str, Tensor]]:
         rows = track(inputs.batches(settings, model), what, progress)
-        return (_completed(batch, file.inputs) for batch in rows)
+        return (_completed(batch, taken) for batch in rows)
 
     first = next(batches("comparing layers"))
     del first["labels"]
     found = verify_outputs(onnx, model, [first])
 
     def measured(name: str, which: Any) -> dict[str, float]:
-        return measure(names, which, batches(f"measuring {name}"))
+        return measure(names, which, batches(f"measuring {name}"), inputs.processor)
 
-    numbers = {
-        "simulation": measured("the simulation", model),
-        "file": measured("the file", lambda **batch: SimpleNamespace(**file(**batch))),
-    }
+    numbers = {"simulation": measured("the simulation", model)}
+    with _answering(onnx, model) as file:
+        numbers["file"] = measured("the file", file)
     with perturbed(model, settings.seed, found.layers):
         numbers["noise"] = measured("the simulation with noise", model)
     found = replace(found, problems=(*found.problems, *too_far(numbers, tolerance)))
     seconds = round(time.monotonic() - began, 1)
     facts |= {"rows": len(inputs.rows), **inputs.facts, "measured": numbers, "seconds": seconds}
     return found, {**facts, **found.as_dict()}
+
+
+@contextmanager
+def _answering(onnx: Path, model: Any) -> Iterator[Any]:
+    """Yield what answers as a file does where the model would."""
+    threads = torch.get_num_threads()
+    if has_two_parts(model):
+        with computed_by(onnx, model, threads):
+            yield model
+    else:
+        file = OnnxModel(onnx, threads=threads)
+        yield lambda **batch: SimpleNamespace(**file(**batch))
 
 
 def _completed(batch: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """What `verify` finds, as data and as text."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any
 
 from .agreement import Distance, Layer
@@ -42,6 +43,17 @@ class Verification:
 
     def __str__(self) -> str:
         return table(self)
+
+
+def joined(parts: Sequence[Verification]) -> Verification:
+    """Return what was found of several files of one model as of one."""
+
+    def all_of(name: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(chain.from_iterable(getattr(part, name) for part in parts)))
+
+    names = [field.name for field in fields(Verification) if field.name != "model"]
+    found: dict[str, Any] = {name: all_of(name) for name in names}
+    return Verification(model=parts[0].model, **found)
 
 
 def table(found: Verification) -> str:

@@ -1,30 +1,41 @@
-"""The calls of a decoder that a file with keys and values is compared by."""
+"""The calls that a file with keys and values is compared by, and those of an encoder."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...quantization.prefixes.kept_prefix import prefix_length
-from ..past import IDS, MASK, PRESENT, following, prompt
+from ..encoder_decoder import CROSS, STATES, STATES_MASK, decoder_call, encoder_call
+from ..parts import DECODER, ENCODER, Part
+from ..past import IDS, MASK, PAST, PRESENT, following, prompt
 
 STEPS = 8  # of one token each
 PRESENTS = "keys and values"  # of all layers
+_LONGEST = ("max_position_embeddings", "max_target_positions")  # what configurations call it
+Call = dict[str, Tensor]
 
 
-def stepwise(model: nn.Module, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+def calls_of(part: Part, model: nn.Module, data: Iterable[Any]) -> Iterator[Call]:
+    """Yield what a file and the model, which computes what is in it, are both called with."""
+    if part is ENCODER:
+        return (encoder_call(batch, model) for batch in data)
+    return _stepwise(model, data, decoder_call if part is DECODER else prompt)
+
+
+def _stepwise(
+    model: nn.Module, data: Iterable[Any], first_call: Callable[[Any, nn.Module], Call]
+) -> Iterator[Call]:
     """Yield the calls of each batch: one with a past of half the tokens, then as in generation.
 
-    The keys and values, and the tokens that are added, are those of the model.
+    Of an encoder's tokens, too, the past has half the keys. The keys and values, and the tokens
+    that are added, are those of the model.
     """
     for batch in data:
-        call = prompt(batch, model)
-        half = call[IDS].shape[1] // 2
-        if half:
-            first = {name: x[:, :half] for name, x in call.items()}
-            later = following(first, model(**first), call[IDS][:, half:])
-            yield {**later, MASK: call[MASK], **{n: call[n][:, half:] for n in call if n != MASK}}
+        call = first_call(batch, model)
+        if half := call[IDS].shape[1] // 2:
+            yield _second_half(model, call, half)
         yield call
         for _ in range(_room(model, call)):
             outputs = model(**call)
@@ -32,18 +43,38 @@ def stepwise(model: nn.Module, data: Iterable[Any]) -> Iterator[dict[str, Tensor
             yield call
 
 
+def _second_half(model: nn.Module, call: Call, half: int) -> Call:
+    of_encoder = {name: call[name] for name in (STATES, STATES_MASK) if name in call}
+    own = {name: x for name, x in call.items() if name not in of_encoder}
+    outputs = model(**{name: x[:, :half] for name, x in own.items()}, **of_encoder)
+    later = {name: x if name == MASK else x[:, half:] for name, x in own.items()}
+    past = following(call, outputs, later[IDS])
+    for name in past:
+        if name.startswith(PAST) and CROSS in name:
+            past[name] = past[name][:, :, : past[name].shape[2] // 2]
+    return {**past, **later}
+
+
 def compared(call: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the logits of tokens that are no padding, and the keys and values of all as one."""
-    tokens = call[MASK].bool()
-    presents = [x for name, x in outputs.items() if name.startswith(PRESENT)]
-    kept = torch.cat([x.transpose(1, 2)[tokens].flatten() for x in presents])
-    others = {name: x for name, x in outputs.items() if not name.startswith(PRESENT)}
-    logits = outputs["logits"][tokens[:, -call[IDS].shape[1] :]]
-    return {**others, "logits": logits, PRESENTS: kept}
+
+    def kept(x: Tensor, mask: Tensor | None) -> Tensor:
+        return x.flatten(0, 1) if mask is None else x[mask.bool()]
+
+    tokens = call.get(MASK)
+    presents = {name: x.transpose(1, 2) for name, x in outputs.items() if name.startswith(PRESENT)}
+    masks = {name: call.get(STATES_MASK) if CROSS in name else tokens for name in presents}
+    new = tokens if tokens is None else tokens[:, -call[IDS].shape[1] :]
+    return {
+        **{name: x for name, x in outputs.items() if name not in presents},
+        "logits": kept(outputs["logits"], new),
+        PRESENTS: torch.cat([kept(x, masks[name]).flatten() for name, x in presents.items()]),
+    }
 
 
-def _room(model: nn.Module, call: dict[str, Tensor]) -> int:
+def _room(model: nn.Module, call: Call) -> int:
     """Return how many tokens to add: a few, or as many as the model takes."""
-    config: Any = model.config
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", 1 << 30)
-    return max(0, min(STEPS, longest - prefix_length(model) - call[MASK].shape[1]))
+    of_model: Any = model.config
+    config = of_model.get_text_config(decoder=True)
+    longest = min(getattr(config, name, None) or 1 << 30 for name in _LONGEST)
+    return max(0, min(STEPS, longest - prefix_length(model) - call.get(MASK, call[IDS]).shape[1]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from ...quantization.running import evaluating
 from ..caches import without_caches
+from ..encoder_decoder import has_two_parts
 from ..onnx_model import read
-from ..past import has_past, with_past
+from ..parts import DECODER_ONLY, Part, part_files
+from ..past import has_past
 from ..requirements import check_model
 from .identity import check_description
-from .result import Verification
-from .steps import stepwise
+from .result import Verification, joined
+from .steps import calls_of
 
 
 def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verification:
@@ -32,6 +35,9 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     simulation's greedy ones. Its keys and values are those of the simulation. What is said of the
     logits' argmax is the share of tokens, without padding, behind which the file chooses the same.
 
+    Of an encoder-decoder's folder the encoder's file is compared first. The decoder's gets the
+    simulation's states, and is called in the same way; the past has half of their keys at first.
+
     Args:
         path: what `export_onnx` wrote.
         model: what was exported, or the same one loaded again.
@@ -45,12 +51,28 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
     """
     path = Path(path)
     check_model(model)
+    if path.is_dir() and has_two_parts(model):
+        copies = tee(data, 2)
+        files = part_files(path).items()
+        found = [_verify(file, model, one, p) for (p, file), one in zip(files, copies, strict=True)]
+        return joined(found)
+    return _verify(path, model, data)
+
+
+def _verify(
+    path: Path, model: nn.Module, data: Iterable[Any], part: Part | None = None
+) -> Verification:
+    """Verify one file; part: which of several of the model, else what its inputs tell."""
     file = read(path)
     check_description(model, file, path)
+    if part is None and has_past([value.name for value in file.graph.input]):
+        if has_two_parts(model):
+            raise ValueError(f"{path} is one of two files: give their folder")
+        part = DECODER_ONLY
     from .comparison import compare  # needs onnx
 
     with evaluating(model), without_caches(model), torch.no_grad(), ExitStack() as undo:
-        if has_past([value.name for value in file.graph.input]):
-            undo.enter_context(with_past(model))
-            data = stepwise(model, data)
+        if part:
+            undo.enter_context(part.called(model))
+            data = calls_of(part, model, data)
         return Verification(type(model).__name__, **compare(path, file, model, data))
