@@ -225,6 +225,21 @@ def test_equalizations_are_given_the_float_model_and_roundings_the_calibrated_on
     assert describe(model)["scheme"]["methods"] == ["early", "early", "late"]
 
 
+@pytest.mark.parametrize("method", [*ROUNDINGS, GPTQ(hessian="fisher")])
+def test_a_layer_whose_input_stays_float_is_rounded_as_behind_a_very_fine_grid(method):
+    example, data = prepared("vit")
+    inputs = "blocks.*.mlp.fc2.input_quantizer"
+    found, fine = (
+        rounded(example.model, data, method, overrides={inputs: kept})
+        for kept in (None, {"bits": 16})
+    )
+    for name, weight in found.named_parameters():
+        if name.endswith("mlp.fc2.weight"):
+            assert not torch.equal(weight, example.model.get_parameter(name))
+        near = torch.isclose(weight, fine.get_parameter(name), rtol=1e-2, atol=1e-4)
+        assert near.float().mean() > 0.95, name
+
+
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...running import Data, evaluating, in_float, main_output
 from ...token_mask import counting, inside
-from .layers import Layer
+from .layers import Layer, rounded_input
 
 Call = tuple[nn.Module, Tensor, Tensor]  # of a layer, what it multiplies and what it returns
 
@@ -77,7 +77,7 @@ def _calls_of(layers: Iterable[Layer]) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def see(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        calls.append((module, module.input_quantizer.round(args[0].detach()), output))
+        calls.append((module, rounded_input(module, args[0].detach()), output))
         return output.clone()  # which may be changed in place
 
     with ExitStack() as undo:

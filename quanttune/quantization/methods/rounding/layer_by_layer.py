@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ....progress import track
 from ...running import Data, evaluating, forward_batches
 from ...stepped_forward import NoThread, SteppedForward
+from .layers import rounded_input
 from .moments import Group, Means, Moments, Sums, sums_of, watching
 
 
@@ -68,5 +69,5 @@ class _Walk:
     def see(self, module: Any, x: Tensor) -> None:
         """Stop the forward that is under way; a hook of leaders."""
         if module is self._leader:
-            self._sums.add(x, module.input_quantizer.round(x))
+            self._sums.add(x, rounded_input(module, x))
         self._running.wait_at(module)

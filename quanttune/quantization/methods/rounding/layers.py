@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....fake_quantizer import fake_quant, integer_range
 from ...modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule, holds
-from ...quantizer import WeightQuantizer
+from ...quantizer import ActivationQuantizer, WeightQuantizer
 from ...state import weight_quantizers
 
 
@@ -73,6 +73,12 @@ class Layer:
     def _swap(self, weight: Tensor) -> Tensor:
         """Turn a weight into rows, or rows into a weight."""
         return weight.movedim(self.module.output_axis, 0)
+
+
+def rounded_input(module: Any, x: Tensor) -> Tensor:
+    """Return what a layer multiplies: its rounded input, or the input where that stays float."""
+    quantizer = module.input_quantizer
+    return quantizer.round(x) if isinstance(quantizer, ActivationQuantizer) else x
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...quantizer import ActivationQuantizer
 from ...running import Data, StopForward, forward_batches
 from ...token_mask import without_padding
-from .layers import Layer, layers_of
+from .layers import Layer, layers_of, rounded_input
 
 Item = TypeVar("Item", "Group", Layer)
 Sums = TypeVar("Sums", "Means", "Moments")
@@ -137,7 +137,7 @@ def sums_of(
 
     def see(module: Any, x: Tensor) -> None:
         nonlocal remaining
-        sums[module].add(x, module.input_quantizer.round(x))
+        sums[module].add(x, rounded_input(module, x))
         remaining -= 1
         if remaining == 0:
             raise StopForward
