@@ -1,7 +1,7 @@
 """Outlier-driven fine-tuning that makes Transformers ready for plain integer quantization.
 
 observe (kernels) -> refit -> tune (loss, schedule) -> quantize (calibrate, simulate) -> analyze
--> export (ONNX) -> verify
+-> export (ONNX) -> verify; auto chooses among what needs no training
 """
 
 # torch first: the C++ kernels run on the OpenMP threads that it loads
@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401
 
 from . import fused_observer as fused_observer
 from . import reference as reference
+from .choosing.auto import auto as auto
 from .deploy.compressed_tensors import (
     export_compressed_tensors as export_compressed_tensors,
 )

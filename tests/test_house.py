@@ -9,7 +9,7 @@ from importlib.util import resolve_name
 import pytest
 from conftest import ROOT
 
-FLOORS = 9
+FLOORS = 10
 
 
 def module_of(path):
