@@ -28,7 +28,7 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fewer_digits(short_digits, monkeypatch):
-    monkeypatch.setattr(short_digits, "calibration", lambda job: [job._images["tuning"][:20]])
+    monkeypatch.setattr(short_digits, "calibration", lambda job: [job.images["tuning"][:20]])
 
 
 def drawings(page: str) -> list[str]:

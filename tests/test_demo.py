@@ -158,10 +158,10 @@ def test_the_rival_rounds_weights_per_channel_and_inputs_by_their_own_range():
 
 def test_digits_splits_are_disjoint_and_seeds_differ(short_digits):
     first, second = Digits(0), Digits(1)
-    parts = [part.flatten(1) for part in first._images.values()]
+    parts = [part.flatten(1) for part in first.images.values()]
     assert [len(part) for part in parts] == [1547, 150, 100]
     assert sum(len(part) for part in parts) == 1797
-    assert not torch.equal(first._images["test"], second._images["test"])
+    assert not torch.equal(first.images["test"], second.images["test"])
     with pytest.raises(ValueError, match="the digits demo makes its own model"):
         Digits(0, model="x")
     with pytest.raises(ValueError, match="the digits demo measures on 100 rows"):
@@ -195,21 +195,21 @@ def test_minilm_recipe_on_another_model(tiny_encoder, monkeypatch):
     arms = {arm.name: arm for arm in job.arms}
     base = job.prepare(arms["base"], lambda: None)
     assert job.evaluate(base) == pytest.approx(1, abs=1e-6)
-    assert len(job._rows.test) == 512
+    assert len(job.rows.test) == 512
     tuned = job.prepare(arms["paper"], lambda: None)
     assert job.evaluate(tuned) < 1 - 1e-6
     # the base is the teacher: no arm may have changed it, and the table of words is frozen
     assert job.evaluate(job.prepare(arms["base"], lambda: None)) == pytest.approx(1, abs=1e-6)
     assert torch.equal(base.get_input_embeddings().weight, tuned.get_input_embeddings().weight)
     untrained = job.prepare(Arm("refit", "no training", refit=0.2), lambda: None)
-    rows = [{"input_ids": ids} for ids in job._rows.tuning[:256].split(16)]
+    rows = [{"input_ids": ids} for ids in job.rows.tuning[:256].split(16)]
     by_hand = refit(job.prepare(arms["base"], lambda: None), rows, tolerance=0.2)
     assert_same_bits(untrained.state_dict(), by_hand.state_dict())
     assert not torch.equal(
         untrained.encoder.layer[0].output.dense.weight, base.encoder.layer[0].output.dense.weight
     )
     fewer = MiniLM(0, model=tiny_encoder, test_rows=100)
-    assert torch.equal(fewer._rows.test, job._rows.test[:100])
+    assert torch.equal(fewer.rows.test, job.rows.test[:100])
     assert fewer.caveats[-1] == "100 test rows of 512."
     with pytest.raises(ValueError, match="test rows must be 1 to 512, got 513"):
         MiniLM(0, model=tiny_encoder, test_rows=513)

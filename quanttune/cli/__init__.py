@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from . import (
     analyze,
+    auto,
     bench,
     calibrate,
     demo,
@@ -42,6 +43,7 @@ app.command("evaluate")(evaluate.run)
 app.command("export")(export.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)
+app.command("auto")(auto.run)
 app.command("analyze")(analyze.run)
 app.command("report")(report.run)
 app.command("doctor")(doctor.run)

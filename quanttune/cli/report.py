@@ -10,7 +10,8 @@ from .terminal import say, writable
 
 def run(
     results: Annotated[
-        list[Path], typer.Argument(help="results.json of demos, analysis.json of analyses.")
+        list[Path],
+        typer.Argument(help="results.json of demos, analysis.json of analyses, auto.json."),
     ],
     out: Annotated[Path, typer.Option(help="The page.", callback=writable)] = Path("report.html"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all; stop.")] = False,

@@ -1,14 +1,9 @@
 """`quanttune tune`."""
 
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +14,7 @@ from ..tuning import schedule
 from ..tuning.attach import BALANCES
 from ..tuning.finishing import BITS
 from . import options
+from .stopping import stopping
 from .terminal import (
     Json,
     is_first_process,
@@ -169,39 +165,6 @@ def _say_how_to_go_on(out: Path, resume: bool) -> None:
     newest = any(out.glob("checkpoint-*/complete.json"))
     place = "the newest checkpoint" if newest else "the start"
     say(f"interrupted. To go on from {place}: {shlex.join(again)}")
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], None]]:
-    """Let the first Ctrl-C end a step before it ends the run; yield what ends it between steps.
-
-    In the middle of one it may hit a place whose exceptions Python only prints, such as a weak
-    reference's callback. The second acts at once, as does one before the first step.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = signal.getsignal(signal.SIGINT)
-    asked = stepping = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
-        say("this step is the last; Ctrl-C again stops at once")
-
-    def stop() -> None:
-        nonlocal stepping
-        if asked:
-            raise KeyboardInterrupt
-        if not stepping:
-            signal.signal(signal.SIGINT, ask)
-        stepping = True
-
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _fields(texts: list[str]) -> dict[str, str]:

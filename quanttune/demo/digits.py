@@ -54,25 +54,25 @@ class Digits:
         images, labels = _load(seed)
         sizes = [len(images) - TEST - VALIDATION, VALIDATION, TEST]
         names = ("tuning", "validation", "test")
-        self._images = dict(zip(names, images.split(sizes), strict=True))
-        self._labels = dict(zip(names, labels.split(sizes), strict=True))
+        self.images = dict(zip(names, images.split(sizes), strict=True))
+        self.labels = dict(zip(names, labels.split(sizes), strict=True))
         self._base = self._train_base()
 
     def prepare(self, arm: Arm, on_step: Callable[[], None]) -> nn.Module:
         model = copy.deepcopy(self._base)
         if arm.refit:
-            refit(model, list(self._images["tuning"].split(BATCH)), tolerance=arm.refit)
+            refit(model, list(self.images["tuning"].split(BATCH)), tolerance=arm.refit)
         if not arm.learning_rate:
             return model
         return self._train(model, arm, self.steps, self._seed + 100, on_step=on_step)
 
     def calibration(self) -> list[Any]:
-        return list(self._images["tuning"][:500].split(50))
+        return list(self.images["tuning"][:500].split(50))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str = "test") -> float:
-        logits = model.eval()(self._images[split])
-        return 100 * (logits.argmax(1) == self._labels[split]).float().mean().item()
+        logits = model.eval()(self.images[split])
+        return 100 * (logits.argmax(1) == self.labels[split]).float().mean().item()
 
     def _train_base(self) -> nn.Module:
         torch.manual_seed(self._seed)
@@ -93,7 +93,7 @@ class Digits:
         on_step: Callable[[], None] = lambda: None,
     ) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
-        images, labels = self._images["tuning"], self._labels["tuning"]
+        images, labels = self.images["tuning"], self.labels["tuning"]
         per_epoch = len(images) // BATCH
         epochs = -(-steps // per_epoch)
         order = [torch.randperm(len(images), generator=generator) for _ in range(epochs)]

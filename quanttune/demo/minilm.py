@@ -62,13 +62,13 @@ class MiniLM:
         if not 0 < test_rows <= TEST_ROWS:
             raise ValueError(f"test rows must be 1 to {TEST_ROWS}, got {test_rows}")
         self._teacher, rows = _load(model or packaged_model())
-        self._rows = replace(rows, test=rows.test[:test_rows])
+        self.rows = replace(rows, test=rows.test[:test_rows])
         self.caveats = (*self.caveats, f"{test_rows} test rows of {TEST_ROWS}.")
         generator = torch.Generator().manual_seed(seed)
-        count = len(self._rows.tuning)
+        count = len(self.rows.tuning)
         self._order = torch.randint(count, (self.steps, BATCH), generator=generator)
         picks = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-        self._calibration = self._rows.tuning[picks[:CALIBRATION_ROWS]]
+        self._calibration = self.rows.tuning[picks[:CALIBRATION_ROWS]]
         self._refits: dict[float, nn.Module] = {}
         self._targets: dict[int, Tensor] = {}
         self._embeddings: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ class MiniLM:
 
     def _refitted(self, tolerance: float) -> nn.Module:
         if tolerance not in self._refits:  # the arms of a seed begin with the same model
-            rows = self._rows.tuning[: self.refit_rows].split(BATCH)
+            rows = self.rows.tuning[: self.refit_rows].split(BATCH)
             data = [{"input_ids": ids} for ids in rows]
             model = copy.deepcopy(self._teacher)
             self._refits[tolerance] = refit(model, data, tolerance=tolerance)
@@ -91,14 +91,14 @@ class MiniLM:
         return [{"input_ids": rows} for rows in self._calibration.split(32)]
 
     def evaluate(self, model: nn.Module, split: str = "test") -> float:
-        rows = getattr(self._rows, split)
+        rows = getattr(self.rows, split)
         if split not in self._embeddings:
             self._embeddings[split] = self._embed(self._teacher, rows)
         embeddings = self._embed(model.eval(), rows)
         return F.cosine_similarity(embeddings, self._embeddings[split]).mean().item()
 
     def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
-        ids = self._rows.tuning[self._order[step]]
+        ids = self.rows.tuning[self._order[step]]
         if step not in self._targets:  # the arms of a seed see the same batches
             with torch.no_grad():
                 self._targets[step] = self._teacher(input_ids=ids).last_hidden_state

@@ -60,6 +60,7 @@ def load_dataset(
     *,
     new_head: bool = False,
     limit: int | None = None,
+    part: tuple[float, float] | None = None,
     last_words: bool = False,
 ) -> Dataset:
     """Read the data of a run and make them inputs of its model, which is not loaded yet.
@@ -67,6 +68,7 @@ def load_dataset(
     Args:
         new_head: whether labels that the model does not know get it a new head.
         limit: take so many rows, drawn by `settings.seed`.
+        part: take those from one share of all to another, in the order that it draws.
         last_words: for generation, a row for the last word of each text.
 
     Raises:
@@ -90,6 +92,9 @@ def load_dataset(
             )
         found = _classes(config, task, labels, new_head, said)
         classes = dict(zip(labels.values, found, strict=True))
+    if part:
+        ends = (round(share * len(rows)) for share in part)
+        rows = rows.shuffle(settings.seed).select(range(*ends))
     rows = drawn(rows, limit, settings.seed)
     processor, tokens = models.load_processor(name, task), settings.tokens
     if task != "image-classification" and (most := models.longest(config, processor)) < tokens:

@@ -106,11 +106,13 @@ class Metric:
         keep: takes a model and a batch; returns two tensors, or lists of tokens, that are joined
             over the batches.
         score: makes the number of both; of tokens it gets the texts.
+        less_is_better: what the number means.
     """
 
     kind: str
     keep: Callable[[nn.Module, dict[str, Tensor]], Kept]
     score: Callable[[Any, Any], float]
+    less_is_better: bool = False
 
 
 # The first of a kind is measured where none is named. All are times 100, but for perplexity.
@@ -118,12 +120,12 @@ METRICS = {
     "accuracy": Metric("classification", _labels, _accuracy),
     "f1": Metric("classification", _labels, _f1),
     "matthews_correlation": Metric("classification", _labels, _matthews),
-    "perplexity": Metric("generation", _losses, _perplexity),
+    "perplexity": Metric("generation", _losses, _perplexity, less_is_better=True),
     "last_word": Metric("generation", _last_words, _last_word),
     "last_token": Metric("generation", _last_words, _last_token),
     "exact_match": Metric("text2text", _texts, _exact_match),
     "bleu": Metric("text2text", _texts, _bleu),
-    "word_error_rate": Metric("text2text", _texts, _word_error_rate),
+    "word_error_rate": Metric("text2text", _texts, _word_error_rate, less_is_better=True),
 }
 LAST_WORDS = frozenset(name for name, metric in METRICS.items() if metric.keep is _last_words)
 

@@ -66,7 +66,7 @@ def verify(
 
     def batches(what: str) -> Iterator[dict[str, Tensor]]:
         rows = track(inputs.batches(settings, model), what, progress)
-        return (_completed(batch, taken) for batch in rows)
+        return (completed(batch, taken) for batch in rows)
 
     first = next(batches("comparing layers"))
     del first["labels"]
@@ -98,7 +98,7 @@ def _answering(onnx: Path, model: Any) -> Iterator[Any]:
         yield lambda **batch: SimpleNamespace(**file(**batch))
 
 
-def _completed(batch: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+def completed(batch: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Add what a file takes and rows of joined texts lack: all their tokens count, as of one."""
     ids = batch.get("input_ids")
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):

@@ -196,6 +196,57 @@ def draw_sensitivity(sites: Sequence[Mapping[str, Any]], names: Mapping[str, str
     return figure
 
 
+def draw_steps(steps: Sequence[Mapping[str, Any]], metric: str, float_value: float) -> Figure:
+    """Draw what each step of a choice bought: bars from one value to the next.
+
+    steps: each with its "recipe" and "value"; the first bar shows the first value as a line.
+    """
+    figure, axes = _figure(0.9 + 0.3 * len(steps))
+    values = [step["value"] for step in steps]
+    before = [values[0], *values[:-1]]
+    axes.barh(
+        range(len(steps)),
+        [value - last for value, last in zip(values, before, strict=True)],
+        left=before,
+        color=BLUE,
+        height=0.6,
+    )
+    axes.plot(values, range(len(steps)), "k|", markersize=12)
+    axes.axvline(float_value, color="black", linestyle=":", label="float model")
+    axes.set_yticks(range(len(steps)), [step["recipe"] for step in steps], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    _legend(figure, axes)
+    return figure
+
+
+def draw_trials(trials: Sequence[Mapping[str, Any]], metric: str, float_value: float) -> Figure:
+    """Draw candidates over the seconds until they were done, hollow where not on all rows.
+
+    trials: each with "value" (None: not measured), "parts" of the rows, "seconds".
+    """
+    figure, axes = _figure(3.2)
+    ends = np.cumsum([trial["seconds"] for trial in trials])
+    most = max(trial["parts"] for trial in trials)
+    for all_rows, face in ((True, BLUE), (False, "none")):
+        points = [
+            (end, trial["value"])
+            for end, trial in zip(ends, trials, strict=True)
+            if trial["value"] is not None and (trial["parts"] == most) == all_rows
+        ]
+        label = "on all rows" if all_rows else "left early"
+        axes.scatter(*zip(*points, strict=True) if points else ((), ()), label=label,
+                     facecolors=face, edgecolors=BLUE)  # fmt: skip
+    axes.axhline(float_value, color="black", linestyle=":", label="float model")
+    values = [trial["value"] for trial in trials if trial["value"]]
+    if min(values, default=0) > 0 and max(values) > 10 * min(values):
+        _scale(axes)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel(metric)
+    _legend(figure, axes)
+    return figure
+
+
 def short_site(site: str) -> str:
     """Shorten encoder.layer.3.output.dense.input to 3.output.dense.input."""
     return ".".join(dropwhile(_DULL.__contains__, site.split(".")))

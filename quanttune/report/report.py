@@ -7,6 +7,7 @@ from typing import Any
 
 from ..files import write_json, write_text
 from .analysis_sections import analysis_sections
+from .auto_sections import auto_sections
 from .demo_sections import demo_sections, mean_ranges
 from .page import Section, render
 from .plots import draw_ranges
@@ -32,13 +33,13 @@ def write_report(data: Mapping[str, Any], folder: Path, name: str) -> list[Path]
 
 
 def build(files: Sequence[Mapping[str, Any]]) -> str:
-    """Return one page for what demos and analyses have written, in the order given.
+    """Return one page for what demos, analyses and choices have written, in the order given.
 
     Raises:
-        ValueError: a file holds neither.
+        ValueError: a file holds none of them.
     """
     parts = [_sections(data) for data in files]
-    names = [data.get("task") or data["analysis"] for data in files]
+    names = [next(data[name] for name in _NAMES if name in data) for data in files]
     title = f"quanttune: {', '.join(dict.fromkeys(names))}"
     return render(title, [section for sections in parts for section in sections])
 
@@ -56,7 +57,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _sections(data: Mapping[str, Any]) -> list[Section]:
-    return demo_sections(data) if _kind(data) == "demo" else analysis_sections(data)
+    return _SECTIONS[_kind(data)](data)
 
 
 def _kind(data: Any) -> str:
@@ -64,10 +65,13 @@ def _kind(data: Any) -> str:
         for kind, keys in _KEYS.items():
             if keys <= data.keys():
                 return kind
-    raise ValueError("wanted results.json of a demo, or analysis.json of an analysis")
+    raise ValueError("wanted results.json of a demo, analysis.json of an analysis, or auto.json")
 
 
 _KEYS = {
     "demo": {"task", "metric", "caveats", "recipe", "environment", "seconds", "rows", "ranges"},
     "analysis": {"analysis", "metric", "sweep", "calibrators", "models", "sites", "errors"},
+    "auto": {"auto", "target", "metric", "values", "verdict", "file", "recipe", "steps", "tried"},
 }
+_SECTIONS = {"demo": demo_sections, "analysis": analysis_sections, "auto": auto_sections}
+_NAMES = ("task", "analysis", "auto")  # of a file's subject
