@@ -5,9 +5,8 @@ python -m benchmarks.accuracy.auto digits --only onnx-npu --to-the-end --out DIR
 
 A seed draws which of the held-out rows are for the choice and which for the test: for seed 0 those
 of the demo. Of digits it also trains the model anew, and of smollm2 it draws the calibration rows.
-The search ends when a drop of 1% is met, with --to-the-end when nothing improves; after 20 minutes,
-those of the command line, in any case. No tensor is left in float. A run that was interrupted goes
-on where it stopped.
+The search ends when a drop of 1% is met, with --to-the-end when nothing improves; after --minutes
+in any case. No tensor is left in float. A run that was interrupted goes on where it stopped.
 """
 
 import json
@@ -33,7 +32,6 @@ from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.report.results_table import LESS_IS_BETTER
 
-MINUTES = 20.0
 DROP = "1%"
 REFIT_ROWS = 640  # of minilm; smollm2's are its demo's
 TOLD = {"onnx-cpu": "sums in float, zero points", "onnx-npu": "everything, symmetric"}
@@ -114,6 +112,7 @@ def main() -> None:
     parser = arguments.of_task(__doc__, JOBS)
     parser.add_argument("--only", action="append", choices=TOLD, help="a target; repeat it")
     parser.add_argument("--to-the-end", action="store_true", help="do not stop at the drop")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for each search")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
     path = options.out / f"auto-{options.task}.json"
@@ -124,14 +123,18 @@ def main() -> None:
             facts = {"seed": seed, "target": name, "to_the_end": options.to_the_end}
             if any(facts.items() <= row.items() for row in results["rows"]):
                 continue
-            row = facts | {"commit": commit()} | _row(JOBS[options.task](seed), **facts)
+            row = (
+                facts
+                | {"commit": commit()}
+                | _row(JOBS[options.task](seed), options.minutes, **facts)
+            )
             results |= {"metric": row.pop("metric")}
             results["rows"].append(row)
             write_json(path, results)
             print({name: value for name, value in row.items() if name != "tried"}, flush=True)
 
 
-def _row(job: Job, seed: int, target: str, to_the_end: bool) -> dict[str, Any]:
+def _row(job: Job, minutes: float, seed: int, target: str, to_the_end: bool) -> dict[str, Any]:
     validation, test = job.split(seed)
     less = job.metric in LESS_IS_BETTER
     began = time.monotonic()
@@ -149,7 +152,7 @@ def _row(job: Job, seed: int, target: str, to_the_end: bool) -> dict[str, Any]:
         rows=len(validation),
         drop=None if to_the_end else DROP,
         less_is_better=less,
-        minutes=MINUTES,
+        minutes=minutes,
         tell=tell,
     )
     seconds = time.monotonic() - began

@@ -110,7 +110,8 @@ def auto(
         ValueError: an argument does not fit, the model is quantized or cannot be in the plainest
             way, or there was no time for one candidate.
     """
-    chosen, parts, batches = target_of(target), parts_of(rows), list(data)
+    chosen = target_of(target, (widths or {}).get("bits", 8))
+    parts, batches = parts_of(rows), list(data)
     refuse_quantized(model)
     clock = Clock(60 * minutes)
 

@@ -20,12 +20,14 @@ class Target:
         format: of the file, "onnx" or "torch".
         export: arguments of `export_onnx` or `export_torch`.
         spares: whether tensors that hurt may stay in float, where nothing else helps.
+        bits: widths of activations that it takes; any by default.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
     format: str = "onnx"
     export: Mapping[str, Any] = field(default_factory=dict)
     spares: bool = True
+    bits: tuple[int, ...] = ()
 
     @property
     def calibrators(self) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "onnx-npu": Target(_EVERYTHING, export={"act_dtype": "int8"}),
         "openvino": Target({**_LINEAR, "symmetric": True}, export={"act_dtype": "int8"}),
         # XNNPACK multiplies integers only where the product is rounded too, and refuses the rest
-        "executorch": Target(_EVERYTHING, "torch", {"target": "executorch"}, spares=False),
+        "executorch": Target(_EVERYTHING, "torch", {"target": "executorch"}, False, bits=(8,)),
         # oneDNN's kernels by torch.compile: attention's products stay in float
         "torch": Target(
             {"coverage": "linear_inputs", "weights": "channel", "symmetric": True},
@@ -57,14 +59,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
-def target_of(target: str | Target) -> Target:
+def target_of(target: str | Target, bits: int = 8) -> Target:
     """Return a target by its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it does not take activations of so many bits.
     """
-    if isinstance(target, Target):
-        return target
-    if target not in TARGETS:
+    if not isinstance(target, Target) and target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    return TARGETS[target]
+    found = target if isinstance(target, Target) else TARGETS[target]
+    if found.bits and bits not in found.bits:
+        takes = " or ".join(map(str, found.bits))
+        raise ValueError(f"{target} takes activations of {takes} bits, got {bits}")
+    return found

@@ -153,7 +153,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
     verdict, file = found["verdict"], found["file"]
     for line in verdict["words"]:
         say(line)
-    say(f"{out}: model, {file['file']} ({file['bytes'] / 1e6:.1f} MB), recipe.json, report.html")
+    size = f"{file['file']} ({file['bytes'] / 1e6:.1f} MB), " if file["bytes"] else ""
+    say(f"{out}: model, {size}recipe.json, report.html")
     if file["problems"]:
         say(f"{file['file']} fails: {file['problems'][0]}")
         raise typer.Exit(1)

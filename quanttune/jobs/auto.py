@@ -52,7 +52,7 @@ def auto(
     Raises:
         ValueError: an argument, the data or the folder does not fit; it says what would.
     """
-    target, folder = target_of(request.target), RunFolder(out)
+    target, folder = target_of(request.target, request.bits), RunFolder(out)
     config = {"settings": settings.as_json(), "request": asdict(request)}
     folder.check(config, resume)
     parts = _loaded(settings, request, say)

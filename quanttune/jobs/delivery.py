@@ -51,9 +51,13 @@ def finish(
             values.setdefault(part, {})[name] = evaluate(model, range(len(data.rows)))
     folder.publish(models["quantized"].cpu(), parts.learning.processor, settings.steps)
     target = target_of(request.target)
-    delivered = FORMATS[target.format](
-        replace(settings, model=str(folder.model)), target, folder.path, parts.test, request.metric
-    )
+    source = replace(settings, model=str(folder.model))
+    delivered: dict[str, Any] = {"file": NAMES[target.format], "bytes": None, "value": None}
+    try:
+        path = folder.path / delivered["file"]
+        delivered |= FORMATS[target.format](source, target, path, parts.test, request.metric)
+    except ValueError as error:  # the model is there, whatever its file is
+        delivered["problems"] = [str(error)]
     if delivered["value"] is not None:
         values["test"]["file"] = delivered["value"]
     numbers = {
@@ -90,9 +94,8 @@ def verdict(values: Mapping[str, Mapping[str, float]], request: Request) -> dict
 
 
 def _onnx(
-    settings: Settings, target: Target, folder: Path, data: Dataset, metric: str
+    settings: Settings, target: Target, path: Path, data: Dataset, metric: str
 ) -> dict[str, Any]:
-    path = folder / "model.onnx"
     export(settings, path, **target.export)
     _, model = load_calibrated(settings)
     file = OnnxModel(path, threads=torch.get_num_threads())
@@ -106,7 +109,6 @@ def _onnx(
     called: Any = lambda **batch: SimpleNamespace(**file(**batch))  # noqa: E731
     value = measure((metric,), called, batches(data), data.processor)
     return {
-        "file": path.name,
         "bytes": size_of(path),
         "value": value[metric],
         "problems": list(found.problems),
@@ -114,9 +116,8 @@ def _onnx(
 
 
 def _program(
-    settings: Settings, target: Target, folder: Path, data: Dataset, metric: str
+    settings: Settings, target: Target, path: Path, data: Dataset, metric: str
 ) -> dict[str, Any]:
-    path = folder / "model.pt2"
     source, model = load_calibrated(settings)
     inputs = example(source)
     dynamic = dimensions(source) if target.export["target"] == "inductor" else None
@@ -135,7 +136,10 @@ def _program(
             f"rounding itself moved by {moved:.3g}"
         ]
     )
-    return {"file": path.name, "bytes": path.stat().st_size, "value": None, "problems": problems}
+    return {"bytes": path.stat().st_size, "problems": problems}
 
 
+# an ONNX file is verified layer by layer on the first batch, and measured on the test rows; a
+# program of PyTorch is loaded, and its answers are compared on two rows that are made up
 FORMATS: Mapping[str, Callable[..., dict[str, Any]]] = {"onnx": _onnx, "torch": _program}
+NAMES = {"onnx": "model.onnx", "torch": "model.pt2"}

@@ -29,7 +29,7 @@ def _worth(data: Data) -> Section:
         for part, of in data["values"].items()
     ]
     file_size, float_size = (
-        f"{size / MEGA:.1f} MB" for size in (file["bytes"], data["float_bytes"])
+        f"{size / MEGA:.1f} MB" for size in (file["bytes"] or 0, data["float_bytes"])
     )
     ends = f" The search ended since {data['ended']}." * bool(data["ended"])
     return Section(
