@@ -56,6 +56,7 @@ def auto(
     config = {"settings": settings.as_json(), "request": asdict(request)}
     folder.check(config, resume)
     parts = _loaded(settings, request, say)
+    numbers = parts_of(len(parts.validation.rows))
     if dry_run:
         return parts.facts
     with held(out):
@@ -64,7 +65,6 @@ def auto(
         if not folder.is_begun:
             folder.begin(config)
         facts = {**config, **parts.facts}
-        numbers = parts_of(len(parts.validation.rows))
 
         def tell(trial: Trial, best: Recipe | None) -> None:
             folder.append(asdict(trial))

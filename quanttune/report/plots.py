@@ -215,6 +215,8 @@ def draw_steps(steps: Sequence[Mapping[str, Any]], metric: str, float_value: flo
     axes.axvline(float_value, color="black", linestyle=":", label="float model")
     axes.set_yticks(range(len(steps)), [step["recipe"] for step in steps], fontsize="small")
     axes.invert_yaxis()
+    if _is_wide(values):
+        axes.set_xscale("log")
     axes.set_xlabel(metric)
     _legend(figure, axes)
     return figure
@@ -238,8 +240,7 @@ def draw_trials(trials: Sequence[Mapping[str, Any]], metric: str, float_value: f
         axes.scatter(*zip(*points, strict=True) if points else ((), ()), label=label,
                      facecolors=face, edgecolors=BLUE)  # fmt: skip
     axes.axhline(float_value, color="black", linestyle=":", label="float model")
-    values = [trial["value"] for trial in trials if trial["value"]]
-    if min(values, default=0) > 0 and max(values) > 10 * min(values):
+    if _is_wide([trial["value"] for trial in trials if trial["value"] is not None]):
         _scale(axes)
     axes.set_xlabel("seconds")
     axes.set_ylabel(metric)
@@ -278,6 +279,11 @@ def _legend(figure: Figure, *axes: Axes) -> None:
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
     )
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Tell whether values want a logarithmic axis."""
+    return min(values) > 0 and max(values) > 10 * min(values)
 
 
 def _short(layer: str) -> str:
