@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.accuracy.tables import (
     bold,
+    choices_table,
     language_rivals_section,
     methods_section,
     models_table,
@@ -41,6 +42,7 @@ REFITTED = "<!-- refit: made by benchmarks/summarize.py -->"
 END_OF_REFITTED = "<!-- end of refit -->"
 MARK = "<!-- table: made by benchmarks/summarize.py -->"
 END = "<!-- end of table -->"
+AUTO = ("minilm", "digits", "smollm2")
 COSINES = {
     "simulation": "simulated",
     "noise": "simulated with a little noise on what is rounded",
@@ -53,6 +55,7 @@ NEEDS, END_OF_NEEDS = "<!-- needs: made by benchmarks/summarize.py -->", "<!-- e
 PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- end of peaks -->"
 RUNTIMES = "<!-- runtimes: made by benchmarks/summarize.py -->"
 END_OF_RUNTIMES = "<!-- end of runtimes -->"
+CHOICES, END_OF_CHOICES = "<!-- auto: made by benchmarks/summarize.py -->", "<!-- end of auto -->"
 ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
@@ -77,6 +80,10 @@ def main() -> None:
     _replace(readme, MODELS, END_OF_MODELS, models_table(models, rivals))
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
+    choices = [
+        _read(f"auto-{task}.json") for task in AUTO if (RESULTS / f"auto-{task}.json").exists()
+    ]
+    _replace(ROOT / "docs" / "auto.md", CHOICES, END_OF_CHOICES, choices_table(choices))
     large = ROOT / "docs" / "large_models.md"
     _replace(large, NEEDS, END_OF_NEEDS, needs_table())
     _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))

@@ -100,7 +100,7 @@ def test_numbers_are_those_of_the_model_and_the_file_on_rows_it_never_saw(asked,
     labels = batch.pop("labels")
     with torch.no_grad():
         right = model(**batch).logits.argmax(1) == labels
-    assert found["values"]["test"]["quantized"] == 100 * right.float().mean().item()
+    assert found["values"]["test"]["quantized"] == 100 * int(right.sum()) / ROWS
     assert found["values"]["test"]["quantized"] < 100
 
 
@@ -110,7 +110,7 @@ def lines(folder):
     return [re.sub(r'"seconds": [\d.e-]+', "", text) for text in texts]
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 3])
 def test_a_killed_run_goes_on_to_the_same_bits(asked, count, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [*asked, *OF_TWO_BITS, "--drop", "0"]

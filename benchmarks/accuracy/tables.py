@@ -1,7 +1,7 @@
 """Tables of what models are worth: refits, methods and their cost, SmolLM2, Whisper."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from benchmarks.accuracy import methods
 from benchmarks.markdown_table import table
 from quanttune.demo import recipe
 from quanttune.demo.experiment import FLOAT_BITS
-from quanttune.report.results_table import DIGITS, Cell, cells_of
+from quanttune.report.results_table import DIGITS, LESS_IS_BETTER, Cell, cells_of
 
 # of ways.py, and what a column of them is called
 METRICS = {
@@ -229,6 +229,26 @@ images, relative to the float model's.
 
 {table(("", "seconds", "error"), rows)}
 """
+
+
+def choices_table(measured: Iterable[Any]) -> str:
+    """Return the table of runs of auto.py: what was chosen, and what is lost on which rows."""
+    heads = ("model", "target", "seed", "chosen", "float, test", "test", "lost, validation",
+             "lost, test", "tried", "seconds", "ended")  # fmt: skip
+    rows = []
+    for results in measured:
+        digits = DIGITS[results["metric"]] + 1
+        sign = -1 if results["metric"] in LESS_IS_BETTER else 1
+        for row in sorted(results["rows"], key=lambda row: (row["target"], row["seed"])):
+            lost = [sign * (row[f"float_{x}"] - row[x]) for x in ("validation", "test")]
+            numbers = [row["float_test"], row["test"], *lost]
+            tried = [str(len(row["tried"]))] if row["tried"] else [""]
+            rows.append((
+                results["task"], row["target"], str(row["seed"]), row["steps"][-1]["recipe"],
+                *(f"{number:.{digits}f}" for number in numbers), *tried, f"{row['seconds']:.0f}",
+                row["ended"],
+            ))  # fmt: skip
+    return table(heads, rows, numbers=0)
 
 
 def bold(cell: Cell, digits: int) -> str:
