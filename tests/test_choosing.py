@@ -106,7 +106,11 @@ def test_a_drop_that_is_met_within_the_noise_only_is_no_end():
     error = np.std(values, ddof=1) / PARTS**0.5
     judge = Judge([range(8)] * PARTS, EXACT, 1 + 1.646 * error)
     assert judge.is_surely_met(values)
+    assert not judge.is_surely_met(values, tried=2)
     assert not Judge([range(8)] * PARTS, EXACT, 1 + 1.644 * error).is_surely_met(values)
+    # of ten candidates, the 99.5th percentile
+    assert Judge([range(8)] * PARTS, EXACT, 1 + 2.576 * error).is_surely_met(values, tried=10)
+    assert not Judge([range(8)] * PARTS, EXACT, 1 + 2.575 * error).is_surely_met(values, tried=10)
 
 
 def test_what_is_behind_is_left_after_few_rows_and_what_is_close_is_not():
@@ -332,18 +336,18 @@ def test_a_model_is_chosen_and_made_again_to_the_bit(vit):
         data=iter(data),
         evaluate=evaluate,
         rows=ROWS,
-        drop="0.1%",
+        drop="0.3%",
         widths={"bits": 6},
         tell=lambda trial, best: told.append(best),
     )
     assert found.met
     assert found.ended == searching.SURELY_MET
     assert found.exact == pytest.approx(1.0)
-    assert found.exact - found.value < 1e-3
+    assert found.exact - found.value < 3e-3
     plain, *_, last = found.steps
     assert (str(plain.recipe), last.recipe) == ("minmax", found.recipe)
     assert found.recipe.quantization["methods"]
-    assert plain.value < 1 - 1e-3
+    assert plain.value < 0.9
     steps = [best for best in told if best]
     assert steps == [step.recipe for step in found.steps]
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import stdev
+from statistics import NormalDist, stdev
 
 PARTS = 8
 RUNGS = (2, 4, PARTS)  # parts after which a candidate that is behind goes no further
 BEHIND = 2.0  # standard errors
-SURE = 1.645  # of a normal distribution, 95 % lie below
+RISK = 0.05  # that a drop which seems to be met is not, of all candidates together
 
 
 def parts_of(rows: int) -> list[range]:
@@ -98,10 +98,13 @@ class Judge:
         """Tell whether the loss is within what is allowed, on these rows."""
         return self.lost(values) <= self.allowed
 
-    def is_surely_met(self, values: Sequence[float]) -> bool:
-        """Tell whether it would be on others, too, as far as the noise of these tells."""
+    def is_surely_met(self, values: Sequence[float], tried: int = 1) -> bool:
+        """Tell whether it would be on others, too, as far as the noise of these tells.
+
+        tried: candidates so far, of which one is the luckiest (Bonferroni's correction).
+        """
         mean, error = self._behind(values, self.exact)
-        return mean + SURE * error <= self.allowed
+        return mean + NormalDist().inv_cdf(1 - RISK / tried) * error <= self.allowed
 
     def _behind(self, values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
         """Return how much worse values are than others, and the standard error of that."""

@@ -124,7 +124,7 @@ class Search:
         """Try the starts, then neighbours of the best until none is better; return why it ended."""
         for point in self._proposals(starts, axes):
             self.attempt(point)
-            if self.best and self.judge.is_surely_met(self.best.values):
+            if self.best and self.is_surely_met(self.best):
                 return SURELY_MET
         return NO_BETTER
 
@@ -147,6 +147,10 @@ class Search:
         if is_new:
             self._tell(trial, is_best)
         return trial
+
+    def is_surely_met(self, trial: Trial) -> bool:
+        """Tell whether a trial meets the drop by more than the noise of the rows."""
+        return trial.is_complete and self.judge.is_surely_met(trial.values, len(self.trials))
 
     def take(self, point: Point) -> None:
         """Let a point that was measured be the best, though another one may have lost less."""

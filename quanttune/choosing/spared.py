@@ -54,8 +54,7 @@ def spare(search: Search, point: Point, ranked: Sequence[Sequence[str]]) -> str:
 
 
 def _is_met(search: Search, point: Point, sites: Sequence[Sequence[str]]) -> bool:
-    trial = search.attempt(_sparing(point, sites))
-    return trial.is_complete and search.judge.is_surely_met(trial.values)
+    return search.is_surely_met(search.attempt(_sparing(point, sites)))
 
 
 def _sparing(point: Point, sites: Sequence[Sequence[str]]) -> Point:
