@@ -14,7 +14,8 @@ from quanttune.demo.residual_ranges import residual_ranges
 from quanttune.environment import environment
 from quanttune.report import report
 from quanttune.report.demo_sections import mean_ranges
-from quanttune.report.plots import draw_ranges, svg
+from quanttune.report.figure import svg
+from quanttune.report.plots import draw_ranges
 from quanttune.report.results_table import Way, tabulate
 
 RANGES = {

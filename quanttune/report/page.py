@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from .plots import svg
+from .figure import svg
 
 Row = Sequence[str]
 

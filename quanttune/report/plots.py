@@ -4,18 +4,17 @@ They are narrow, with letters that a phone shows at a legible size.
 """
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from itertools import dropwhile
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter
+
+from .figure import Plain
 
 BLUE, RED, GRAY = "#3b6fb6", "#c8553d", "#8a8a8a"
 # the arms of the demos: what QuantTune is about is drawn thick
@@ -34,24 +33,6 @@ _DULL = ("bert", "encoder", "decoder", "model", "layer", "layers", "blocks")
 _KINDS = {
     "residual": RED, "norm": "#e0a458", "input": BLUE, "output": "#6fa8a0", "score": "#7d5ba6",
 }  # fmt: skip
-
-
-class Plain(Figure):
-    """A figure whose texts hold no formulas: a name may have a $."""
-
-    def draw(self, renderer: Any) -> None:
-        with rc_context({"text.parse_math": False}):  # ticks are made while it is drawn
-            for text in self.findobj(Text):
-                text.set_parse_math(False)  # type: ignore[attr-defined]
-            super().draw(renderer)
-
-
-def svg(figure: Figure) -> bytes:
-    """Return a figure as an SVG file that is the same for the same numbers."""
-    buffer = BytesIO()
-    with rc_context({"svg.hashsalt": "quanttune"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def draw_ranges(curves: Mapping[str, Mapping[str, float]], what: str) -> Figure:
