@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 import quanttune as qt
 from quanttune.choosing import search as searching
 from quanttune.choosing.judge import PARTS, RUNGS, Judge, allowed_drop, parts_of
-from quanttune.choosing.recipe import Recipe, Workshop
+from quanttune.choosing.recipe import Builder, Recipe
 from quanttune.choosing.search import Clock, Search, Trial
 from quanttune.choosing.space import Space, neighbours
 from quanttune.choosing.spared import ranked_sites, spare
@@ -352,7 +352,7 @@ def test_a_model_is_chosen_and_made_again_to_the_bit(vit):
     assert steps == [step.recipe for step in found.steps]
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     told = Recipe(**json.loads(json.dumps(found.recipe.as_dict())))
-    again = Workshop(model, data, data).make(told)
+    again = Builder(model, data, data).make(told)
     assert_same_bits(again, found.model)
     images = torch.randn(4, 1, 8, 8)
     assert torch.equal(again(images), found.model(images))

@@ -18,7 +18,7 @@ from ..quantization.prefixes.prefix import prefix as keep_prefix
 from ..quantization.running import evaluating
 from ..quantization.state import refuse_quantized
 from .judge import PARTS, Judge, parts_of
-from .recipe import Recipe, Workshop
+from .recipe import Builder, Recipe
 from .search import NO_BETTER, Clock, Search, Trial
 from .space import Point, Space
 from .spared import ranked_sites, spare
@@ -44,7 +44,7 @@ class Choice:
     """What `auto` chose.
 
     Args:
-        model: quantized. recipe: how; `Workshop(...).make(recipe)` makes the same again.
+        model: quantized. recipe: how; `Builder(...).make(recipe)` makes the same again.
         value, exact: on the validation rows, of the model and of the float model.
         allowed: how much worse the value may be. met: whether it is not.
         ended: why the search did.
@@ -125,12 +125,12 @@ def auto(
             return float(evaluate(candidate, parts[part]))
 
     learning = batches if refit_data is None else list(refit_data)
-    workshop = Workshop(model, batches, learning, mask, told)
+    builder = Builder(model, batches, learning, mask, told)
     space = Space(chosen, _prefix_for(model, batches), widths)
     exact = _exact(partial(score, model), known, clock, tell)
     search = Search(
         Judge(parts, exact, drop, less_is_better),
-        lambda point: workshop.make(space.recipe(point)),
+        lambda point: builder.make(space.recipe(point)),
         score,
         clock=clock,
         known=known,
@@ -138,10 +138,10 @@ def auto(
     )
     stages = [lambda search: search.climb(space.starts(), space.axes)]
     if chosen.spares:
-        stages.append(partial(_last_resort, space=space, workshop=workshop))
+        stages.append(partial(_last_resort, space=space, builder=builder))
     ended = search.run(*stages)
     clock.release()
-    return _choice(search, space, workshop, ended)
+    return _choice(search, space, builder, ended)
 
 
 def _exact(
@@ -168,22 +168,22 @@ def _prefix_for(model: nn.Module, batches: Sequence[Any]) -> list[int]:
     return ids
 
 
-def _last_resort(search: Search, space: Space, workshop: Workshop) -> str:
+def _last_resort(search: Search, space: Space, builder: Builder) -> str:
     best: Any = search.best
     if search.judge.is_met(best.values) or not math.isfinite(search.judge.allowed):
         return NO_BETTER
-    quantized = workshop.make(space.recipe(best.point))
-    ranked = ranked_sites(quantized, workshop.data[0], workshop.progress)
+    quantized = builder.make(space.recipe(best.point))
+    ranked = ranked_sites(quantized, builder.data[0], builder.progress)
     return spare(search, best.point, ranked)
 
 
-def _choice(search: Search, space: Space, workshop: Workshop, ended: str) -> Choice:
+def _choice(search: Search, space: Space, builder: Builder, ended: str) -> Choice:
     best: Any = search.best
     judge, recipe = search.judge, space.recipe(best.point)
     ends = accumulate(trial.seconds for trial in search.trials)
     seconds = {id(trial): end for trial, end in zip(search.trials, ends, strict=True)}
     return Choice(
-        workshop.make(recipe),
+        builder.make(recipe),
         recipe,
         judge.mean(best.values),
         judge.mean(judge.exact),

@@ -45,7 +45,7 @@ class Recipe:
         return ", ".join(filter(None, words))
 
 
-class Workshop:
+class Builder:
     """Makes quantized models of a float one, which it leaves as it is.
 
     Args:

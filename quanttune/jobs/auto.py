@@ -11,7 +11,7 @@ from torch import nn
 from ..choosing.auto import Choice
 from ..choosing.auto import auto as choose
 from ..choosing.judge import mean_of, parts_of
-from ..choosing.recipe import Recipe, Workshop
+from ..choosing.recipe import Builder, Recipe
 from ..choosing.search import Trial
 from ..choosing.targets import target_of
 from ..files import write_json, write_text
@@ -124,7 +124,7 @@ def repeat(
         folder.begin(config)
         model = parts.learning.load_float(settings.seed)
         data, refit_data = _batches(settings, request, parts, model)
-        quantized = Workshop(model, data, refit_data, progress=progress).make(chosen)
+        quantized = Builder(model, data, refit_data, progress=progress).make(chosen)
         write_json(out / RECIPE, {**config, **parts.facts})
         models = {"float": model, "quantized": quantized}
         found = {"recipe": chosen.as_dict(), "ended": "", "steps": [], "tried": []}
