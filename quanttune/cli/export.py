@@ -20,7 +20,7 @@ def run(
     ] = ONNX,
     task: options.Task = None,
     act_dtype: Annotated[
-        str, typer.Option(help="Of the codes: uint8 for any x86, int8 for OpenVINO, VNNI and others.")
+        str, typer.Option(help="Of the codes: uint8 for any x86; int8 for VNNI and other runtimes.")
     ] = "uint8",
     opset: Annotated[int, typer.Option(help="Version of the operators, 18 to 21.")] = 20,
     with_past: Annotated[
