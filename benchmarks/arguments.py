@@ -18,5 +18,12 @@ def of_task(summary: str, tasks: Collection[str] = NAMES) -> argparse.ArgumentPa
 def of_folder(summary: str) -> argparse.ArgumentParser:
     """Return a parser that knows the folder of results."""
     parser = argparse.ArgumentParser(description=summary.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=_made, required=True, help="folder of the results")
     return parser
+
+
+def _made(folder: str) -> Path:
+    """Make a folder at once: after hours of measuring is too late to miss it."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path

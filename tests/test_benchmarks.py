@@ -321,3 +321,10 @@ def test_the_table_of_runtimes_joins_the_widths(from_benchmarks):
         ["ViT", "OpenVINO", "int8", "static", "9 of 9", "0.9000", "0.5000", "", "",
          "2.00x, 1.75x, 1.50x"],
     ]  # fmt: skip
+
+
+def test_the_folder_of_results_is_there_before_anything_is_measured(from_benchmarks, tmp_path):
+    parser = from_benchmarks("arguments").of_folder("What it does.")
+    options = parser.parse_args(["--out", str(tmp_path / "new" / "folder")])
+    assert options.out == tmp_path / "new" / "folder"
+    assert options.out.is_dir()
