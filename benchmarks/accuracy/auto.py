@@ -28,6 +28,7 @@ from quanttune.choosing.search import Trial
 from quanttune.choosing.space import Space
 from quanttune.choosing.targets import TARGETS
 from quanttune.demo import recipe
+from quanttune.demo.smollm2 import judged
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.report.results_table import LESS_IS_BETTER
@@ -73,15 +74,12 @@ def minilm(seed: int) -> Job:
     job = recipe("minilm")(0)
     model, ids = _base(job), torch.cat([job.rows.validation, job.rows.test])
 
+    with torch.no_grad():
+        exact = job.embed(model, ids)
+
     @torch.no_grad()
-    def embedded(model: nn.Module, rows: Tensor) -> Tensor:
-        parts = ids[rows].split(256)
-        return torch.cat([model(input_ids=part).last_hidden_state.mean(1) for part in parts])
-
-    exact = embedded(model, torch.arange(len(ids)))
-
     def cosine(model: nn.Module, rows: Tensor) -> float:
-        return F.cosine_similarity(embedded(model, rows), exact[rows]).mean().item()
+        return F.cosine_similarity(job.embed(model, ids[rows]), exact[rows]).mean().item()
 
     learning = [{"input_ids": part} for part in job.rows.tuning[:REFIT_ROWS].split(16)]
     few = len(job.rows.validation)
@@ -92,12 +90,8 @@ def smollm2(seed: int) -> Job:
     job = recipe("smollm2")(seed)
     ids = torch.cat([job.rows.validation, job.rows.test])
 
-    @torch.no_grad()
     def perplexity(model: nn.Module, rows: Tensor) -> float:
-        losses = [
-            F.cross_entropy(model(input_ids=x).logits[:, :-1].mT, x[:, 1:], reduction="none")
-            for x in ids[rows].split(8)
-        ]
+        losses = [loss for loss, _ in judged(model, ids[rows])]
         return torch.cat(losses).double().mean().exp().item()
 
     learning = [{"input_ids": part} for part in job.rows.tuning[: job.refit_rows].split(4)]

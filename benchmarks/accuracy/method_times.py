@@ -37,7 +37,6 @@ def main() -> None:
     import timm
 
     folder = arguments.of_folder(__doc__).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224").eval()
     data = torch.randn(IMAGES, 3, 224, 224).split(BATCH)

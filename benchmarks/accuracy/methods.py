@@ -42,7 +42,6 @@ def main() -> None:
     parser = arguments.of_task(__doc__)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"task": make.name, "metric": make.metric, "environment": environment()}

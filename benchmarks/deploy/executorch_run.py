@@ -69,7 +69,6 @@ def main() -> None:
         "commit": commit(),
         **{name: compared(name) for name in MODELS},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "executorch.json", result)
 
 

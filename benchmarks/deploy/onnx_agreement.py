@@ -36,7 +36,6 @@ Case = tuple[nn.Module, list[dict[str, Tensor]], dict[int, str]]
 
 def main() -> None:
     folder = arguments.of_folder(__doc__).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "onnx-agreement.json"
     facts = {**environment(), "vnni": has_vnni()}
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}

@@ -38,7 +38,6 @@ ALONE, TOGETHER = 3, 2  # batches
 
 def main() -> None:
     folder = arguments.of_folder(__doc__).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     job = SmolLM2(0)
     model: Any = qt.prefix(job.prepare(job.arms[0], lambda: None), COMMA)
     methods: list[Any] = ["rotate", "smooth_inputs", SmoothQuant(alpha=0.9)]

@@ -51,7 +51,6 @@ def main() -> None:
         "minilm": minilm(options.small) if options.minilm else None,
     }
     result["missed"] = list(missed(result))
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "onnx.json", result)
     for line in result["missed"]:
         print(f"missed: {line}")

@@ -36,7 +36,6 @@ VERIFIED = 2  # rows whose layers are compared
 
 def main() -> None:
     folder = arguments.of_folder(__doc__).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     job = Whisper(0)
     model: Any = job.prepare(job.arms[0], lambda: None)
     heard = job._splits["validation"].features[:ROWS]

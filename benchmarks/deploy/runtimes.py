@@ -48,7 +48,6 @@ Batch = dict[str, Tensor]
 def main() -> None:
     options = _options()
     options.files.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runtimes.json"
     results: dict[str, Any] = {"rows": [], "times": []}
     if path.exists():

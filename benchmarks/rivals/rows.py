@@ -22,7 +22,7 @@ def write(path: Path) -> None:
     found = {"calibration": torch.cat([batch["input_ids"] for batch in job.calibration()])}
     for split in SPLITS:
         found[split] = getattr(job.rows, split)
-        found[f"{split}_embeddings"] = job._embed(job._teacher, found[split])
+        found[f"{split}_embeddings"] = job.embed(job._teacher, found[split])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)
 

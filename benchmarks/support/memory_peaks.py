@@ -47,7 +47,6 @@ def config_of(name: str) -> Any:
 
 def main() -> None:
     folder = arguments.of_folder(__doc__).parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "memory.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     done = [(row["model"], row["step"]) for row in rows]

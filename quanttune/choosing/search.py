@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .judge import RUNGS, Judge
@@ -200,8 +200,3 @@ class Search:
 
 def key_of(point: Mapping[str, Any]) -> str:
     return json.dumps(point, sort_keys=True)
-
-
-def as_dict(trial: Trial) -> dict[str, Any]:
-    """Return plain data for JSON; `Trial(**data)` is the same again."""
-    return asdict(trial)

@@ -93,8 +93,8 @@ class MiniLM:
     def evaluate(self, model: nn.Module, split: str = "test") -> float:
         rows = getattr(self.rows, split)
         if split not in self._embeddings:
-            self._embeddings[split] = self._embed(self._teacher, rows)
-        embeddings = self._embed(model.eval(), rows)
+            self._embeddings[split] = self.embed(self._teacher, rows)
+        embeddings = self.embed(model.eval(), rows)
         return F.cosine_similarity(embeddings, self._embeddings[split]).mean().item()
 
     def _distillation_loss(self, model: nn.Module, step: int) -> Tensor:
@@ -109,7 +109,8 @@ class MiniLM:
 
     @staticmethod
     @torch.no_grad()
-    def _embed(model: nn.Module, rows: Tensor) -> Tensor:
+    def embed(model: nn.Module, rows: Tensor) -> Tensor:
+        """Return the embedding of each row of tokens."""
         parts = rows.split(EVALUATION_BATCH)
         return torch.cat([model(input_ids=part).last_hidden_state.mean(1) for part in parts])
 

@@ -91,7 +91,7 @@ class SmolLM2:
         model's first choice, in percent. The first token of a row is given.
         """
         losses, hits = [], []
-        for loss, hit in _judged(model.eval(), getattr(self.rows, split)):
+        for loss, hit in judged(model.eval(), getattr(self.rows, split)):
             losses.append(loss)
             hits.append(hit[:, -1])
         perplexity = math.exp(torch.cat(losses).double().mean().item())
@@ -104,7 +104,7 @@ class SmolLM2:
 
 
 @torch.no_grad()
-def _judged(model: nn.Module, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def judged(model: nn.Module, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the loss of each token but the first, and whether it is the model's first choice."""
     for ids in rows.split(EVALUATION_BATCH):
         logits, wanted = model(input_ids=ids).logits[:, :-1], ids[:, 1:]

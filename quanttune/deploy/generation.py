@@ -12,7 +12,7 @@ from ..quantization.prefixes.kept_prefix import CACHES
 from .encoder_decoder import CROSS, HIDDEN, OWN, STATES, STATES_MASK
 from .onnx_model import OnnxModel
 from .parts import DECODER, ENCODER
-from .past import IDS, MASK, PARTS, PAST, PRESENT
+from .past import IDS, MASK, PARTS, PAST, PRESENT, calling
 
 
 @contextmanager
@@ -38,15 +38,8 @@ def computed_by(folder: Path, model: nn.Module, threads: int = 1) -> Iterator[No
         return Seq2SeqLMOutput(logits=found["logits"], **{cache_name: _cache(found)})
 
     part: Any = model.get_encoder()  # type: ignore[operator]
-    before = [(x, vars(x).get("forward")) for x in (part, model)]
-    part.forward, model.forward = encode, decode
-    try:
+    with calling(part, encode), calling(model, decode):
         yield
-    finally:
-        for module, own in before:
-            del module.forward
-            if own is not None:
-                module.forward = own
 
 
 def _past(cache: Any) -> dict[str, Tensor]:

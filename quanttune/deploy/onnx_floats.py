@@ -3,9 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_sums import is_made
+from .onnx_values import is_made, stored
 
-LOWEST = "lowest"  # the name of a float that no value is below
 FUSED = 256  # the largest width of products that OpenVINO makes one of
 
 
@@ -59,10 +58,7 @@ def _keep(
     producer = value.producer()
     if not readers or producer is None:
         return
-    if LOWEST not in graph.initializers:
-        low = ir.tensor(np.float32(-np.inf), name=LOWEST)
-        graph.initializers[LOWEST] = ir.Value(name=LOWEST, const_value=low)
-    greatest = ir.node("Max", [value, graph.initializers[LOWEST]])
+    greatest = ir.node("Max", [value, stored(graph, np.float32(-np.inf), "lowest")])
     greatest.outputs[0].shape, greatest.outputs[0].type = value.shape, value.type
     for reader, index in readers:
         reader.replace_input_with(index, greatest.outputs[0])

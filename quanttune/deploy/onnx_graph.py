@@ -14,9 +14,9 @@ from .onnx_floats import keep_floats, keep_from_others
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
 from .onnx_sums import keep_sums
+from .onnx_values import stored
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
-ZERO = "zero"  # the name of a float
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
@@ -92,7 +92,6 @@ def _free_products(graph: ir.Graph) -> None:
     """Make Min and Max of a Clip or Relu behind a product, which ONNX Runtime else computes in
     float.
     """
-    zero = ir.Value(name=ZERO, const_value=ir.tensor(np.float32(0), name=ZERO))
     for node in graph:
         if node.op_type not in ("Clip", "Relu"):
             continue
@@ -101,7 +100,7 @@ def _free_products(graph: ir.Graph) -> None:
         if not (producer and producer.op_type == "MatMul"):
             continue
         if node.op_type == "Relu":
-            bounds, graph.initializers[ZERO] = [zero], zero
+            bounds = [stored(graph, np.float32(0), "zero")]
         low, high = (*bounds, None, None)[:2]
         made: list[ir.Node] = []
         for operator, bound in (("Min", high), ("Max", low)):

@@ -6,7 +6,7 @@ from itertools import product
 
 import onnx_ir as ir
 
-from .onnx_sums import is_made
+from .onnx_values import is_made
 
 
 def original(codes: str) -> str:

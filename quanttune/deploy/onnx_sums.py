@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .onnx_moves import MOVES
+from .onnx_values import is_made, stored
 
 
 def keep_sums(graph: ir.Graph) -> None:
@@ -11,38 +12,16 @@ def keep_sums(graph: ir.Graph) -> None:
 
     Names stay: a file's tensors are compared by them.
     """
-    constants = _Constants(graph)
     for node in list(graph):
         if node.op_type == "Add":
-            _keep_bias_of_product(graph, node, constants)
+            _keep_bias_of_product(graph, node)
         elif node.op_type == "Conv":
-            _keep_bias_of_convolution(graph, node, constants)
+            _keep_bias_of_convolution(graph, node)
         elif node.op_type == "Concat":
-            _keep_tokens(graph, node, constants)
+            _keep_tokens(graph, node)
 
 
-def is_made(value: ir.Value | None, op_type: str) -> bool:
-    """Tell whether an operator of that type puts a value out."""
-    producer = value.producer() if value else None
-    return producer is not None and producer.op_type == op_type
-
-
-class _Constants:
-    """Stored tensors that are made where they are needed, once each."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-
-    def of(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> ir.Value:
-        name = "_".join(["constant", array.dtype.name, *map(str, array.ravel())])
-        if name in self._graph.initializers:
-            return self._graph.initializers[name]
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        self._graph.initializers[name] = value
-        return value
-
-
-def _keep_bias_of_product(graph: ir.Graph, add: ir.Node, constants: _Constants) -> None:
+def _keep_bias_of_product(graph: ir.Graph, add: ir.Node) -> None:
     """Give a bias two dimensions more.
 
     ONNX Runtime 1.32 else makes a Gemm of product and bias where it knows their sizes: of floats,
@@ -52,12 +31,12 @@ def _keep_bias_of_product(graph: ir.Graph, add: ir.Node, constants: _Constants) 
     if not is_made(add.inputs[0], "MatMul") or (_rank(add.outputs[0]) or 0) < 3:
         return  # of two dimensions the sum would get a third
     if bias and bias.is_initializer() and _rank(bias) == 1:
-        row = ir.node("Unsqueeze", [bias, constants.of(np.array([0, 1]))])
+        row = ir.node("Unsqueeze", [bias, stored(graph, np.array([0, 1]))])
         graph.insert_before(add, row)
         add.replace_input_with(1, row.outputs[0])
 
 
-def _keep_bias_of_convolution(graph: ir.Graph, conv: ir.Node, constants: _Constants) -> None:
+def _keep_bias_of_convolution(graph: ir.Graph, conv: ir.Node) -> None:
     """Add the bias of a convolution of rounded tensors that is computed in float.
 
     ONNX Runtime 1.32 else rounds it, to steps that are coarse below 8 bits. Where the output is
@@ -68,14 +47,14 @@ def _keep_bias_of_convolution(graph: ir.Graph, conv: ir.Node, constants: _Consta
     if not is_made(conv.inputs[0], "DequantizeLinear") or not bias or readers == {"QuantizeLinear"}:
         return
     places = (_rank(conv.inputs[1]) or 4) - 2
-    column = ir.node("Unsqueeze", [bias, constants.of(np.arange(1, places + 1))])
+    column = ir.node("Unsqueeze", [bias, stored(graph, np.arange(1, places + 1))])
     plain = ir.node("Conv", conv.inputs[:2], conv.attributes, name=conv.name)
     added = ir.node("Add", [plain.outputs[0], column.outputs[0]])
     new = [plain, column, added]
     ir.convenience.replace_nodes_and_values(graph, conv, [conv], new, conv.outputs, added.outputs)
 
 
-def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> None:
+def _keep_tokens(graph: ir.Graph, concat: ir.Node) -> None:
     """Make class tokens of a batch by adding them to zeros, those of a patch.
 
     OpenVINO 2026.4 else gives all channels of the rounded patches beside an expanded token the bias
@@ -88,9 +67,9 @@ def _keep_tokens(graph: ir.Graph, concat: ir.Node, constants: _Constants) -> Non
         token = x.producer().inputs[0] if is_made(x, "Expand") else None  # type: ignore[union-attr]
         if token is None or not token.is_initializer() or not _is_token(token, x):
             continue
-        ends = [constants.of(np.array([at])) for at in (0, 1)]
+        ends = [stored(graph, np.array([at])) for at in (0, 1)]
         first = ir.node("Slice", [patches, *ends, ends[1]])
-        zeros = ir.node("Mul", [first.outputs[0], constants.of(np.array([0], np.float32))])
+        zeros = ir.node("Mul", [first.outputs[0], stored(graph, np.array([0], np.float32))])
         rows = ir.node("Add", [zeros.outputs[0], token])
         rows.outputs[0].shape, rows.outputs[0].type = x.shape, x.type  # type: ignore[union-attr]
         graph.insert_before(concat, [first, zeros, rows])

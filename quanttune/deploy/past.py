@@ -138,14 +138,21 @@ def called_as(
     if traced:  # not by **: of sizes that must be equal a program would hold guards without names
         arguments = [Parameter(identifier(x), Parameter.KEYWORD_ONLY) for x in traced]
         flat.__signature__ = Signature(arguments)  # type: ignore[attr-defined]
-    before = vars(model).get("forward")
-    model.forward = flat
+    with calling(model, flat):
+        yield
+
+
+@contextmanager
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module be called as a function; a forward of its own comes back."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del model.forward
+        del module.forward
         if before is not None:
-            model.forward = before
+            module.forward = before
 
 
 def _cache_argument(model: nn.Module) -> str:

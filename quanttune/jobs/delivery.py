@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .export import dimensions, example, export, load_calibrated
 from .metrics import METRICS, measure
 from .run_folder import RunFolder
 from .settings import Settings
-from .verify import completed
+from .verify import answering, completed
 
 NUMBERS = "auto.json"
 PROGRAM_ERROR = 0.5  # of a program, beside what rounding itself moved
@@ -98,16 +97,16 @@ def _onnx(
 ) -> dict[str, Any]:
     export(settings, path, **target.export)
     _, model = load_calibrated(settings)
-    file = OnnxModel(path, threads=torch.get_num_threads())
+    taken = OnnxModel(path).inputs
 
     def batches(some: Dataset) -> Iterator[dict[str, Tensor]]:
-        return (completed(batch, file.inputs) for batch in some.batches(settings, model))
+        return (completed(batch, taken) for batch in some.batches(settings, model))
 
     first = next(batches(first_rows(data, settings.batch_size)))
     del first["labels"]
     found = verify(path, model, [first])
-    called: Any = lambda **batch: SimpleNamespace(**file(**batch))  # noqa: E731
-    value = measure((metric,), called, batches(data), data.processor)
+    with answering(path, model) as file:
+        value = measure((metric,), file, batches(data), data.processor)
     return {
         "bytes": size_of(path),
         "value": value[metric],

@@ -76,7 +76,7 @@ def verify(
         return measure(names, which, batches(f"measuring {name}"), inputs.processor)
 
     numbers = {"simulation": measured("the simulation", model)}
-    with _answering(onnx, model) as file:
+    with answering(onnx, model) as file:
         numbers["file"] = measured("the file", file)
     with perturbed(model, settings.seed, found.layers):
         numbers["noise"] = measured("the simulation with noise", model)
@@ -87,7 +87,7 @@ def verify(
 
 
 @contextmanager
-def _answering(onnx: Path, model: Any) -> Iterator[Any]:
+def answering(onnx: Path, model: Any) -> Iterator[Any]:
     """Yield what answers as a file does where the model would."""
     threads = torch.get_num_threads()
     if has_two_parts(model):

@@ -1,7 +1,7 @@
 """Reports: results files in, one page of HTML out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def build(files: Sequence[Mapping[str, Any]]) -> str:
         ValueError: a file holds none of them.
     """
     parts = [_sections(data) for data in files]
-    names = [next(data[name] for name in _NAMES if name in data) for data in files]
+    names = [data[_subject(data)] for data in files]
     title = f"quanttune: {', '.join(dict.fromkeys(names))}"
     return render(title, [section for sections in parts for section in sections])
 
@@ -50,28 +50,38 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             files.append(json.loads(path.read_text(encoding="utf-8")))
-            _kind(files[-1])
+            _subject(files[-1])
         except ValueError as error:
             raise ValueError(f"{path} is no results file of quanttune: {error}") from error
     return files
 
 
 def _sections(data: Mapping[str, Any]) -> list[Section]:
-    return _SECTIONS[_kind(data)](data)
+    sections, _ = _KINDS[_subject(data)]
+    return sections(data)
 
 
-def _kind(data: Any) -> str:
+def _subject(data: Any) -> str:
+    """Return under which name a file says what it is of, which tells its kind."""
     if isinstance(data, Mapping):
-        for kind, keys in _KEYS.items():
-            if keys <= data.keys():
-                return kind
+        for subject, (_, others) in _KINDS.items():
+            if {subject, *others} <= data.keys():
+                return subject
     raise ValueError("wanted results.json of a demo, analysis.json of an analysis, or auto.json")
 
 
-_KEYS = {
-    "demo": {"task", "metric", "caveats", "recipe", "environment", "seconds", "rows", "ranges"},
-    "analysis": {"analysis", "metric", "sweep", "calibrators", "models", "sites", "errors"},
-    "auto": {"auto", "target", "metric", "values", "verdict", "file", "recipe", "steps", "tried"},
+# where a file says what it is of: its sections, and what else it holds
+_KINDS: dict[str, tuple[Callable[[Mapping[str, Any]], list[Section]], set[str]]] = {
+    "task": (
+        demo_sections,
+        {"metric", "caveats", "recipe", "environment", "seconds", "rows", "ranges"},
+    ),
+    "analysis": (
+        analysis_sections,
+        {"metric", "sweep", "calibrators", "models", "sites", "errors"},
+    ),
+    "auto": (
+        auto_sections,
+        {"target", "metric", "values", "verdict", "file", "recipe", "steps", "tried"},
+    ),
 }
-_SECTIONS = {"demo": demo_sections, "analysis": analysis_sections, "auto": auto_sections}
-_NAMES = ("task", "analysis", "auto")  # of a file's subject

@@ -24,10 +24,10 @@ def ways_through(base: Any, is_called: Callable[[nn.Module], bool]) -> dict[str,
     """
     methods: dict[str, Any] = {"named_children": _named_children}
     if issubclass(base, (nn.Sequential, nn.ModuleList)):
-        methods |= {"__iter__": _iterate, "__len__": _count, "__getitem__": _item}
+        methods |= {"__iter__": _in_order, "__len__": len, "__getitem__": _item}
     elif issubclass(base, nn.ModuleDict):
-        methods |= {"__iter__": _names, "__len__": _count}
-        methods |= {"keys": _keys, "items": _items, "values": _values}
+        methods |= {"__iter__": iter, "__len__": len}
+        methods |= {name: getattr(dict, name) for name in ("keys", "items", "values")}
 
     def made(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Any, *args: Any) -> Any:
@@ -46,35 +46,18 @@ def _layers(module: nn.Module) -> Children:
 
 
 def _named_children(layers: Children) -> Iterator[tuple[str, nn.Module]]:
-    first = {id(child): name for name, child in reversed(layers.items()) if child is not None}
-    return iter([(name, layers[name]) for name in layers if name in first.values()])  # type: ignore[misc]
+    names: dict[nn.Module, str] = {}
+    for name, child in layers.items():
+        if child is not None:
+            names.setdefault(child, name)
+    return iter([(name, child) for child, name in names.items()])
 
 
-def _iterate(layers: Children) -> Iterator[nn.Module | None]:
-    return iter(list(layers.values()))
-
-
-def _names(layers: Children) -> Iterator[str]:
-    return iter(list(layers))
-
-
-def _count(layers: Children) -> int:
-    return len(layers)
+def _in_order(layers: Children) -> Iterator[nn.Module | None]:
+    return iter(layers.values())
 
 
 def _item(layers: Children, index: Any) -> Any:
     if isinstance(index, slice):
         return nn.Sequential(OrderedDict(list(layers.items())[index]))  # type: ignore[arg-type]
     return list(layers.values())[index]
-
-
-def _keys(layers: Children) -> Any:
-    return layers.keys()
-
-
-def _items(layers: Children) -> Any:
-    return layers.items()
-
-
-def _values(layers: Children) -> Any:
-    return layers.values()
