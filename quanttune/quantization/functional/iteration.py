@@ -27,7 +27,9 @@ def ways_through(base: Any, is_called: Callable[[nn.Module], bool]) -> dict[str,
         methods |= {"__iter__": _in_order, "__len__": len, "__getitem__": _item}
     elif issubclass(base, nn.ModuleDict):
         methods |= {"__iter__": iter, "__len__": len}
-        methods |= {name: getattr(dict, name) for name in ("keys", "items", "values")}
+        # functions of ours: torch.compile cannot trace those of the type
+        methods |= {"keys": lambda x: x.keys(), "items": lambda x: x.items()}
+        methods["values"] = lambda x: x.values()
 
     def made(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Any, *args: Any) -> Any:
