@@ -301,7 +301,7 @@ def test_refits_go_on_where_they_were_stopped(from_benchmarks, monkeypatch):
 
 
 def test_the_table_of_runtimes_joins_the_widths(from_benchmarks):
-    cell = {"model": "ViT", "shapes": "static", "products": 9, "noise": 0.5}
+    cell = {"model": "ViT", "shapes": "static", "products": 9, "noise": 0.5, "coverage": "full"}
     rows = [
         {**cell, "bits": bits, "act_dtype": "int8", "runtimes": {
             "onnxruntime": {"integer": integer, "cosine": 1},
@@ -311,7 +311,7 @@ def test_the_table_of_runtimes_joins_the_widths(from_benchmarks):
         for bits, integer in ((6, 8), (7, 9), (8, 9))
     ]  # fmt: skip
     key = {"model": "ViT", "shapes": "static", "runtime": "openvino", "threads": 2}
-    timings = {f"{bits}-int8": {"speed": bits / 4} for bits in (8, 7, 6)}
+    timings = {f"full-{bits}-int8": {"speed": bits / 4} for bits in (8, 7, 6)}
     measured = {"rows": rows, "times": [{**key, "timings": timings}]}
     lines = from_benchmarks("deploy.runtime_tables").runtimes_table(measured).splitlines()[2:]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -321,6 +321,20 @@ def test_the_table_of_runtimes_joins_the_widths(from_benchmarks):
         ["ViT", "OpenVINO", "int8", "static", "9 of 9", "0.9000", "0.5000", "", "",
          "2.00x, 1.75x, 1.50x"],
     ]  # fmt: skip
+
+
+def test_the_table_of_linear_files_has_those_of_nncf_beside_ours(from_benchmarks):
+    key = {"model": "ViT", "shapes": "static", "threads": 2}
+    ours, nncf = {"linear-8-int8": {"speed": 2}}, {"nncf": {"speed": 1.5}}
+    cosines = {"cosine_to_float": {"linear-8-int8": 0.9, "nncf": 0.8}}
+    times = [
+        {**key, "runtime": "onnxruntime", "timings": {"linear-8-int8": {"speed": 1.75}}},
+        {**key, "runtime": "openvino", "timings": ours | nncf, **cosines},
+        {**key, "threads": 1, "runtime": "openvino", "timings": ours},  # without NNCF
+    ]
+    line = from_benchmarks("deploy.runtime_tables").linear_table({"times": times}).splitlines()[2]
+    found = [cell.strip() for cell in line.strip("|").split("|")]
+    assert found == ["ViT", "static", "2", "1.75x", "2.00x", "1.50x", "0.9000", "0.8000"]
 
 
 def test_the_folder_of_results_is_there_before_anything_is_measured(from_benchmarks, tmp_path):

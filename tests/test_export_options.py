@@ -308,7 +308,12 @@ def test_models_that_are_not_ready_are_refused(message, tmp_path):
     [
         ({"opset": 17}, ValueError, "opset must be from 18 to 21 with uint8 activations, got 17"),
         ({"opset": 21, "act_dtype": "int8"}, ValueError, "from 18 to 20 with int8"),
-        ({"act_dtype": "int4"}, ValueError, "act_dtype must be one of uint8, int8, got 'int4'"),
+        ({"act_dtype": "int4"}, ValueError, "act_dtype must be uint8 or int8 for onnxruntime"),
+        ({"target": "openvino", "act_dtype": "uint8"}, ValueError, "must be int8 for openvino"),
+        ({"target": "openvino", "opset": 21}, ValueError, "from 18 to 20 with int8"),
+        ({"target": "onnx"}, ValueError, "target must be one of onnxruntime, .*, got 'onnx'"),
+        ({"target": "ncnn"}, ValueError, "no ONNX file is written for ncnn: .* crashes"),
+        ({"target": "litert"}, ValueError, "for litert: .* call export_torch"),
         ({"path": "none/model.onnx"}, FileNotFoundError, "there is no folder"),
         ({"path": "."}, IsADirectoryError, "path must be a file"),
         ({"example_inputs": torch.ones(1, 8)}, ValueError, r"dimension 0 \(batch\).* got 1"),
@@ -320,6 +325,17 @@ def test_arguments_that_do_not_fit_are_refused(options, error, message, tmp_path
     options["path"] = tmp_path / options["path"]
     with pytest.raises(error, match=message):
         qt.export_onnx(quantized(Shared), **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "code"), [("onnxruntime", "UINT8"), ("openvino", "INT8"), ("opencv", "UINT8")]
+)
+def test_a_target_decides_the_type_of_codes(target, code, tmp_path):
+    qt.export_onnx(quantized(Shared), INPUTS[Shared], tmp_path / "model.onnx", target=target)
+    tensors = onnx.load(tmp_path / "model.onnx").graph.initializer
+    types = [t.data_type for t in tensors if t.name.endswith("weight_quantizer.codes")]
+    assert types
+    assert set(types) == {onnx.TensorProto.DataType.Value(code)}
 
 
 def test_an_error_leaves_the_model_and_the_older_file_alone(tmp_path, monkeypatch):

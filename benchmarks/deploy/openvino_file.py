@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from quanttune.deploy.onnx_graph import PRODUCTS
+from quanttune.deploy.onnx_values import PRODUCTS
 
 os.environ.setdefault("CI", "true")  # the package sends usage data else
 ACCURATE = {"EXECUTION_MODE_HINT": "ACCURACY"}

@@ -13,6 +13,36 @@ HEADS = (
 )  # fmt: skip
 
 
+LINEAR, NNCF = "linear-8-int8", "nncf"
+LINEAR_HEADS = (
+    "model", "sizes", "threads", "ONNX Runtime", "OpenVINO", "NNCF's file in OpenVINO",
+    "cosine to float", "NNCF's",
+)  # fmt: skip
+
+
+def linear_table(measured: Any) -> str:
+    """Return speeds of files whose products alone are integers, beside NNCF's of the same."""
+    rows = []
+    for row in measured["times"]:
+        if row["runtime"] != "openvino" or NNCF not in row["timings"]:
+            continue
+        key = {name: row[name] for name in ("model", "shapes", "threads")}
+        others = [
+            r for r in measured["times"] if {**key, "runtime": "onnxruntime"}.items() <= r.items()
+        ]
+        speeds = [
+            f"{timings[kind]['speed']:.2f}x"
+            for timings, kind in (
+                *((other["timings"], LINEAR) for other in others),
+                (row["timings"], LINEAR),
+                (row["timings"], NNCF),
+            )
+        ]
+        cosines = (f"{row['cosine_to_float'][kind]:.4f}" for kind in (LINEAR, NNCF))
+        rows.append((key["model"], key["shapes"], str(key["threads"]), *speeds, *cosines))
+    return table(LINEAR_HEADS, sorted(rows), numbers=0)
+
+
 def runtimes_table(measured: Any) -> str:
     """Return a row for each model, runtime and file that was measured at all widths."""
     rows = []
@@ -21,7 +51,9 @@ def runtimes_table(measured: Any) -> str:
             for shapes in ("dynamic", "static"):
                 key = {"model": model, "shapes": shapes}
                 found = [
-                    r for r in measured["rows"] if {**key, "act_dtype": kind}.items() <= r.items()
+                    r
+                    for r in measured["rows"]
+                    if {**key, "coverage": "full", "act_dtype": kind}.items() <= r.items()
                 ]
                 found.sort(key=lambda row: -row["bits"])
                 if len(found) == len(WIDTHS):
@@ -47,7 +79,7 @@ def _speeds(measured: Any, key: dict[str, Any], kind: str, threads: int) -> str:
     for row in measured["times"]:
         if {**key, "threads": threads}.items() <= row.items():
             timings = row["timings"]
-            return _joined(f"{timings[f'{bits}-{kind}']['speed']:.2f}x" for bits in WIDTHS)
+            return _joined(f"{timings[f'full-{bits}-{kind}']['speed']:.2f}x" for bits in WIDTHS)
     return ""
 
 

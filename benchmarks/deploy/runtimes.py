@@ -3,15 +3,16 @@
 python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores
 python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores --times    # alone
 
-Coverage full, so that every product is to be one of integers; 8 images, 8 x 128 tokens. timm's
-models and the OPT have random weights, the MiniLM is the demo's tuned one. Files stay in --files
-for the second call. A run that was interrupted goes on where it stopped.
+Coverage full, so that every product is to be one of integers, and at 8 bits linear, where NNCF has
+a file beside it, if it is installed; 8 images, 8 x 128 tokens. timm's models and the OPT have
+random weights, the MiniLM is the demo's tuned one. Files stay in --files for the second call. A run
+that was interrupted goes on where it stopped.
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import quanttune as qt
 from benchmarks import arguments
+from benchmarks.deploy import nncf_file
 from benchmarks.deploy.onnx_agreement import WIDTHS
 from benchmarks.deploy.openvino_file import OpenVinoFile
 from benchmarks.deploy.web_file import answers
@@ -42,6 +44,7 @@ SECONDS = 15.0  # of turns per model, runtime and number of threads
 TYPES = ("uint8", "int8")
 THREADS = (1, 2)
 TIMED = {"onnxruntime": TYPES, "openvino": ("int8",)}  # uint8 is computed in float there
+KINDS = [("full", bits, kind) for bits in WIDTHS for kind in TYPES] + [("linear", 8, "int8")]
 Batch = dict[str, Tensor]
 
 
@@ -135,16 +138,16 @@ def _data(name: str) -> tuple[list[Batch], Batch]:
 
 
 @cache
-def _quantized(name: str, bits: int) -> nn.Module:
+def _quantized(name: str, coverage: str, bits: int) -> nn.Module:
     model, (data, _) = copy.deepcopy(_model(name)), _data(name)
-    quantized: nn.Module = qt.quantize(model, bits, coverage="full", data=data)
+    quantized: nn.Module = qt.quantize(model, bits, coverage=coverage, data=data)
     return quantized
 
 
 @cache
-def _simulated(name: str, bits: int) -> tuple[Tensor, dict[str, float]]:
+def _simulated(name: str, coverage: str, bits: int) -> tuple[Tensor, dict[str, float]]:
     """Return the simulation's answers, and how near to them float and a little noise are."""
-    exact, quantized, (_, batch) = _model(name), _quantized(name, bits), _data(name)
+    exact, quantized, (_, batch) = _model(name), _quantized(name, coverage, bits), _data(name)
     simulated = _first(quantized(**batch))
     with perturbed(quantized, seed=0):
         noise = _cosine(_first(quantized(**batch)), simulated)
@@ -160,25 +163,26 @@ def _shapes(name: str) -> dict[str, dict[int, str]]:
 
 
 def _agreeing(name: str) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, Any]]]]:
-    for bits in WIDTHS:
+    for coverage, bits, kind in KINDS:
         for shapes in ("dynamic", "static"):
-            for kind in TYPES:
-                cell = {"model": name, "bits": bits, "shapes": shapes, "act_dtype": kind}
-                yield cell, partial(_agreement, **cell)
+            cell = {"model": name, "coverage": coverage, "bits": bits, "shapes": shapes}
+            cell["act_dtype"] = kind
+            yield cell, partial(_agreement, **cell)
 
 
 @torch.no_grad()
 def _agreement(
-    options: argparse.Namespace, model: str, bits: int, shapes: str, act_dtype: str
+    options: argparse.Namespace, model: str, coverage: str, bits: int, shapes: str, act_dtype: str
 ) -> dict[str, Any]:
     """Export a model, and compare what each runtime makes of the file with the simulation."""
-    quantized, (_, batch), dynamic = _quantized(model, bits), _data(model), _shapes(model)[shapes]
-    path = _file(options.files, model, shapes, f"{bits}-{act_dtype}")
+    quantized, dynamic = _quantized(model, coverage, bits), _shapes(model)[shapes]
+    _, batch = _data(model)
+    path = _file(options.files, model, shapes, f"{coverage}-{bits}-{act_dtype}")
     qt.export_onnx(quantized, batch, path, act_dtype=act_dtype, dynamic=dynamic)
     reference = _file(options.files, model, shapes, "float")
     if not reference.exists():
         export_float(_model(model), batch, reference, dynamic=dynamic)
-    simulated, controls = _simulated(model, bits)
+    simulated, controls = _simulated(model, coverage, bits)
     runtimes = {}
     products = [product.is_integer for product in explain(path).products]
     found = _first(OnnxModel(path)(**batch))
@@ -216,19 +220,25 @@ def _speed(
     options: argparse.Namespace, model: str, shapes: str, runtime: str, threads: int
 ) -> dict[str, Any]:
     """Time files in turns with the float file, which comes first."""
-    _, batch = _data(model)
-    kinds = [f"{bits}-{kind}" for bits in WIDTHS for kind in TIMED[runtime]]
+    data, batch = _data(model)
+    kinds = ["-".join(map(str, kind)) for kind in KINDS if kind[2] in TIMED[runtime]]
     files = {kind: _file(options.files, model, shapes, kind) for kind in ("float", *kinds)}
-    calls: Mapping[str, Callable[[], Any]]
+    calls: dict[str, Callable[[], Any]]
+    cosines = {}
     if runtime == "onnxruntime":
         sessions = {kind: OnnxModel(path, threads=threads) for kind, path in files.items()}
         calls = {kind: partial(session, **batch) for kind, session in sessions.items()}
     else:
+        if nncf_file.is_installed():
+            files["nncf"] = nncf_file.write(files["float"], data)
         compiled = {kind: OpenVinoFile(path, threads) for kind, path in files.items()}
         compiled["float, no hint"] = OpenVinoFile(files["float"], threads, accurate=False)
+        exact = _first(_model(model)(**batch))
+        cosines = {k: _cosine(file(**batch), exact) for k, file in compiled.items()}
         calls = {kind: partial(file, **batch) for kind, file in compiled.items()}
     timings = summarize(in_turns(calls, SECONDS))
-    return {"timings": {kind: asdict(timing) for kind, timing in timings.items()}}
+    found = {"timings": {kind: asdict(timing) for kind, timing in timings.items()}}
+    return {**found, "cosine_to_float": cosines} if cosines else found
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ _EVERYTHING = {"coverage": "full_no_softmax", "weights": "channel", "symmetric":
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         # ONNX Runtime on x86: integer products, zero points for nothing, sums in float
-        "onnx-cpu": Target({**_LINEAR, "symmetric": False}, export={"act_dtype": "uint8"}),
+        "onnx-cpu": Target({**_LINEAR, "symmetric": False}, export={"target": "onnxruntime"}),
         # everything but what softmax returns, symmetric: what integer hardware executes
         "onnx-npu": Target(_EVERYTHING, export={"act_dtype": "int8"}),
-        "openvino": Target({**_LINEAR, "symmetric": True}, export={"act_dtype": "int8"}),
+        "openvino": Target({**_LINEAR, "symmetric": True}, export={"target": "openvino"}),
         # XNNPACK multiplies integers only where the product is rounded too, and refuses the rest
         "executorch": Target(_EVERYTHING, "torch", {"target": "executorch"}, False, bits=(8,)),
         # oneDNN's kernels by torch.compile: attention's products stay in float

@@ -19,9 +19,13 @@ def run(
         str, typer.Option(help=f"{ONNX}, or {COMPRESSED} for vLLM and transformers.")
     ] = ONNX,
     task: options.Task = None,
+    target: Annotated[
+        str, typer.Option(help="The runtime: onnxruntime[-web], opencv, openvino, tensorrt, tract.")
+    ] = "onnxruntime",
     act_dtype: Annotated[
-        str, typer.Option(help="Of the codes: uint8 for any x86; int8 for VNNI and other runtimes.")
-    ] = "uint8",
+        str | None,
+        typer.Option(help="Of the codes: onnxruntime's uint8 for any x86, or int8 for VNNI."),
+    ] = None,
     opset: Annotated[int, typer.Option(help="Version of the operators, 18 to 21.")] = 20,
     with_past: Annotated[
         bool,
@@ -33,13 +37,16 @@ def run(
 
     Example: quanttune export sst2-w8a8 --out sst2.onnx
 
+    Example: quanttune export sst2-w8a8 --out sst2.onnx --target openvino
+
     Example: quanttune export smollm2-w8a8 --out smollm2-w8a8/model.onnx --with-past
 
     Example: quanttune export t5-w8a8 --out t5-onnx  (an encoder and a decoder: a folder)
     """
     options.one_of("--format", format, FORMATS)
     if format == COMPRESSED:
-        options.refuse_given(context, ("act_dtype", "opset", "with_past"), f"with --format {ONNX}")
+        of_onnx = ("target", "act_dtype", "opset", "with_past")
+        options.refuse_given(context, of_onnx, f"with --format {ONNX}")
     settings = options.dataset(model, "", task)
     with options.of_extra("deploy"):
         from ..jobs import export
@@ -48,7 +55,12 @@ def run(
             outcome = export.export_compressed(settings, out)
         else:
             outcome = export.export(
-                settings, out, act_dtype=act_dtype, opset=opset, with_past=with_past
+                settings,
+                out,
+                target=target,
+                act_dtype=act_dtype,
+                opset=opset,
+                with_past=with_past,
             )
     of = f", from {', '.join(outcome['inputs'])}" if "inputs" in outcome else ""
     say(f"{out}: {outcome['bytes'] / 1e6:.1f} MB{of}")

@@ -16,7 +16,7 @@ from ..quantization.saving.safetensors_file import KEY
 from .dimensions import Dynamic, names_of
 from .external_data import write
 from .parts import parts_of, traceable
-from .requirements import check_example, check_model, check_path, check_types
+from .requirements import check_example, check_model, check_path, codes_for
 from .tracing import BATCH, outputs_by_name, traced
 
 _CHECK = torch.ops.aten._assert_scalar.default  # such as that texts hold a token for each patch
@@ -27,7 +27,8 @@ def export_onnx(
     example_inputs: Any,
     path: str | Path,
     *,
-    act_dtype: str = "uint8",
+    target: str = "onnxruntime",
+    act_dtype: str | None = None,
     opset: int = 20,
     dynamic: Mapping[int, str] = BATCH,
     with_past: bool = False,
@@ -54,10 +55,13 @@ def export_onnx(
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
             a file that is named after it and them (.onnx.<digest>.data), and replaced with it. Of
             an encoder-decoder with_past it is a folder, which is made if there is none.
-        act_dtype: type of the codes, of activations and of the weights that they meet. "uint8"
-            (zero point 128) is for ONNX Runtime, whose products of two uint8 are exact on every
-            processor: those of uint8 and int8 saturate on x86 without VNNI. "int8" (zero point 0)
-            is for all others: OpenVINO, TensorRT, tract. It rounds once for each reader.
+        target: the runtime: "onnxruntime", "onnxruntime-web", "opencv", "openvino", "tensorrt" or
+            "tract".
+        act_dtype: type of the codes, of activations and of the weights that they meet; by default
+            the target's own. "uint8" (zero point 128) is ONNX Runtime's, whose products of two
+            uint8 are exact on every processor: those of uint8 and int8 saturate on x86 without
+            VNNI. "int8" (zero point 0), which rounds once for each product, is what OpenVINO,
+            TensorRT and tract multiply; ONNX Runtime too, faster than uint8 where VNNI is.
         opset: version of the operators, 18 to 21; with int8 to 20.
         dynamic: dimensions of all inputs that may have any size, and names for them. For texts of
             any length it is {0: "batch", 1: "tokens"}.
@@ -77,11 +81,11 @@ def export_onnx(
 
     Raises:
         ValueError: the model is not quantized, being tuned, or not calibrated, or an argument does
-            not fit, or the model's code fixes a dimension in all inputs, or with_past is not for
-            such a model. OSError: the file cannot be written.
+            not fit, or the target runs no such files, or the model's code fixes a dimension in all
+            inputs, or with_past is not for such a model. OSError: the file cannot be written.
     """
     path = Path(path)
-    check_types(act_dtype, opset)
+    codes = codes_for(target, act_dtype, opset)
     check_model(model)
     if with_past and dynamic is not BATCH:
         raise ValueError(f"dynamic says nothing of a file with_past, got {dict(dynamic)}: leave it")
@@ -92,9 +96,9 @@ def export_onnx(
         free = part.dimensions if part else dynamic
         with traceable(model, example_inputs, part) as (example, names):
             args, kwargs = check_example(example, free, model)
-            program = traced(model, args, kwargs, free, act_dtype)
+            program = traced(model, args, kwargs, free, codes)
         file = path / part.file if part else path
-        found[file] = _translated(program, act_dtype, opset, free, names)
+        found[file] = _translated(program, codes, opset, free, names)
     for file, onnx_model in found.items():
         onnx_model.metadata_props[KEY] = json.dumps(describe(model))
         file.parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_moves import MOVES
 from .onnx_values import is_made, stored
 
 FUSED = 256  # the largest width of products that OpenVINO makes one of
@@ -34,13 +35,17 @@ def keep_from_others(graph: ir.Graph) -> None:
 
     OpenVINO 2026.4 adds a LayerNorm's epsilon to the variance of the codes, not of what they mean,
     and of two small products whose sizes it knows, without a bias, it makes one that answers
-    nonsense. tract 0.23 takes a softmax of masked codes for one of values.
+    nonsense. tract 0.23 takes a softmax of masked codes for one of values. Of what is cut into
+    parts, such as queries, keys and values, ONNX Runtime 1.32 makes floats once for each part.
     """
     for node in graph:
-        if node.op_type == "Softmax":
+        if node.op_type == "Softmax" and _is_masked(node.inputs[0]):
             _keep(graph, node.outputs[0], "QuantizeLinear")
         if node.op_type == "DequantizeLinear":
             _keep(graph, node.outputs[0], "LayerNormalization")
+            if _is_cut(node.outputs[0]) and is_made(node.inputs[0], "QuantizeLinear"):
+                for reader_type in {reader.op_type for reader, _ in node.outputs[0].uses()}:
+                    _keep(graph, node.outputs[0], reader_type)
         if node.op_type == "MatMul" and _may_be_fused(node):
             for reader_type in {reader.op_type for reader, _ in node.outputs[0].uses()} - {"Add"}:
                 _keep(graph, node.outputs[0], reader_type)
@@ -65,6 +70,15 @@ def _keep(
     graph.insert_after(producer, greatest)
 
 
+def _is_cut(value: ir.Value) -> bool:
+    """Tell whether operators that only move a value make several of it."""
+    moving = [reader for reader, _ in value.uses()]
+    if not moving or not all(reader.op_type in MOVES for reader in moving):
+        return False
+    moved = [output for reader in moving for output in reader.outputs]
+    return len(moved) > 1 or _is_cut(moved[0])
+
+
 def _may_be_fused(product: ir.Node) -> bool:
     weight = product.inputs[1].producer() if product.inputs[1] else None
     codes = weight.inputs[0] if weight and weight.op_type == "DequantizeLinear" else None
@@ -73,6 +87,12 @@ def _may_be_fused(product: ir.Node) -> bool:
         return False
     width = shape[-1]
     return isinstance(width, int) and width <= FUSED
+
+
+def _is_masked(scores: ir.Value | None) -> bool:
+    """Tell whether a mask is added to rounded scores."""
+    add = scores.producer() if scores else None
+    return is_made(scores, "Add") and any(map(_is_dequantized, add.inputs))  # type: ignore[union-attr]
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:

@@ -14,10 +14,9 @@ from .onnx_floats import keep_floats, keep_from_others
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
 from .onnx_sums import keep_sums
-from .onnx_values import stored
+from .onnx_values import PRODUCTS, stored
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
-PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> None:

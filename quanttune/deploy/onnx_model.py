@@ -63,6 +63,8 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # its threads else look for work after a call, on cores that the next model of a turn needs
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if optimized:
             options.optimized_model_filepath = str(optimized)
         is_file = isinstance(model, (str, Path))

@@ -1,4 +1,4 @@
-"""A rounding for each reader of what a graph rounds."""
+"""A rounding for each product that reads what a graph rounds."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from itertools import product
 
 import onnx_ir as ir
 
-from .onnx_values import is_made
+from .onnx_moves import MOVES
+from .onnx_values import PRODUCTS, is_made
 
 
 def original(codes: str) -> str:
@@ -15,21 +16,33 @@ def original(codes: str) -> str:
 
 
 def copy_roundings(graph: ir.Graph) -> None:
-    """Round anew for each further reader of what DequantizeLinear returns, in place.
+    """Round anew for each further product that reads what DequantizeLinear returns, in place.
 
     ONNX Runtime 1.32 multiplies int8 activations by making uint8 of them, and does so only where
-    codes have one reader. It would make one of nodes that are equal: of a scale for the whole
-    tensor the axis says nothing, so each copy has one of its own.
+    codes have one reader; so it is with what a product returns, whoever reads it. It would make one
+    of nodes that are equal: of a scale for the whole tensor the axis says nothing, so each copy has
+    one of its own.
     """
     for dequantize in reversed(list(graph)):  # what reads comes first: it becomes several readers
         codes = dequantize.inputs[0] if dequantize.op_type == "DequantizeLinear" else None
         if codes is None or not is_made(codes, "QuantizeLinear") or len(codes.uses()) > 1:
             continue
-        others = list(dequantize.outputs[0].uses())[1:]
+        uses = list(dequantize.outputs[0].uses())
+        if any(is_made(codes.producer().inputs[0], product) for product in PRODUCTS):  # type: ignore[union-attr]
+            alone = uses
+        else:
+            alone = [use for use in uses if _leads_to_product(use[0])]
+        others = alone if len(alone) < len(uses) else alone[1:]
         for number, (attributes, use) in enumerate(
             zip(_attributes(codes), others, strict=False), 1
         ):
             _copy(graph, dequantize, f"{codes.name}#{number}", attributes, use)
+
+
+def _leads_to_product(reader: ir.Node) -> bool:
+    if reader.op_type not in {*MOVES, "QuantizeLinear", "DequantizeLinear"}:
+        return reader.op_type in PRODUCTS
+    return any(_leads_to_product(use[0]) for moved in reader.outputs for use in moved.uses())
 
 
 def _attributes(codes: ir.Value) -> Iterator[dict[str, int]]:

@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+
 
 def is_made(value: ir.Value | None, op_type: str) -> bool:
     """Tell whether an operator of that type puts a value out."""

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from .external_data import LARGEST
-from .onnx_graph import PRODUCTS
 from .onnx_model import OnnxModel, has_vnni, read
+from .onnx_values import PRODUCTS
 from .operands import FLOAT, PROBABILITIES, WIDE, Operand, Operands
 
 if TYPE_CHECKING:

@@ -16,6 +16,23 @@ from .integer_weights import MAX_INTEGER_BITS
 
 TARGETS = ("inductor", "executorch", "litert")
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
+# who runs ONNX files of which types of codes, its own first: docs/deployment.md has what was seen
+RUNTIMES = {
+    "onnxruntime": ("uint8", "int8"),
+    "onnxruntime-web": ("uint8", "int8"),
+    "opencv": ("uint8",),
+    "openvino": ("int8",),
+    "tensorrt": ("int8",),
+    "tract": ("int8",),
+}
+_ON_PHONES = "for phones there are ONNX Runtime, and export_torch for executorch and litert"
+_OTHERS = {
+    **dict.fromkeys(TARGETS, "it takes a program of PyTorch: call export_torch (Python)"),
+    "vllm": "it takes a folder: call export_compressed_tensors (--format compressed-tensors)",
+    "ncnn": f"its converter, pnnx 20261020, crashes on such files; {_ON_PHONES}",
+    "mnn": f"version 3.6.1 makes a file without outputs of them; {_ON_PHONES}",
+    "onnx2torch": "version 1.5.15 has no DequantizeLinear; export_torch makes a program of PyTorch",
+}
 
 
 def check_example(
@@ -45,16 +62,22 @@ def check_path(path: Path, is_folder: bool = False) -> None:
         raise IsADirectoryError(f"path must be a file, and {path} is a folder")
 
 
-def check_types(act_dtype: str, opset: int) -> None:
-    """Refuse types of codes, and versions of operators, that a runtime would."""
-    if act_dtype not in OPSETS:
-        raise ValueError(f"act_dtype must be one of {', '.join(OPSETS)}, got {act_dtype!r}")
-    known = OPSETS[act_dtype]
+def codes_for(target: str, act_dtype: str | None, opset: int) -> str:
+    """Return the type of codes for a runtime; refuse what it would not run."""
+    if target in _OTHERS:
+        raise ValueError(f"no ONNX file is written for {target}: {_OTHERS[target]}")
+    if target not in RUNTIMES:
+        raise ValueError(f"target must be one of {', '.join(RUNTIMES)}, got {target!r}")
+    types = RUNTIMES[target]
+    if act_dtype is not None and act_dtype not in types:
+        raise ValueError(f"act_dtype must be {' or '.join(types)} for {target}, got {act_dtype!r}")
+    known = OPSETS[act_dtype or types[0]]
     if opset not in known:
         raise ValueError(
-            f"opset must be from {known[0]} to {known[-1]} with {act_dtype} activations, "
-            f"got {opset}"
+            f"opset must be from {known[0]} to {known[-1]} with {act_dtype or types[0]} "
+            f"activations, got {opset}"
         )
+    return act_dtype or types[0]
 
 
 def check_target(

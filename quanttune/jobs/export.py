@@ -28,7 +28,8 @@ def export(
     settings: Settings,
     out: Path,
     *,
-    act_dtype: str = "uint8",
+    target: str = "onnxruntime",
+    act_dtype: str | None = None,
     opset: int = 20,
     with_past: bool = False,
 ) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def export(
     or image processor gives them. An encoder-decoder is written with_past, to a folder that also
     gets its configuration and tokenizer.
 
-    with_past: as in `export_onnx`.
+    target, act_dtype, opset, with_past: as in `export_onnx`.
 
     Raises:
         ValueError: the model is not quantized, or an argument does not fit.
@@ -48,7 +49,7 @@ def export(
     if with_past and not is_folder:
         inputs = prompt(inputs, model)
     how: Any = {"with_past": True} if with_past or is_folder else {"dynamic": dimensions(source)}
-    export_onnx(model, inputs, out, act_dtype=act_dtype, opset=opset, **how)
+    export_onnx(model, inputs, out, target=target, act_dtype=act_dtype, opset=opset, **how)
     if is_folder:
         _save_others(source, model, out)
     files = part_files(out).values() if is_folder else (out,)

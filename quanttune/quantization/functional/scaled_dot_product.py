@@ -39,24 +39,36 @@ def attention(
         heads = query.shape[-3]
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
     scores = round("score", query @ key.transpose(-2, -1))
-    scores, unseeing = _masked(scores, attn_mask, is_causal)
+    mask, seeing = _added(scores, attn_mask, is_causal)
+    scores = scores if mask is None else scores + mask
     probability = F.dropout(scores.softmax(-1), dropout_p)
     answer = round("probability", probability) @ value
-    return answer if unseeing is None else answer.masked_fill(unseeing, 0)
+    return answer if seeing is None else answer * seeing
 
 
-def _masked(
+def _added(
     scores: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Mask scores. Rows without a key, told as the second, see all: of none comes NaN."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is added to scores, and what the answer is multiplied by.
+
+    A query without a key sees all, since of none comes NaN, and has a 0 in the second. Both are as
+    small as the mask is: runtimes add and multiply faster than they select.
+    """
     if is_causal:
         options: dict[str, Any] = {"dtype": torch.bool, "device": scores.device}
-        seen = torch.ones(scores.shape[-2:], **options).tril()
-        return scores.masked_fill(~seen, -torch.inf), None
+        unseen = ~torch.ones(scores.shape[-2:], **options).tril()
+        return _infinite(unseen, scores), None
     if attn_mask is None:
-        return scores, None
-    if attn_mask.dtype == torch.bool:
-        unseeing = ~attn_mask.any(-1, keepdim=True)
-        return scores.masked_fill(~(attn_mask | unseeing), -torch.inf), unseeing
-    unseeing = attn_mask.isneginf().all(-1, keepdim=True)
-    return scores + attn_mask.to(scores.dtype).masked_fill(unseeing, 0), unseeing
+        return None, None
+    is_bool = attn_mask.dtype == torch.bool
+    seeing = (attn_mask if is_bool else ~attn_mask.isneginf()).any(-1, keepdim=True)
+    if is_bool:
+        added = _infinite(seeing & ~attn_mask, scores)
+    else:
+        added = attn_mask.to(scores.dtype).masked_fill(~seeing, 0)
+    return added, seeing.to(scores.dtype)
+
+
+def _infinite(unseen: Tensor, scores: Tensor) -> Tensor:
+    """Return -inf where a key is unseen, else 0."""
+    return torch.zeros_like(unseen, dtype=scores.dtype).masked_fill(unseen, -torch.inf)

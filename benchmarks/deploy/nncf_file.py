@@ -1,0 +1,25 @@
+"""What NNCF makes of a float ONNX file, for OpenVINO: inputs of Linear and attention's products."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor
+
+
+def is_installed() -> bool:
+    return find_spec("nncf") is not None
+
+
+def write(path: Path, data: Sequence[dict[str, Tensor]]) -> Path:
+    """Quantize a float file by NNCF's settings for Transformers; return where it lies."""
+    import nncf
+    import openvino
+
+    rows = nncf.Dataset(data, lambda batch: {name: x.numpy() for name, x in batch.items()})
+    found = path.with_name(f"{path.stem}-nncf.xml")
+    if not found.exists():
+        source = openvino.Core().read_model(path)
+        done = nncf.quantize(source, rows, model_type=nncf.ModelType.TRANSFORMER)
+        openvino.save_model(done, found, compress_to_fp16=False)
+    return found
