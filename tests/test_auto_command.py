@@ -64,7 +64,7 @@ def test_it_leaves_a_model_a_file_a_page_and_a_recipe_that_does_it_again(asked, 
     out, again = tmp_path / "out", tmp_path / "again"
     result = run("auto", *asked, "--bits", 4, "--drop", "100%", "--out", out)
     assert result.exit_code == 0, result.output
-    assert "the drop is met: minmax\n" in result.output
+    assert "the drop is met: " in result.output
     names = ["auto.json", "model", "model.onnx", "recipe.json", "report.html", "metrics.jsonl"]
     assert all((out / name).exists() for name in names)
     found = json.loads((out / "auto.json").read_text())

@@ -88,14 +88,18 @@ def test_no_single_choice_improves_what_is_found(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_it_ends_as_soon_as_the_drop_is_met(seed):
+def test_it_ends_as_soon_as_the_drop_is_met_and_all_starts_were_tried(seed):
     land = Landscape(rugged(seed))
     search, ended = land.climbed(POINTS, drop=20.0)
-    heights = list(map(land.height, POINTS))
-    first = next(i for i, height in enumerate(heights) if height >= 80)
     assert ended == searching.SURELY_MET
-    assert search.best.point == POINTS[first]
-    assert len(search.trials) == first + 1
+    assert land.height(search.best.point) == max(map(land.height, POINTS))
+    assert len(search.trials) == len(POINTS)
+
+    lowest = min(POINTS, key=land.height)
+    search, ended = land.climbed([lowest], drop=20.0)
+    met = [land.height(trial.point) >= 80 for trial in search.trials]
+    assert ended == searching.SURELY_MET
+    assert met.index(True) == len(met) - 1 > 0
 
 
 def test_a_drop_that_is_met_within_the_noise_only_is_no_end():

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import quanttune as qt
 from benchmarks import arguments
 from benchmarks.provenance import commit
+from quanttune.deploy.verification.simulated_codes import perturbed
 from quanttune.environment import environment
 from quanttune.files import write_json
 
@@ -109,6 +110,8 @@ def measured(name: str, kind: str) -> dict[str, Any]:
     exact = logits(model(inputs))
     quantized = qt.quantize(copy.deepcopy(model), 8, coverage="full", data=[calibration])
     simulated = logits(quantized(inputs))
+    with perturbed(quantized, seed=0):
+        noise = logits(quantized(inputs))
     is_integer = kind == "integer"
     program = Lowered(
         qt.export_torch(quantized, inputs, target="executorch")
@@ -123,6 +126,7 @@ def measured(name: str, kind: str) -> dict[str, Any]:
         },
         "cosine": F.cosine_similarity(found, expected).tolist(),
         "error": (found - expected).abs().mean().item(),
+        "cosine_of_noise": F.cosine_similarity(noise, simulated).tolist(),
         "cosine_of_float_to_simulation": F.cosine_similarity(exact, simulated).tolist(),
         "error_of_float_to_simulation": (exact - simulated).abs().mean().item(),
         "median_seconds": median(times),
