@@ -47,14 +47,14 @@ peers: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.rivals --rows $(ROWS) --write-rows
 	.venv-peers/bin/python -m benchmarks.rivals --rows $(ROWS) --out $(RIVALS)
 
-# exported programs in PyTorch's runtime for devices, files in tract and as a browser runs them (by node, if
-# there is npm), in an environment of its own
+# exported programs in ExecuTorch and LiteRT, files in tract and as a browser runs them (by node, if there is
+# npm), in an environment of its own
 WEB := onnxruntime-web@1.30.0
 runtimes:
-	$(MAKE) VENV=.venv-executorch .venv-executorch/.executorch
+	$(MAKE) VENV=.venv-runtimes .venv-runtimes/.runtimes
 	command -v npm >/dev/null && npm install --silent --prefix build/web $(WEB) || true
-	.venv-executorch/bin/python -m pytest tests/runtimes $(ARGS)
-	.venv-executorch/bin/python -m benchmarks.deploy.executorch_run --out build
+	.venv-runtimes/bin/python -m pytest -p no:anyio tests/runtimes $(ARGS)  # it warns, which is an error here
+	.venv-runtimes/bin/python -m benchmarks.deploy.executorch_run --out build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

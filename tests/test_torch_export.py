@@ -217,6 +217,43 @@ def test_what_litert_gets_rounds_floats_to_the_codes():
     assert weights == sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
 
 
+@torch.no_grad()
+def test_class_tokens_keep_their_values_beside_codes_in_litert():
+    """It puts codes side by side, all of one grid: a ViT's class token would become 0."""
+    model, example, _ = quantized("vit", 8, "full_no_softmax")
+    program = qt.export_torch(model, example.inputs, target="litert")
+    assert "aten.cat.default" not in targets(program)
+    assert targets(program).count("aten.constant_pad_nd.default") == 2
+    assert "aten.cat.default" in targets(executorch(model, example.inputs))
+    assert torch.equal(example.logits(program.module()), example.logits())
+
+
+class Halves(nn.Module):
+    """Concatenates three parts of two grids along any axis, and two of one grid."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        first, second = self.first(x), self.second(x)
+        mixed = torch.cat([first, second[:, :1], second], self.axis) if self.axis == 1 else None
+        mixed = torch.cat([first, second], self.axis) if mixed is None else mixed
+        return mixed.sum(), torch.cat([first[:, :1], first[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@torch.no_grad()
+def test_what_is_concatenated_is_equal_on_every_axis(axis):
+    model, rows = Halves(axis).eval(), torch.randn(3, 4, 4)
+    qt.quantize(model, coverage="full", data=[rows])
+    program = qt.export_torch(model, rows, target="litert")
+    assert targets(program).count("aten.cat.default") == 1  # of one grid
+    for found, expected in zip(program.module()(rows), model(rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_litert_would_compute_in_float_is_refused():
     model, images = Pixels().eval(), torch.randn(4, 3, 4, 4)
     options = {"overrides": {"head.output_quantizer": None}}

@@ -1,6 +1,6 @@
 """Run exported programs in ExecuTorch beside its own float, and measure what they answer.
 
-make runtimes      # in an environment of its own, .venv-executorch
+make runtimes      # in an environment of its own, .venv-runtimes
 
 A ViT-tiny of four blocks and a small BERT, both of random weights, W8A8, all rounded.
 """

@@ -233,7 +233,7 @@ def _speed(
             files["nncf"] = nncf_file.write(files["float"], data)
         compiled = {kind: OpenVinoFile(path, threads) for kind, path in files.items()}
         compiled["float, no hint"] = OpenVinoFile(files["float"], threads, accurate=False)
-        exact = _first(_model(model)(**batch))
+        exact = compiled["float"](**batch)
         cosines = {k: _cosine(file(**batch), exact) for k, file in compiled.items()}
         calls = {kind: partial(file, **batch) for kind, file in compiled.items()}
     timings = summarize(in_turns(calls, SECONDS))

@@ -13,6 +13,7 @@ from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers
 from .constant_weights import CONSTANTS, REROUNDED
 from .edge_products import check_products
+from .edge_tokens import keep_tokens
 from .integer_weights import MAX_INTEGER_BITS
 from .requirements import check_example, check_model, check_target
 from .tracing import BATCH, traced
@@ -61,6 +62,8 @@ def export_torch(
     with _decomposed(model):
         program = traced(model, args, kwargs, sizes, layout=layout)
     program = program.run_decompositions({})
+    if target == "litert":
+        keep_tokens(program)
     if not compiled:
         check_products(program, target)
     return program
