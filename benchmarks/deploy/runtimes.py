@@ -229,7 +229,7 @@ def _speed(
         sessions = {kind: OnnxModel(path, threads=threads) for kind, path in files.items()}
         calls = {kind: partial(session, **batch) for kind, session in sessions.items()}
     else:
-        if nncf_file.is_installed():
+        if shapes == "dynamic" and nncf_file.is_installed():  # it calibrates by other sizes
             files["nncf"] = nncf_file.write(files["float"], data)
         compiled = {kind: OpenVinoFile(path, threads) for kind, path in files.items()}
         compiled["float, no hint"] = OpenVinoFile(files["float"], threads, accurate=False)
