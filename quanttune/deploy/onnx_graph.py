@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .onnx_floats import keep_floats, keep_from_others
+from .onnx_limits import drop_limits
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
 from .onnx_sums import keep_sums
@@ -33,6 +34,7 @@ def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> No
     owners: list[Any] = [model, model.graph, *nodes, *values]
     for owner in owners:
         owner.metadata_props.clear()
+    drop_limits(model.graph)
     _free_products(model.graph)
     if act_dtype == "uint8":
         move_codes(model.graph)
