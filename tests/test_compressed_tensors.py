@@ -22,10 +22,12 @@ from transformers import (
 )
 
 import quanttune as qt
+from quanttune.deploy.compressed_formats import packed_codes
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(48).reshape(4, 12) * 5 % 61 + 3
 LEFT = {"coverage": "linear_inputs", "data": [IDS]}
+PACKED = {"coverage": "weight_only", "weights": 16}
 
 
 def llama(**options):
@@ -64,6 +66,22 @@ CASES = {
         AutoModelForCausalLM,
         {"methods": ["repq", "erq"], "overrides": {"lm_head": None}},
     ),
+    "4 bits in groups": (llama, AutoModelForCausalLM, {**PACKED, "weight_bits": 4}),
+    "3 bits in groups, gptq": (
+        llama,
+        AutoModelForCausalLM,
+        {**PACKED, "weight_bits": 3, "methods": ["gptq"]},
+    ),
+    "2 bits per tensor": (
+        llama,
+        AutoModelForCausalLM,
+        {**PACKED, "weight_bits": 2, "weights": "tensor"},
+    ),
+    "5 bits per channel, others 8": (
+        bert,
+        AutoModelForSequenceClassification,
+        {**PACKED, "weight_bits": 5, "weights": "channel", "overrides": {"*.key": {"bits": 8}}},
+    ),
 }
 
 
@@ -71,7 +89,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_what_the_simulation_does(name, tmp_path):
     make, auto, options = CASES[name]
-    model = qt.quantize(make(), 8, **LEFT, **options)
+    model = qt.quantize(make(), 8, **{**LEFT, **options})
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected, floats = model(IDS).logits, make()(IDS).logits
     qt.export_compressed_tensors(model, tmp_path / "model")
@@ -107,6 +125,17 @@ def test_tensors_by_hand(tmp_path):
     assert not [name for name in tensors if "quantizer" in name]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_packed_codes_are_the_digits_of_one_long_number(bits):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 45)).to(torch.int8)
+    packed = packed_codes(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (3, -(-45 * bits // 32))
+    for row, words in zip(codes.tolist(), packed.tolist(), strict=True):
+        number = sum((code + 2 ** (bits - 1)) << (i * bits) for i, code in enumerate(row))
+        assert sum((word % 2**32) << (32 * i) for i, word in enumerate(words)) == number
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -115,7 +144,8 @@ def test_tensors_by_hand(tmp_path):
             {"coverage": "linear"},
             r"query_quantizer is rounded, .*coverage=\"linear_inputs\"",
         ),
-        (llama, {"bits": 7}, "has other than 8 bits"),
+        (llama, {"bits": 7}, "has 7 bits: the format has .* at 8 bits"),
+        (llama, {"coverage": "weight_only", "weight_bits": 9}, "has 9 bits: .* at 2 to 8 bits"),
         (llama, {"overrides": {"*.up_proj.input*": None}}, "up_proj.input_quantizer stays in"),
         (llama, {"methods": ["smooth_inputs"]}, "a multiplication of channels, which the format"),
         (

@@ -130,6 +130,17 @@ def test_codes_are_those_of_a_loop_over_rows_and_neighbours_that_cost_less(flip,
     assert sum(after[5:]) < (0.8 if size == 1 or flip == "greedy" else 1) * sum(before[5:])
 
 
+def test_columns_with_steps_of_their_own_are_columns_of_other_units():
+    x, rows = inputs(200, 12)[1], torch.randn(6, 12, dtype=torch.float64)
+    units = torch.tensor([1, 4, 0.5]).repeat_interleave(4).double()
+    grid = grid_of(rows)
+    expected = units * round_columns(rows, grid, x.T @ x, 200, 12, 0, "greedy")
+    of_groups = Grid((grid.scale[:, None] * units).float(), 4)
+    gram = (x / units).T @ (x / units)
+    found = round_columns(rows * units, of_groups, gram, 200, 12, 0, "greedy")
+    torch.testing.assert_close(found, expected, **FLOAT64)
+
+
 @each_flip
 def test_independent_inputs_are_rounded_to_nearest(flip):
     rows, moments = torch.randn(20, 8).double(), torch.rand(8).double().diag()

@@ -38,8 +38,9 @@ def brain_quantization(weight: Tensor, grid: Grid, hessian: Tensor, damping: flo
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
     for column in range(weight.shape[1]):
         inverse = hessian[column:, column:].inverse()
-        code = (weight[:, column] / grid.scale.double()).round()
-        rounded = code.clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) * grid.scale
+        step = (grid.scale if grid.scale.dim() == 1 else grid.scale[:, column]).double()
+        code = (weight[:, column] / step).round()
+        rounded = code.clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) * step
         error = (weight[:, column] - rounded) / inverse[0, 0]
         weight[:, column:] -= error[:, None] * inverse[0]
         weight[:, column] = rounded
@@ -55,6 +56,21 @@ def test_equals_optimal_brain_quantization_whatever_the_block(block, bits, monke
     expected = brain_quantization(weight, grid, hessian)
     torch.testing.assert_close(GPTQ().round(weight, grid, hessian), expected, **FLOAT64)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("block", [5, 128])
+def test_each_column_is_on_the_grid_of_its_group(block, act_order, monkeypatch):
+    weight, _, hessian = case()
+    by_group = weight.unflatten(1, (3, 4)).abs().amax(2).repeat_interleave(4, 1)
+    grid, order = Grid(scale_of(by_group, 4), 4), torch.arange(12)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True)
+    monkeypatch.setattr(module, "BLOCK", block)
+    turned, expected = Grid(grid.scale[:, order], 4), torch.empty_like(weight)
+    expected[:, order] = brain_quantization(weight[:, order], turned, hessian[order][:, order])
+    found = GPTQ(act_order=act_order).round(weight, grid, hessian)
+    torch.testing.assert_close(found, expected, **FLOAT64)
 
 
 def test_columns_of_much_energy_come_first_with_act_order():

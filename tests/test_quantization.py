@@ -421,9 +421,12 @@ def broken(value: float) -> torch.Tensor:
         ({"calibrator": "best"}, "calibrator must be one of minmax, ema, percentile, "),
         (
             {"coverage": "all"},
-            "coverage must be one of linear_inputs, linear, .*, full, got 'all'",
+            "coverage must be one of weight_only, linear_inputs, linear, .*, full, got 'all'",
         ),
-        ({"weights": "row"}, 'weights must be "channel" or "tensor", got \'row\''),
+        (
+            {"weights": "row"},
+            'weights must be "channel", "tensor" or the size of groups, .* got \'row\'',
+        ),
         ({"weight_bits": 0}, "bits must be from 2 to 16, got 0"),
         ({"overrides": {"*": {"bits": 1}}}, "bits must be from 2 to 16, got 1"),
         (

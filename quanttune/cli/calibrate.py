@@ -27,7 +27,9 @@ def _quantization(
         str,
         typer.Option(help=f"What is quantized: {', '.join(PRESETS)}."),
     ] = "full_no_softmax",
-    weights: Annotated[str, typer.Option(help="A scale per channel, or tensor.")] = "channel",
+    weights: Annotated[
+        str, typer.Option(help="A scale per channel, tensor, or group of so many inputs: 128.")
+    ] = "channel",
     residual: Annotated[bool, typer.Option(help="Quantize the residual stream.")] = True,
     symmetric: Annotated[
         bool, typer.Option(help="Activations without zero points; weights have none.")
@@ -48,12 +50,14 @@ def _quantization(
     names = (*CALIBRATORS, DYNAMIC) if symmetric else AFFINE
     options.one_of("--calibrator", calibrator, names, "" if symmetric else " with --no-symmetric")
     options.one_of("--coverage", coverage, PRESETS)
-    options.one_of("--weights", weights, ("channel", "tensor"))
+    if not weights.isdecimal():
+        options.one_of("--weights", weights, ("channel", "tensor", "128"))
     for name in method or ():
         options.one_of("--method", name, METHODS)
+    granularity = int(weights) if weights.isdecimal() else weights
     quantization: dict[str, Any] = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
-        "weights": weights, "residual": residual, "symmetric": symmetric,
+        "weights": granularity, "residual": residual, "symmetric": symmetric,
         "overrides": _overrides(override or []), "methods": method or (),
     }  # fmt: skip
     Scheme(**quantization)  # checks the widths

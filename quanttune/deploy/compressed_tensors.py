@@ -1,26 +1,24 @@
 """Write a quantized model of transformers in the format that vLLM and transformers load."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..quantization.modules import QuantizedLinear
 from ..quantization.prefixes.kept_prefix import prefix_of
-from ..quantization.quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
+from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.restoration import described_restorations
 from ..quantization.state import quantizers, weight_quantizers
-from .requirements import check_model
-
-BITS = 8  # vLLM has no kernel for other widths of both operands
-CONTENT = f"the format has the inputs and weights of Linear modules alone, at {BITS} bits"
+from .compressed_formats import Format, IntQuantized, PackQuantized
+from .requirements import check_constant
 
 
 def export_compressed_tensors(model: Any, folder: str | Path) -> None:
-    """Write a quantized model of transformers as a folder of compressed-tensors, W8A8.
+    """Write a quantized model of transformers as a folder of compressed-tensors.
 
     `AutoModel....from_pretrained(folder)` loads it where `compressed-tensors` is installed; it is
     the format of vLLM, which was not tried. Codes are those of the simulation; config.json comes
@@ -30,40 +28,43 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
     Args:
         model: quantized to 8 bits with `coverage="linear_inputs"`: each Linear in whole, weight and
             input, or not at all. With zero points a runtime may round exact ties to the other side.
+            Or with `coverage="weight_only"`, to 8 bits at most, which are packed.
         folder: new, or empty.
 
     Raises:
         ValueError: the model is none of transformers, or is quantized otherwise than the format
             can say, or keeps a prefix. FileExistsError: the folder holds something.
 
-    Source: compressed-tensors 0.20.1, format "int-quantized".
+    Source: compressed-tensors 0.20.1, formats "int-quantized" and "pack-quantized".
     """
     from huggingface_hub import save_torch_state_dict
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be one of transformers, got {type(model).__name__}")
-    check_model(model)
-    linears = dict(_quantized_linears(model))
+    check_constant(model)
+    form: Format = IntQuantized() if quantizers(model) else PackQuantized()
+    linears = dict(_quantized_linears(model, form))
     if not linears:
-        raise ValueError(f"no Linear module of {type(model).__name__} is rounded: {CONTENT}")
+        raise ValueError(f"no Linear module of {type(model).__name__} is rounded: {form.content}")
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already: choose another folder")
     tensors = _float_tensors(model)
     for name, linear in linears.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in _integers(linear).items()}
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{key}": tensor for key, tensor in form.tensors(linear).items()}
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.quantization_config = _described(model, linears)
+    config.quantization_config = _described(model, linears, form)
     config.save_pretrained(folder)
 
 
-def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+def _quantized_linears(model: nn.Module, form: Format) -> Iterator[tuple[str, QuantizedLinear]]:
     """Yield the Linear modules that are rounded in whole; refuse what else is rounded."""
     if prefix_of(model):
         raise ValueError(f"{type(model).__name__} keeps a prefix, which the format cannot say")
@@ -76,15 +77,17 @@ def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]
     found = weights | quantizers(model)
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        sites = {f"{name}.weight_quantizer", f"{name}.input_quantizer"}
+        sites = {f"{name}.{site}" for site in form.sites}
         if not isinstance(module, QuantizedLinear) or not sites & set(found):
             continue
         if missing := sites - set(found):
-            raise ValueError(f"{missing.pop()} stays in float, not the other operand: {CONTENT}")
+            raise ValueError(
+                f"{missing.pop()} stays in float, not the other operand: {form.content}"
+            )
         for site in sites:
             quantizer = found.pop(site)
-            if quantizer.bits != BITS:
-                raise ValueError(f"{site} has other than {BITS} bits: {CONTENT}")
+            if quantizer.bits not in form.widths:
+                raise ValueError(f"{site} has {quantizer.bits} bits: {form.content}")
             if isinstance(quantizer, ActivationQuantizer) and not quantizer.calibrated:
                 raise ValueError(
                     f"{site} was never reached during calibration: give quantize other data, or "
@@ -94,7 +97,8 @@ def _quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]
         yield name, module
     if found:
         raise ValueError(
-            f'{next(iter(found))} is rounded, and {CONTENT}: quantize with coverage="linear_inputs"'
+            f"{next(iter(found))} is rounded, and {form.content}: quantize with "
+            'coverage="linear_inputs", or "weight_only", and leave the rest in float by overrides'
         )
 
 
@@ -119,40 +123,22 @@ def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _integers(linear: QuantizedLinear) -> dict[str, Tensor]:
-    """Return the tensors that take the place of a weight, and the grid of the input."""
-    weights, inputs = linear.weight_quantizer, linear.input_quantizer
-    assert isinstance(weights, WeightQuantizer)
-    assert isinstance(inputs, ActivationQuantizer)
-    weight = linear.weight.detach()
-    scale = weights.scale_of(weight).reshape(-1, 1)
-    tensors = {
-        "weight": (weights.round(weight) / scale).round().to(torch.int8),
-        "weight_scale": scale if weights.axis is not None else scale.reshape(1),
-        "input_scale": inputs.scale.reshape(1),
-    }
-    if isinstance(inputs, AffineQuantizer):
-        tensors["input_zero_point"] = inputs.zero_point.reshape(1).to(torch.int8)
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _described(model: nn.Module, linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
-    """Return the quantization_config of a config.json."""
-    common = {"num_bits": BITS, "type": "int", "dynamic": False}
-    one: Any = next(iter(linears.values()))
-    strategy = "tensor" if one.weight_quantizer.axis is None else "channel"
-    symmetric = one.input_quantizer.symmetric
+def _described(
+    model: nn.Module, linears: dict[str, QuantizedLinear], form: Format
+) -> dict[str, Any]:
+    """Return the quantization_config of a config.json: a group for each width of weights."""
+    groups: dict[str, Any] = {}
+    for name, linear in linears.items():
+        arguments = form.arguments(linear)
+        group = groups.setdefault(json.dumps(arguments), {"targets": [], **arguments})
+        group["targets"].append(name)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if len(groups) == 1:
+        next(iter(groups.values()))["targets"] = ["Linear"]
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": form.name,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**common, "symmetric": True, "strategy": strategy},
-                "input_activations": {**common, "symmetric": symmetric, "strategy": "tensor"},
-            }
-        },
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
         "ignore": [name for name in names if name not in linears],
     }

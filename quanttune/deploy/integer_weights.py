@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quantization.modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule
-from ..quantization.quantizer import StackQuantizer, WeightQuantizer
+from ..quantization.quantizer import WeightQuantizer
+from ..quantization.row_quantizers import StackQuantizer
 from ..quantization.state import weight_quantizers
 
 MAX_INTEGER_BITS = 8  # of what runtimes multiply
@@ -75,7 +76,7 @@ class IntegerParameter(nn.Module):
     def forward(self, _: Tensor) -> Tensor:
         """Return the parameter in float; the one that is given is not looked at."""
         weight = self.dequantized() if self.is_integer else self.codes
-        return self.of_stack.stack(weight, self.shape[0]) if self.of_stack else weight
+        return self.of_stack.restored(weight, self.shape) if self.of_stack else weight
 
     def dequantized(self) -> Tensor:
         """Return in float what is held as integers."""

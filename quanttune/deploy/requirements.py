@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..batches import arguments_of
 from ..quantization.quantizer import ActivationQuantizer
+from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
 from ..tuning.hooks import is_attached
 from .dimensions import Dynamic, axes_of
@@ -107,6 +108,17 @@ def check_target(
 
 
 def check_model(model: nn.Module) -> None:
+    """Refuse a model without constant scales, not in float32, or with groups of weights."""
+    check_constant(model)
+    for site, (_, quantizer) in weight_quantizers(model).items():
+        if isinstance(quantizer, GroupQuantizer):
+            raise ValueError(
+                f"{site} has groups of {quantizer.size} inputs, which only "
+                'export_compressed_tensors writes: quantize with weights="channel"'
+            )
+
+
+def check_constant(model: nn.Module) -> None:
     """Refuse a model without constant scales, or not in float32."""
     state_of(model)
     name = type(model).__name__

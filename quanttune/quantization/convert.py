@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .functional.functional_sites import FunctionalSites
-from .modules import QuantizedConvolution, QuantizedEmbedding, become, quantized_class_of
-from .parameters import RoundsParameters, parameter_quantizer, rounding_class_of
+from .modules import (
+    QuantizedConvolution,
+    QuantizedEmbedding,
+    become,
+    inputs_of,
+    quantized_class_of,
+)
+from .parameters import Parameter, RoundsParameters, parameter_quantizer, rounding_class_of
 from .placement import free_forwards
 from .quantizer import is_quantizer
 from .scheme import Scheme
@@ -61,18 +67,25 @@ def _become(name: str, module: Any, quantized: Any, scheme: Scheme, device: torc
     if issubclass(quantized, RoundsParameters):
         for parameter in quantized.rounded:
             site = f"{name}.{parameter}_quantizer".lstrip(".")
-            quantizer = parameter_quantizer(module, parameter, scheme, site)
+            quantizer = new_weight_quantizer(Parameter(module, parameter), scheme, site)
             module.add_module(f"{parameter}_quantizer", quantizer)
         module.__class__ = quantized
         return
     become(module, quantized)
     site = f"{name}.weight_quantizer".lstrip(".")
-    module.weight_quantizer = scheme.weight_quantizer(site, quantized.output_axis)
+    module.weight_quantizer = new_weight_quantizer(module, scheme, site)
     if quantized is QuantizedEmbedding:
         return
     kind = "convolution" if issubclass(quantized, QuantizedConvolution) else "input"
     _add(name, module, "input_quantizer", kind, scheme, device)
     _add(name, module, "output_quantizer", "output", scheme, device)
+
+
+def new_weight_quantizer(holder: Any, scheme: Scheme, site: str) -> nn.Module:
+    """Make what the weight of a quantized module, or a `Parameter`, goes through."""
+    if isinstance(holder, Parameter):
+        return parameter_quantizer(holder.module, holder.name, scheme, site)
+    return scheme.weight_quantizer(site, holder.output_axis, inputs_of(holder))
 
 
 def _wrap_norm(

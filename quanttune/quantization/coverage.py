@@ -24,6 +24,8 @@ _ALL = frozenset({
 _PRODUCTS = frozenset({"input", "operand", "probability"})
 
 PRESETS: dict[str, frozenset[str]] = {
+    # AWQ, GPTQ: what is stored and moved is small, and products are those of floats
+    "weight_only": frozenset(),
     # torchao, vLLM: attention stays in float, as FlashAttention computes it
     "linear_inputs": frozenset({"input"}),
     # PTQ4ViT, RepQ-ViT, ERQ: inputs of Linear layers and both operands of attention's products

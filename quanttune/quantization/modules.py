@@ -88,6 +88,13 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         return rows
 
 
+def inputs_of(module: Any) -> int | None:
+    """Return how many inputs a quantized Linear or Conv1D has; None of other modules."""
+    if isinstance(module, (QuantizedLinear, QuantizedTransposed)):
+        return int(module.weight.shape[1 - module.output_axis])
+    return None
+
+
 def quantized_class_of(module: nn.Module) -> Any:
     """Return the quantized class of a module, or None if it has none.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .modules import Made, joined
 from .multihead_attention import PROJECTIONS, QuantizedMultiheadAttention
-from .quantizer import StackQuantizer, WeightQuantizer
+from .quantizer import WeightQuantizer
+from .row_quantizers import StackQuantizer
 from .scheme import Scheme
 
 # experts that multiply with (inputs, outputs), and have no `is_transposed` to tell

@@ -224,6 +224,11 @@ class WeightQuantizer(_Quantizer):
         self.register_buffer("scale", None)
         self.register_parameter("factor", None)
 
+    @property
+    def granularity(self) -> str:
+        """What has a scale of its own."""
+        return "tensor" if self.axis is None else "channel"
+
     def forward(self, weight: Tensor) -> Tensor:
         return self.round(weight) if self.enabled else weight
 
@@ -257,34 +262,6 @@ class WeightQuantizer(_Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"
-
-
-class StackQuantizer(WeightQuantizer):
-    """Round a stack of matrices, as experts have them: a scale per matrix and output channel.
-
-    `axis` is that of the rows they make, one behind the other: (matrices * outputs, inputs).
-    """
-
-    def __init__(self, bits: int, axis: int | None, outputs: int) -> None:
-        super().__init__(bits, axis)
-        self.outputs = outputs  # the dimension of the stack that has them, 1 or 2
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """Return a stack as the rows that have scales."""
-        return weight.movedim(self.outputs, 1).flatten(0, 1)
-
-    def stack(self, rows: Tensor, matrices: int) -> Tensor:
-        """Return rows as the stack that they are of."""
-        return rows.unflatten(0, (matrices, -1)).movedim(1, self.outputs)
-
-    def round(self, weight: Tensor) -> Tensor:
-        return self.stack(super().round(self.rows(weight)), len(weight))
-
-    def scale_of(self, weight: Tensor) -> Tensor:
-        return super().scale_of(self.rows(weight))
-
-    def scales_in(self, weight: Tensor) -> torch.Size:
-        return super().scales_in(self.rows(weight))
 
 
 def check_scale(site: str, scale: Tensor) -> None:

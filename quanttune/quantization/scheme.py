@@ -11,6 +11,7 @@ from ..fake_quantizer import integer_range
 from . import coverage as coverages
 from .calibrators import AFFINE, CALIBRATORS, Calibrator, make_calibrator
 from .quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
+from .row_quantizers import GroupQuantizer
 
 DYNAMIC = "dynamic"  # no calibration: the range of each activation is taken from itself
 Overrides = Mapping[str, Mapping[str, int] | None]
@@ -24,7 +25,7 @@ class Scheme:
     weight_bits: int | None = None  # those of activations
     calibrator: str | Callable[[], Calibrator] = "minmax"
     coverage: str = "full_no_softmax"
-    weights: str = "channel"
+    weights: str | int = "channel"
     residual: bool = True
     overrides: Overrides = field(default_factory=dict)
     symmetric: bool = True  # activations; weights always are
@@ -46,8 +47,12 @@ class Scheme:
                 f"calibrator {self.calibrator!r} has no affine form: with symmetric=False it must "
                 f"be one of {', '.join(AFFINE)}, or a function that makes one that has range()"
             )
-        if self.weights not in ("channel", "tensor"):
-            raise ValueError(f'weights must be "channel" or "tensor", got {self.weights!r}')
+        is_size = type(self.weights) is int and self.weights > 1
+        if not is_size and self.weights not in ("channel", "tensor"):
+            raise ValueError(
+                f'weights must be "channel", "tensor" or the size of groups, such as 128, got '
+                f"{self.weights!r}"
+            )
         for pattern, override in self.overrides.items():
             if override is not None and set(override) != {"bits"}:
                 raise ValueError(
@@ -86,12 +91,24 @@ class Scheme:
         quantizer.observer = self.calibrator if isinstance(self.calibrator, str) else None
         return quantizer
 
-    def weight_quantizer(self, site: str, output_axis: int) -> WeightQuantizer | nn.Identity:
-        """Make what a weight goes through whose output channels lie along `output_axis`."""
+    def weight_quantizer(
+        self, site: str, output_axis: int, inputs: int | None = None
+    ) -> WeightQuantizer | nn.Identity:
+        """Make what a weight goes through whose output channels lie along `output_axis`.
+
+        inputs: of a matrix that a Linear or Conv1D multiplies with; others have no groups.
+
+        Raises:
+            ValueError: groups of the size that `weights` is do not fit into the inputs.
+        """
         bits = self._bits_of(site, self._weight_bits)
         if bits is None:
             return nn.Identity()
-        quantizer = WeightQuantizer(bits, output_axis if self.weights == "channel" else None)
+        if isinstance(self.weights, int) and inputs is not None:
+            _check_groups(site, inputs, self.weights)
+            quantizer: WeightQuantizer = GroupQuantizer(bits, output_axis, self.weights)
+        else:
+            quantizer = WeightQuantizer(bits, None if self.weights == "tensor" else output_axis)
         quantizer.range_gradient = self.range_gradient
         return quantizer
 
@@ -101,6 +118,17 @@ class Scheme:
             if matches(pattern, site):
                 return None if override is None else override["bits"]
         return bits
+
+
+def _check_groups(site: str, inputs: int, size: int) -> None:
+    if inputs % size:
+        fitting = [n for n in (256, 192, 128, 96, 64, 48, 32, 16) if inputs % n == 0]
+        owner = site.rpartition(".")[0]
+        raise ValueError(
+            f"{site}: {inputs} inputs do not make groups of {size}; groups of "
+            f"{', '.join(map(str, fitting)) or inputs} would fit. Give weights such a size, or "
+            f"leave the weight in float, by overrides={{{owner!r}: None}}"
+        )
 
 
 def matches(pattern: str, site: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from ..masks import Mask
 from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
-from .convert import convert
+from .convert import convert, new_weight_quantizer
 from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
 from .prefixes.decoder import renew_prefix
@@ -33,7 +33,7 @@ def quantize(
     weight_bits: int | None = None,
     calibrator: str | Callable[[], Calibrator] = "minmax",
     coverage: str = "full_no_softmax",
-    weights: str = "channel",
+    weights: str | int = "channel",
     residual: bool = True,
     overrides: Overrides | None = None,
     symmetric: bool = True,
@@ -60,8 +60,9 @@ def quantize(
             activation takes its range from itself, gradients pass straight through).
         coverage: a preset of quanttune.quantization.coverage; `residual=False` leaves the residual
             stream in float.
-        weights: "channel", one scale per output channel (of each expert), or "tensor". Biases stay
-            float.
+        weights: "channel", one scale per output channel (of each expert), "tensor", or the size of
+            groups, such as 128: so many inputs of an output of a Linear or Conv1D share a scale,
+            and other weights have one per channel. Biases stay float.
         overrides: what is quantized otherwise: fnmatch patterns on the names of quantizers
             (`summary` lists them) or of the modules they belong to, with {"bits": ...}, or None to
             leave it in float, such as {"*.fc2": {"bits": 16}, "head": None}. The last match counts.
@@ -113,7 +114,7 @@ def quantize(
     return model
 
 
-def requantize(model: nn.Module, bits: int, weights: str) -> None:
+def requantize(model: nn.Module, bits: int, weights: str | int) -> None:
     """Give a quantized model another width and granularity of weights, but keep its ranges.
 
     What minmax and percentile cover does not depend on the width, so one calibration serves all.
@@ -138,7 +139,7 @@ def requantize(model: nn.Module, bits: int, weights: str) -> None:
     for quantizer in quantizers(model).values():
         quantizer.set_bits(bits)
     for name, (module, _) in weight_quantizers(model).items():
-        module.weight_quantizer = scheme.weight_quantizer(name, module.output_axis)
+        module.weight_quantizer = new_weight_quantizer(module, scheme, name)
     state.scheme = scheme
     update_hf_config(model)
 

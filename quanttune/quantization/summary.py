@@ -18,12 +18,12 @@ LITTLE = 0.01  # of a model: what is less is not listed
 
 @dataclass(frozen=True)
 class Site:
-    """One quantizer. A weight with a scale per channel has the largest of them here."""
+    """One quantizer. A weight with several scales has the largest of them here."""
 
     name: str
     kind: str  # "weight", or a kind of quanttune.quantization.coverage
     bits: int
-    granularity: str  # "tensor" or "channel"
+    granularity: str  # "tensor", "channel" or "group"
     scale: float | None  # None: taken from each tensor, or never reached during calibration
     absmax: float | None  # what the grid covers
     zero_point: int | None = None  # of an affine grid: the code of 0
@@ -100,8 +100,7 @@ def summary(model: nn.Module) -> Summary:
     for name, (module, quantizer) in weight_quantizers(model).items():
         scale = quantizer.scale_of(module.weight).max().item()
         absmax = scale * integer_range(quantizer.bits)[1]
-        granularity = "tensor" if quantizer.axis is None else "channel"
-        rows[name] = Site(name, "weight", quantizer.bits, granularity, scale, absmax)
+        rows[name] = Site(name, "weight", quantizer.bits, quantizer.granularity, scale, absmax)
     order = [name for name, _ in model.named_modules() if name in rows]
     scheme = state.scheme
     coverage = scheme.coverage + ("" if scheme.residual else " without residual")

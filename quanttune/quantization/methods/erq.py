@@ -105,7 +105,8 @@ def round_columns(
         passed_on = ridge(gram[later, later], gram[later, now], damping).T
         for first in range(0, len(rows), ROWS):
             part = slice(first, first + ROWS)
-            rounded = choose_codes(rows[part, now], grid.of(part), gram[now, now] / tokens, flip)
+            chosen = grid.of(part, now)
+            rounded = choose_codes(rows[part, now], chosen, gram[now, now] / tokens, flip)
             rows[part, later] -= (rounded - rows[part, now]) @ passed_on
             rows[part, now] = rounded
         begin = end

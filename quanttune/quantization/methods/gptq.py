@@ -77,7 +77,7 @@ class GPTQ(Rounding):
             order = hessian.diagonal().argsort(descending=True, stable=True)
         rounded = torch.empty_like(rows)
         rounded[:, order] = _round_columns(
-            rows[:, order], grid, hessian[order][:, order], self.damping
+            rows[:, order], grid.of(slice(None), order), hessian[order][:, order], self.damping
         )
         return rounded
 
@@ -90,7 +90,8 @@ def _round_columns(rows: Tensor, grid: Grid, hessian: Tensor, damping: float) ->
     columns = rows.T.contiguous()  # each in one piece
     for start in range(0, len(hessian), BLOCK):
         inside, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
-        errors = _round_block(columns[inside], grid, upper[inside, inside])
+        part = grid.of(slice(None), inside)
+        errors = _round_block(columns[inside], part, upper[inside, inside])
         columns[behind] -= upper[inside, behind].T @ errors
     return columns.T
 
@@ -99,7 +100,7 @@ def _round_block(columns: Tensor, grid: Grid, upper: Tensor) -> Tensor:
     """Round columns in place, and return what the columns behind the block have to make up for."""
     errors = torch.empty_like(columns)
     for i, values in enumerate(columns):
-        rounded = grid.nearest(values[:, None])[:, 0]
+        rounded = grid.of(slice(None), slice(i, i + 1)).nearest(values[:, None])[:, 0]
         errors[i] = (values - rounded) / upper[i, i]
         columns[i:] -= upper[i, i:, None] * errors[i]
         columns[i] = rounded  # it is, but for float errors

@@ -50,7 +50,7 @@ class _Trial:
     def __init__(self, pair: Pair, rows: Tensor, absmax: Tensor, scheme: Scheme) -> None:
         self._rows, self._absmax = rows, absmax
         self._readers = [
-            (columns.to(rows), rows @ columns.to(rows).T, *_roundings(name, scheme, rows.device))
+            (columns.to(rows), rows @ columns.to(rows).T, *_roundings(name, scheme, rows))
             for name, columns in zip(pair.readers, pair.columns(), strict=True)
         ]
 
@@ -63,9 +63,9 @@ class _Trial:
         )
 
 
-def _roundings(name: str, scheme: Scheme, device: torch.device) -> tuple[Any, nn.Module]:
+def _roundings(name: str, scheme: Scheme, rows: Tensor) -> tuple[Any, nn.Module]:
     """Return how a module's input and its weight, as (outputs, inputs), will be rounded."""
-    quantizer = scheme.activation_quantizer(f"{name}.input_quantizer", "input", device)
+    quantizer = scheme.activation_quantizer(f"{name}.input_quantizer", "input", rows.device)
     bits = getattr(quantizer, "bits", None)  # None where an override leaves it in float
     round_input = nn.Identity() if bits is None else partial(dynamic_fake_quant, bits=bits)
-    return round_input, scheme.weight_quantizer(f"{name}.weight_quantizer", 0)
+    return round_input, scheme.weight_quantizer(f"{name}.weight_quantizer", 0, rows.shape[1])

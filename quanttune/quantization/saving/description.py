@@ -15,9 +15,10 @@ from ..modules import QuantizedLinear
 from ..prefixes.decoder import add_described_prefix, described_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
+from ..row_quantizers import GroupQuantizer
 from ..scheme import DYNAMIC, Scheme
 from ..state import quantizers, state_of, weight_quantizers
-from .schema import ARGUMENTS, FIXED, LEARNED, OPERATION, PARTS, SCHEME, check
+from .schema import ARGUMENTS, FIXED, GROUP_SIZE, LEARNED, OPERATION, PARTS, SCHEME, check
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
             quantizer.learn()
     for name, (module, weight) in weight_quantizers(model).items():
         weight.bits = sites[name]["num_bits"]
-        weight.axis = module.output_axis if sites[name]["strategy"] == "channel" else None
+        _set_granularity(name, weight, sites[name], module.output_axis)
         if sites[name]["observer"] != "minmax":  # it has scales of its own
             shape = weight.scales_in(module.weight)
             weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
@@ -113,7 +114,7 @@ def check_loaded(model: nn.Module) -> None:
 
 def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     """Return every site's QuantizationArgs; None for functional sites that stay in float."""
-    found: dict[str, dict[str, Any] | None] = {}
+    found: dict[str, Any] = {}
     weights = weight_quantizers(model)
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
@@ -122,17 +123,25 @@ def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
             found[name] = _values(*grid, module.dynamic, observer)
         elif name in weights:
             _, weight = weights[name]
-            strategy = "tensor" if weight.axis is None else "channel"
             observer = LEARNED if weight.factor is not None else None
             observer = "minmax" if weight.scale is None else observer
-            found[name] = _values(weight.bits, True, strategy, False, observer)
+            found[name] = _values(weight.bits, True, weight.granularity, False, observer)
+            if isinstance(weight, GroupQuantizer):
+                found[name][GROUP_SIZE] = weight.size
         elif isinstance(module, WeightQuantizer) and OPERATION.fullmatch(name):
-            found[name] = _values(
-                module.bits, True, "channel" if module.axis == 0 else "tensor", False, "minmax"
-            )
+            found[name] = _values(module.bits, True, module.granularity, False, "minmax")
         elif isinstance(module, nn.Identity) and OPERATION.fullmatch(name):
             found[name] = None
     return found
+
+
+def _set_granularity(site: str, weight: WeightQuantizer, described: Any, outputs: int) -> None:
+    """Give a quantizer the granularity that is described; groups it has as its scheme says."""
+    size = weight.size if isinstance(weight, GroupQuantizer) else None
+    if described.get(GROUP_SIZE) != size:
+        raise ValueError(f"{site} has groups of {described.get(GROUP_SIZE)}, its scheme {size}")
+    if size is None:
+        weight.axis = outputs if described["strategy"] == "channel" else None
 
 
 def _kind_of(quantizer: nn.Module) -> str | None:

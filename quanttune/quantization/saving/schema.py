@@ -31,11 +31,12 @@ PARTS = {
     "output_quantizer": "output_activations",
 }
 ARGUMENTS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "observer")
+GROUP_SIZE = "group_size"  # beside them where the strategy is "group"
 _VALUES: dict[str, list[Any]] = {
     "type": ["int"], "symmetric": [True, False], "strategy": ["tensor"], "dynamic": [True, False],
 }  # fmt: skip
 _VALUES_OF_WEIGHTS = {
-    **_VALUES, "symmetric": [True], "strategy": ["tensor", "channel"], "dynamic": [False],
+    **_VALUES, "symmetric": [True], "strategy": ["tensor", "channel", "group"], "dynamic": [False],
 }  # fmt: skip
 _GROUPS = {
     "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),
@@ -150,7 +151,8 @@ def _check_fields(data: Any, names: Iterable[str], where: str) -> None:
 def _check_arguments(data: Any, where: str, values_of: dict[str, list[Any]]) -> None:
     if data is None:
         return
-    _check_fields(data, ARGUMENTS, where)
+    is_group = isinstance(data, dict) and data.get("strategy") == "group"
+    _check_fields(data, (*ARGUMENTS, GROUP_SIZE) if is_group else ARGUMENTS, where)
     _check_bits(data["num_bits"], f"{where}.num_bits")
     for name, values in values_of.items():
         # of the same type: 1 is no true

@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....fake_quantizer import fake_quant, integer_range
+from ....fake_quantizer import integer_range
 from ...modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule, holds
 from ...quantizer import ActivationQuantizer, WeightQuantizer
+from ...row_quantizers import GroupQuantizer
 from ...state import weight_quantizers
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The grids of rows of weights: of each row, or of all, its float32 scale; and their width."""
+    """The grids of rows of weights: float32 scales of rows, of all, or of values; their width."""
 
-    scale: Tensor  # (rows,) or ()
+    scale: Tensor  # (rows,) or (); (rows, columns) of grids that change along a row
     bits: int
 
     @property
     def step(self) -> Tensor:
-        """The scale as float64 (rows, 1), or (1, 1)."""
-        return self.scale.double().view(-1, 1)
+        """The scale as float64 (rows, 1), (1, 1) or (rows, columns)."""
+        return self.scale.double() if self.scale.dim() == 2 else self.scale.double().view(-1, 1)
 
     def clamp(self, codes: Tensor) -> Tensor:
         """Return codes that are in range."""
@@ -37,9 +38,10 @@ class Grid:
         """Return the nearest value of the grid."""
         return self.codes(rows) * self.step
 
-    def of(self, rows: slice) -> "Grid":
-        """Return the grid of some of the rows."""
-        return Grid(self.scale[rows] if self.scale.dim() else self.scale, self.bits)
+    def of(self, rows: slice, columns: slice | Tensor) -> "Grid":
+        """Return the grid of some of the rows, and of some columns of them."""
+        scale = self.scale[rows] if self.scale.dim() else self.scale
+        return Grid(scale[:, columns] if scale.dim() == 2 else scale, self.bits)
 
 
 class Layer:
@@ -61,14 +63,19 @@ class Layer:
 
     def grid(self, rows: Tensor) -> Grid:
         """Return the grid that just covers rows."""
-        return Grid(self.quantizer.scale_of(self._swap(rows)), self.quantizer.bits)
+        scale = self.quantizer.scale_of(self._swap(rows))
+        if isinstance(self.quantizer, GroupQuantizer):
+            scale = scale.view(len(rows), -1).repeat_interleave(self.quantizer.size, 1)
+        return Grid(scale, self.quantizer.bits)
 
     @torch.no_grad()
     def write(self, rows: Tensor, grid: Grid) -> None:
         """Make rows the weight, each value the nearest on a grid that is constant from now on."""
-        values = self._swap(rows).float()
-        self.module.weight.copy_(fake_quant(values, grid.scale, grid.bits, self.quantizer.axis))
-        self.quantizer.scale = grid.scale
+        scale = grid.scale
+        if isinstance(self.quantizer, GroupQuantizer):
+            scale = scale[:, :: self.quantizer.size].clone().flatten()
+        self.quantizer.scale = scale
+        self.module.weight.copy_(self.quantizer.round(self._swap(rows).float()))
 
     def _swap(self, weight: Tensor) -> Tensor:
         """Turn a weight into rows, or rows into a weight."""
