@@ -7,7 +7,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from quanttune.quantization.methods import AWEQ, OutlierSuppression, RepQ, SmoothQuant
+from quanttune.quantization.methods import AWEQ, AWQ, OutlierSuppression, RepQ, SmoothQuant
 from quanttune.quantization.methods.equalizing.readers import find_pairs
 from quanttune.quantization.methods.rounding.layers import layers_of
 from quanttune.quantization.running import Data
@@ -38,7 +38,7 @@ def opt_after() -> Example:
 
 
 EXAMPLES = {**DEEP, "deit": deit, "gpt2": gpt2, "opt after": opt_after}
-METHODS = (SmoothQuant(), OutlierSuppression(), RepQ(), AWEQ())
+METHODS = (SmoothQuant(), OutlierSuppression(), RepQ(), AWEQ(), AWQ())
 POST = ("bert", "opt after")
 each_model = pytest.mark.parametrize("name", EXAMPLES)
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -72,6 +72,11 @@ CASES = {
         AutoModelForCausalLM,
         {**PACKED, "weight_bits": 3, "methods": ["gptq"]},
     ),
+    "4 bits, awq": (
+        llama,
+        AutoModelForCausalLM,
+        {**PACKED, "weight_bits": 4, "methods": ["awq", "weight_clipping"]},
+    ),
     "2 bits per tensor": (
         llama,
         AutoModelForCausalLM,

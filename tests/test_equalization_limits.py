@@ -161,7 +161,7 @@ NOT_A_NUMBER = torch.full((2, TOKENS, 24), torch.nan)
     ("methods", "data", "message"),
     [
         (["smoothquant"], [], "data is empty"),
-        (["smooth"], [{}], "methods must be of smoothquant, outlier_suppression, aweq, repq"),
+        (["smooth"], [{}], "methods must be of smoothquant, outlier_suppression, aweq, awq, repq"),
         (["repq"], [{"inputs_embeds": NOT_A_NUMBER}], "LayerNorm returned NaN, inf or nothing"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from .aweq import AWEQ as AWEQ
+from .awq import AWQ as AWQ
 from .bias_correction import BiasCorrection as BiasCorrection
 from .erq import ERQ as ERQ
 from .gptq import GPTQ as GPTQ
@@ -17,6 +18,7 @@ from .repq import RepQ as RepQ
 from .rotate import Rotate as Rotate
 from .smooth_inputs import SmoothInputs as SmoothInputs
 from .smoothquant import SmoothQuant as SmoothQuant
+from .weight_clipping import WeightClipping as WeightClipping
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
@@ -25,10 +27,12 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             SmoothQuant,
             OutlierSuppression,
             AWEQ,
+            AWQ,
             RepQ,
             SmoothInputs,
             Rotate,
             BiasCorrection,
+            WeightClipping,
             GPTQ,
             ERQ,
         )

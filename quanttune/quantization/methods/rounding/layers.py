@@ -57,6 +57,11 @@ class Layer:
         return count
 
     @property
+    def group_size(self) -> int:
+        """How many inputs of an output share a scale."""
+        return self.quantizer.size if isinstance(self.quantizer, GroupQuantizer) else self.inputs
+
+    @property
     def rows(self) -> Tensor:
         """The weight as float64 (outputs, inputs)."""
         return self._swap(self.module.weight.detach().double())
