@@ -9,7 +9,7 @@ START, *SNIPPETS = snippets_of(PAGE)
 
 
 def test_the_page_has_all_snippets():
-    assert len(SNIPPETS) == 10
+    assert len(SNIPPETS) == 11
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
@@ -17,6 +17,6 @@ def test_a_snippet(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(START + SNIPPETS[index], f"{PAGE} {index}", "exec"), names)
-    models = [value for value in names.values() if isinstance(value, nn.Module)]
+    models = [m for name, m in names.items() if isinstance(m, nn.Module) and name != "llama"]
     assert all(model(names["images"]).isfinite().all() for model in models)
     assert "page" not in names or names["page"].is_file()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import arguments_of
+from ..quantization.correction import corrections
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
@@ -128,6 +129,11 @@ def check_constant(model: nn.Module) -> None:
     weights = {site: weight for site, (_, weight) in weight_quantizers(model).items()}
     if any(quantizer.factor is not None for quantizer in (*sites.values(), *weights.values())):
         raise ValueError(f"the scales of {name} are being learned: call freeze_scales first")
+    if corrected := corrections(model):
+        raise ValueError(
+            f"{next(iter(corrected))} adds a product of floats to its own (qera), which no file "
+            "says: quantize with another method"
+        )
     if any(quantizer.dynamic for quantizer in sites.values()):
         raise ValueError(
             f"{name} takes ranges from each tensor: quantize it with data, and a calibrator "

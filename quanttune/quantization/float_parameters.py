@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from .modules import QuantizedModule, float_class_of
+from .correction import Correction
+from .modules import CORRECTION, QuantizedModule, float_class_of
 from .parameters import Parameter, RoundsParameters
 from .state import state_of, weight_quantizers
 
@@ -56,8 +57,11 @@ def _rounded(model: nn.Module) -> set[int]:
 
 def _sources(quantized: nn.Module) -> list[nn.Parameter]:
     """Return what a quantized module's weight is, or is computed from."""
+    others = ("bias", *(f"{CORRECTION}.{name}" for name in ("down", "up")))
     return [
-        p for name, p in quantized.named_parameters() if name != "bias" and "quantizer" not in name
+        p
+        for name, p in quantized.named_parameters()
+        if name not in others and "quantizer" not in name
     ]
 
 
@@ -67,6 +71,8 @@ def _reason(name: str, model: nn.Module) -> str:
     kind = type(module).__name__
     if parameter == "bias" or isinstance(module, nn.LayerNorm):
         return NEVER
+    if isinstance(module, Correction):
+        return "a method adds it in float"
     if isinstance(module, (QuantizedModule, RoundsParameters)):
         own = f"{parameter}_quantizer"
         return OVERRIDE if hasattr(module, own) else f"{kind} adds it"

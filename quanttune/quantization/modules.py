@@ -17,6 +17,8 @@ from .quantizer import WeightQuantizer
 # what computes a weight in a hook, before each forward; it leaves an attribute that is no parameter
 _COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
 
+CORRECTION = "correction"  # the child of a Linear or Conv1D that adds to its product: Correction
+
 
 class QuantizedModule:
     """What every quantized module has: the dimension of its weight's outputs, and quantizers."""
@@ -35,8 +37,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Do what `forward` does, with a bias that is not the module's own."""
-        weight = self.weight_quantizer(self.weight)
-        return self.output_quantizer(F.linear(self.input_quantizer(x), weight, bias))
+        return self.output_quantizer(_product(self, x, self.weight_quantizer(self.weight), bias))
 
 
 class QuantizedTransposed(QuantizedModule):
@@ -48,7 +49,15 @@ class QuantizedTransposed(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
-        return self.output_quantizer(F.linear(self.input_quantizer(x), weight.t(), self.bias))
+        return self.output_quantizer(_product(self, x, weight.t(), self.bias))
+
+
+def _product(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply a rounded input, and add what a method added to the module."""
+    x = module.input_quantizer(x)
+    y = F.linear(x, weight, bias)
+    correction = module._modules.get(CORRECTION)
+    return y if correction is None else correction(x, y)  # type: ignore[no-any-return]
 
 
 class QuantizedConvolution(QuantizedModule):

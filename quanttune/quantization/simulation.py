@@ -13,6 +13,7 @@ from ..masks import Mask
 from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .convert import convert, new_weight_quantizer
+from .correction import drop_corrections
 from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
 from .prefixes.decoder import renew_prefix
@@ -96,6 +97,7 @@ def quantize(
         if names:
             undo.callback(snapshot(model))
             undo.callback(drop_restorations, model)
+            undo.callback(drop_corrections, model)
         for equalization in equalizations:
             equalization.apply(model, scheme, given)
             renew_prefix(model)

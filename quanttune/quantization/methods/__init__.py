@@ -14,6 +14,7 @@ from .method import Equalization as Equalization
 from .method import Method as Method
 from .method import Rounding as Rounding
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
+from .qera import QERA as QERA
 from .repq import RepQ as RepQ
 from .rotate import Rotate as Rotate
 from .smooth_inputs import SmoothInputs as SmoothInputs
@@ -35,6 +36,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             WeightClipping,
             GPTQ,
             ERQ,
+            QERA,
         )
     }
 )

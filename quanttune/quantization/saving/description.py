@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..convert import convert
+from ..correction import add_described_corrections, described_corrections, drop_corrections
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
 from ..modules import QuantizedLinear
@@ -50,6 +51,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
         **described_prefix(model),
+        **described_corrections(model),
     }
 
 
@@ -72,6 +74,8 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
     undo.callback(drop_restorations, model)
     add_described(model, data["restorations"])
     add_described_prefix(model, data.get("prefix"), undo)
+    undo.callback(drop_corrections, model)
+    add_described_corrections(model, data.get("corrections", {}))
     state.frozen = not dynamic
     _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)

@@ -4,8 +4,9 @@ The names are those of compressed-tensors. `config_groups` are modules that have
 has no name for `parameter_groups`, parameters of modules that multiply with several (experts,
 MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`, the places in
 modules' code that these stand at (places.py) or that stay in float, for `restorations`,
-LayerNorms that were equalized for the modules they are listed with, and for `prefix`, the tokens
-whose keys and values a decoder keeps, which only such a model has. `scheme` is what `quantize` was
+LayerNorms that were equalized for the modules they are listed with, for `prefix`, the tokens whose
+keys and values a decoder keeps, and for `corrections`, ranks of what Linear modules add in float,
+which only such models have. `scheme` is what `quantize` was
 asked for. What is not `symmetric` has its zero point among the tensors, beside its scale. Weights
 are stored in float ("dense"), so that a loaded model can be trained on.
 """
@@ -65,6 +66,9 @@ def check(data: Any) -> None:
     if isinstance(data, dict) and "prefix" in data:  # what has none is as before there were any
         names.append("prefix")
         _check_prefix(data["prefix"])
+    if isinstance(data, dict) and "corrections" in data:
+        names.append("corrections")
+        _check_ranks(data["corrections"])
     _check_fields(data, names, "the quantization")
     for name, value in FIXED.items():
         if data[name] != value:
@@ -88,6 +92,13 @@ def _check_prefix(data: Any) -> None:
     tokens = data["tokens"]
     if not (tokens and isinstance(tokens, list) and all(type(x) is int and x >= 0 for x in tokens)):
         raise ValueError(f"prefix.tokens must be a list of token ids, got {tokens!r}")
+
+
+def _check_ranks(data: Any) -> None:
+    _check_fields(data, data, "corrections")  # any names
+    for name, rank in data.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"corrections.{name} must be a rank from 1, got {rank!r}")
 
 
 def _check_scheme(data: Any) -> None:

@@ -46,10 +46,10 @@ class Means:
         self._rounded = torch.zeros_like(self._exact)
 
     def add(self, x: Tensor, rounded: Tensor) -> None:
-        rows = _rows(x)
+        rows = rows_of(x)
         self.tokens += len(rows)
         self._exact += rows.sum(0)
-        self._rounded += _rows(rounded).sum(0)
+        self._rounded += rows_of(rounded).sum(0)
 
     @property
     def exact(self) -> Tensor:
@@ -182,11 +182,11 @@ def watching(modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]) -
         yield
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """Return the tokens that are no padding, in float64."""
     return without_padding(x, "input").reshape(-1, x.shape[-1]).double()
 
 
 def _with_one(x: Tensor) -> Tensor:
     """Return rows with a last channel of ones."""
-    return F.pad(_rows(x), (0, 1), value=1.0)
+    return F.pad(rows_of(x), (0, 1), value=1.0)
