@@ -109,6 +109,20 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
             for model in ("swin", "bert", "gpt2") for method in ("gptq", "erq")
             for bits in ("W8A8", "W6A6")
         ],
+        # three of one kind: ptq4vit stays, with its grids, on a model of each library
+        "test_a_model_that_is_loaded_computes_the_same_bits": [
+            *(f"{model}-{method}" for method in ("ranking", "base_ptq")
+              for model in ("vit", "swin", "bert", "opt", "deit", "gpt2")),
+            "swin-ptq4vit", "deit-ptq4vit", "gpt2-ptq4vit",
+        ],
+        "test_tied_weights_embeddings_and_convolutions_are_rounded_to_nearest": [
+            *(f"{model}-{method}" for method in ("ranking", "base_ptq")
+              for model in ("vit", "opt", "gpt2")),
+            "opt-ptq4vit",
+        ],
+        "test_a_layer_whose_input_stays_float_is_rounded_as_behind_a_very_fine_grid": [
+            "base_ptq", "ranking",
+        ],
     },
     "test_onnx_readers": {
         "test_every_product_is_one_of_integers": ["opt-8", "swin-6"],

@@ -85,5 +85,5 @@ def test_parts_are_handed_over_in_order_and_used():
         return 2 * x if part == "value" else x
 
     y = attention(double, query, key, value)
-    assert seen == ["query", "key", "value", "score", "probability"]
+    assert seen == ["query", "key", "value", "score", "probability", "answer"]
     torch.testing.assert_close(y, 2 * F.scaled_dot_product_attention(query, key, value))

@@ -18,14 +18,17 @@ from benchmarks import arguments
 from quanttune.demo import recipe
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import GPTQ, METHODS
+from quanttune.quantization.methods import GPTQ, METHODS, PTQ4ViT
 from quanttune.quantization.simulation import quantize
 
 # the control of minilm is its base: at alpha = 0 its loss is zero
 ARMS = {"minilm": ("base", "detached"), "digits": ("base", "control", "detached")}
 WIDTHS = ((8, 8), (6, 6), (4, 8), (4, 4))  # of weights and of activations
 COVERAGES = ("full_no_softmax", "linear")
-VARIANTS = {"gptq (fisher)": GPTQ(hessian="fisher")}
+VARIANTS = {
+    "gptq (fisher)": GPTQ(hessian="fisher"),
+    "ptq4vit (one range)": PTQ4ViT(twin=False),
+}
 TOGETHER = (
     ("aweq", "bias_correction"),
     ("repq", "erq"),
@@ -35,27 +38,34 @@ CHOICES = (
     *(("minmax", methods) for methods in ((), *zip((*METHODS, *VARIANTS)), *TOGETHER)),
     *((calibrator, ()) for calibrator in ("percentile", "kl")),
 )
+LACKING = {("fq_vit",): ("linear",)}  # what it acts on is not rounded
 FLOAT = {"coverage": "none", "weight_bits": 32, "bits": 32, "calibrator": "none", "methods": []}
 
 
 def main() -> None:
     parser = arguments.of_task(__doc__)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--only", nargs="*", help="methods, each alone; into some-methods-TASK.json"
+    )
     options = parser.parse_args()
-    path, make = options.out / f"methods-{options.task}.json", recipe(options.task)
+    name = "some-methods" if options.only else "methods"
+    path, make = options.out / f"{name}-{options.task}.json", recipe(options.task)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"task": make.name, "metric": make.metric, "environment": environment()}
     for seed in range(options.first, options.seeds):
-        for row in _rows(make(seed), seed, results["rows"]):
+        for row in _rows(make(seed), seed, results["rows"], options.only):
             results["rows"].append(row)
             write_json(path, results)
             print(row, flush=True)
 
 
-def _rows(job: Any, seed: int, known: list[Any]) -> Iterator[dict[str, Any]]:
+def _rows(
+    job: Any, seed: int, known: list[Any], only: Sequence[str] | None
+) -> Iterator[dict[str, Any]]:
     done = [{**row, "value": None, "seconds": None} for row in known]
     for arm in (arm for arm in job.arms if arm.name in ARMS[job.name]):
-        ways = [{"seed": seed, "arm": arm.name, **way} for way in (FLOAT, *_ways())]
+        ways = [{"seed": seed, "arm": arm.name, **way} for way in (FLOAT, *_ways(only))]
         ways = [way for way in ways if {**way, "value": None, "seconds": None} not in done]
         if not ways or (seed and not arm.learning_rate and job.name == "minilm"):
             continue  # an arm that is not tuned is the same for every seed
@@ -77,8 +87,11 @@ def way(calibrator: str, methods: Sequence[str]) -> str:
     return " + ".join(methods) or calibrator
 
 
-def _ways() -> Iterator[dict[str, Any]]:
+def _ways(only: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     for coverage, (weight_bits, bits), choice in product(COVERAGES, WIDTHS, CHOICES):
+        is_left_out = bool(only and choice[1]) and choice[1] not in {(name,) for name in only or ()}
+        if is_left_out or coverage in LACKING.get(choice[1], ()):
+            continue
         yield {
             "coverage": coverage,
             "weight_bits": weight_bits,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..batches import arguments_of
 from ..quantization.correction import corrections
+from ..quantization.grids import refuse_other_grids
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
@@ -120,11 +121,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_constant(model: nn.Module) -> None:
-    """Refuse a model without constant scales, or not in float32."""
+    """Refuse a model without constant scales, with grids of others, or not in float32."""
     state_of(model)
     name = type(model).__name__
     if is_attached(model):
         raise ValueError(f"{name} is being tuned: detach() its tuner first")
+    refuse_other_grids(model, "writes uniform integers only")
     sites = quantizers(model)
     weights = {site: weight for site, (_, weight) in weight_quantizers(model).items()}
     if any(quantizer.factor is not None for quantizer in (*sites.values(), *weights.values())):

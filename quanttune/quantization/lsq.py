@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .grids import refuse_other_grids
 from .modules import QuantizedEmbedding
 from .saving.hf_config import update_hf_config
 from .state import quantizers, state_of, weight_quantizers
@@ -20,12 +21,14 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     Without this call a quantized model can be trained as well: then ranges of activations stay.
 
     Raises:
-        ValueError: the model is not quantized, or has no scales since it is dynamic.
+        ValueError: the model is not quantized, or has no scales since it is dynamic, or grids that
+            are no scale and integers (ptq4vit, fq_vit).
 
     Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153.
     """
     if state_of(model).scheme.dynamic:
         raise ValueError("a dynamic model has no scales to learn: quantize it with data")
+    refuse_other_grids(model, "learns no scale of it")
     learned = [q.learn() for q in quantizers(model).values() if q.calibrated]
     for module, quantizer in weight_quantizers(model).values():
         if not isinstance(module, QuantizedEmbedding):

@@ -67,6 +67,7 @@ class ActivationQuantizer(_Quantizer):
     """
 
     range_names: tuple[str, ...] = ("absmax",)  # buffers: the ends of the range; NaN while unknown
+    grid = "uniform"  # grids.py has others
     absmax: Tensor
 
     def __init__(

@@ -14,6 +14,7 @@ from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .convert import convert, new_weight_quantizer
 from .correction import drop_corrections
+from .grids import OtherGrid
 from .methods import Method, methods_of, roundings_in
 from .placement import check_devices
 from .prefixes.decoder import renew_prefix
@@ -124,9 +125,15 @@ def requantize(model: nn.Module, bits: int, weights: str | int) -> None:
 
     Raises:
         ValueError: the ranges were searched for grids of another width, or a method chose the codes
-            of the weights.
+            of the weights, or grids that are not uniform.
     """
     state = state_of(model)
+    for name, one in quantizers(model).items():
+        if isinstance(one, OtherGrid):
+            raise ValueError(
+                f"{one.made_by} chose the grid of {name} for {one.bits} bits: quantize the float "
+                "model again"
+            )
     for name in roundings_in(state.scheme.methods):
         raise ValueError(f"{name} rounded the weights: quantize the float model again")
     if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:

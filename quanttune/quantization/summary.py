@@ -9,6 +9,7 @@ from torch import nn
 from ..fake_quantizer import integer_range
 from .float_parameters import float_parameters, is_asked_for, rounded_parameters
 from .functional.modes import class_of
+from .grids import OtherGrid
 from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer
 from .state import quantizers, state_of, weight_quantizers
@@ -27,6 +28,7 @@ class Site:
     scale: float | None  # None: taken from each tensor, or never reached during calibration
     absmax: float | None  # what the grid covers
     zero_point: int | None = None  # of an affine grid: the code of 0
+    grid: str = "uniform"  # or one of grids.py: its largest step, and what it covers
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ class Summary:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("site", "kind", "bits", "granularity", "scale", "absmax", "zero_point")
+        header = ("site", "kind", "bits", "granularity", "scale", "absmax", "grid", "zero_point")
         rows = [header, *(_cells(site) for site in self.sites)]
-        if all(site.zero_point is None for site in self.sites):
-            rows = [row[:-1] for row in rows]
+        plain = "-", "uniform"  # columns that say nothing of any site are left out
+        kept = [
+            i for i, cells in enumerate(zip(*rows[1:], strict=True)) if i < 6 or {*cells} - {*plain}
+        ]
+        rows = [tuple(row[i] for i in kept) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -94,7 +99,9 @@ def summary(model: nn.Module) -> Summary:
     """
     state = state_of(model)
     rows = {
-        name: Site(name, quantizer.kind, quantizer.bits, "tensor", *_range(quantizer))
+        name: Site(
+            name, quantizer.kind, quantizer.bits, "tensor", *_range(quantizer), quantizer.grid
+        )
         for name, quantizer in quantizers(model).items()
     }
     for name, (module, quantizer) in weight_quantizers(model).items():
@@ -141,6 +148,8 @@ def _shares(model: nn.Module) -> tuple[float, float | None, tuple[Float, ...]]:
 def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, int | None]:
     if quantizer.dynamic or not quantizer.calibrated:
         return None, None, None
+    if isinstance(quantizer, OtherGrid):
+        return quantizer.largest_step.item(), quantizer.absmax.item(), None
     scale = quantizer.step.item()
     qmin, qmax = integer_range(quantizer.bits)
     if quantizer.symmetric:
@@ -152,4 +161,4 @@ def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, 
 def _cells(site: Site) -> tuple[str, ...]:
     numbers = ("-" if x is None else f"{x:.4g}" for x in (site.scale, site.absmax))
     zero_point = "-" if site.zero_point is None else str(site.zero_point)
-    return (site.name, site.kind, str(site.bits), site.granularity, *numbers, zero_point)
+    return (site.name, site.kind, str(site.bits), site.granularity, *numbers, site.grid, zero_point)

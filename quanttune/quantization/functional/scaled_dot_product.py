@@ -26,8 +26,8 @@ def attention(
     A query that sees no key gets zeros, and passes no gradient on.
 
     Args:
-        round: is given the parts "query" (scaled already), "key", "value", "score" and
-            "probability", and returns what goes on in their place.
+        round: is given the parts "query" (scaled already), "key", "value", "score", "probability"
+            and "answer" (before the zeros), and returns what goes on in their place.
         others: as in PyTorch; query (..., heads, queries, channels).
     """
     if attn_mask is not None and is_causal:
@@ -42,7 +42,7 @@ def attention(
     mask, seeing = _added(scores, attn_mask, is_causal)
     scores = scores if mask is None else scores + mask
     probability = F.dropout(scores.softmax(-1), dropout_p)
-    answer = round("probability", probability) @ value
+    answer = round("answer", round("probability", probability) @ value)
     return answer if seeing is None else answer * seeing
 
 

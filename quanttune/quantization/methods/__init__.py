@@ -9,12 +9,17 @@ from .aweq import AWEQ as AWEQ
 from .awq import AWQ as AWQ
 from .bias_correction import BiasCorrection as BiasCorrection
 from .erq import ERQ as ERQ
+from .fq_vit import FQViT as FQViT
 from .gptq import GPTQ as GPTQ
 from .method import Equalization as Equalization
 from .method import Method as Method
+from .method import Regridding as Regridding
 from .method import Rounding as Rounding
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
+from .ptq4vit import BasePTQ as BasePTQ
+from .ptq4vit import PTQ4ViT as PTQ4ViT
 from .qera import QERA as QERA
+from .ranking import Ranking as Ranking
 from .repq import RepQ as RepQ
 from .rotate import Rotate as Rotate
 from .smooth_inputs import SmoothInputs as SmoothInputs
@@ -32,35 +37,41 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             RepQ,
             SmoothInputs,
             Rotate,
+            FQViT,
             BiasCorrection,
             WeightClipping,
             GPTQ,
             ERQ,
             QERA,
+            BasePTQ,
+            PTQ4ViT,
+            Ranking,
         )
     }
 )
 
 
-def methods_of(chosen: Iterable[str | Method]) -> tuple[list[Equalization], list[Rounding]]:
+def methods_of(
+    chosen: Iterable[str | Method],
+) -> tuple[list[Equalization], list[Regridding | Rounding]]:
     """Return the methods that are chosen by name or with their options, by when they act.
 
     Raises:
-        ValueError: a name is unknown, an equalization comes after a rounding, or there are two
-            roundings.
+        ValueError: a name is unknown, one comes after what acts later, or there are two roundings.
     """
     if isinstance(chosen, str | Method):
         raise ValueError(f'methods must be a list, such as ["erq"], got {chosen!r}')
     methods = [_method_of(choice) for choice in chosen]
     equalizations = [method for method in methods if isinstance(method, Equalization)]
+    regriddings = [method for method in methods if isinstance(method, Regridding)]
     roundings = [method for method in methods if isinstance(method, Rounding)]
-    if methods != [*equalizations, *roundings]:
-        order = ", ".join(method.name for method in (*equalizations, *roundings))
+    if methods != [*equalizations, *regriddings, *roundings]:
+        order = ", ".join(method.name for method in (*equalizations, *regriddings, *roundings))
         raise ValueError(f"what equalizes the float model comes before what rounds it: {order}")
     if len(roundings) > 1:
         names = " and ".join(method.name for method in roundings)
         raise ValueError(f"{names} both choose the codes of the weights: take one of them")
-    return equalizations, roundings
+    return equalizations, [*regriddings, *roundings]
 
 
 def roundings_in(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from ..scheme import Scheme
 
 
 class Method(ABC):
-    """Changes parameters so that rounding costs less; see Equalization and Rounding."""
+    """Changes a model so that rounding costs less; see Equalization, Regridding and Rounding."""
 
     name: ClassVar[str]
 
@@ -19,7 +19,7 @@ class Method(ABC):
         """Change a model in place; whoever calls takes the parameters back after an error.
 
         Args:
-            model: float for an equalization; for a rounding calibrated, its weights not rounded.
+            model: float for an equalization; else calibrated, its weights not rounded.
             scheme: what the model is to be, or is, quantized to.
             data: what `quantize` was given.
         """
@@ -27,6 +27,12 @@ class Method(ABC):
 
 class Equalization(Method):
     """Changes the float model before it is quantized; what that computes stays the same."""
+
+
+class Regridding(Method):
+    """Gives activations of the calibrated model other grids than uniform ones, before weights are
+    rounded; what that computes in float stays the same.
+    """
 
 
 class Rounding(Method):

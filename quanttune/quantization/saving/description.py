@@ -12,6 +12,7 @@ from ..convert import convert
 from ..correction import add_described_corrections, described_corrections, drop_corrections
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
+from ..grids import add_described_grids, described_grids
 from ..modules import QuantizedLinear
 from ..prefixes.decoder import add_described_prefix, described_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
@@ -50,9 +51,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "operation_groups": _grouped(operations),
         "call_groups": _grouped(_calls(model)),
         "restorations": described_restorations(model),
+        **_described_grids(model),
         **described_prefix(model),
         **described_corrections(model),
     }
+
+
+def _described_grids(model: nn.Module) -> dict[str, Any]:
+    """Return the grids that are not uniform, which few models have."""
+    found = described_grids(quantizers(model))
+    return {"grid_groups": _grouped(found)} if found else {}
 
 
 def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
@@ -79,6 +87,7 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
     state.frozen = not dynamic
     _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)
+    add_described_grids(model, quantizers(model), data.get("grid_groups", {}))
     for name, quantizer in quantizers(model).items():
         if sites[name]["symmetric"] != symmetric:
             raise ValueError(f"{name} is symmetric, and other activations are not")

@@ -5,8 +5,9 @@ has no name for `parameter_groups`, parameters of modules that multiply with sev
 MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`, the places in
 modules' code that these stand at (places.py) or that stay in float, for `restorations`,
 LayerNorms that were equalized for the modules they are listed with, for `prefix`, the tokens whose
-keys and values a decoder keeps, and for `corrections`, ranks of what Linear modules add in float,
-which only such models have. `scheme` is what `quantize` was
+keys and values a decoder keeps, for `corrections`, ranks of what Linear modules add in float, and
+for `grid_groups`, sites whose grids are not uniform (grids.py); the last three are those of models
+that have such. `scheme` is what `quantize` was
 asked for. What is not `symmetric` has its zero point among the tensors, beside its scale. Weights
 are stored in float ("dense"), so that a loaded model can be trained on.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from ...fake_quantizer import integer_range
 from ..coverage import PRESETS
+from ..grids import GRIDS
 
 METHOD = "quanttune"
 VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places, parameters
@@ -43,6 +45,7 @@ _GROUPS = {
     "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),
     "operation_groups": ("kind", "activations"),
 }  # fmt: skip
+MOST_CHANNELS = 2**20  # of a file that may be anybody's: they are allocated before it is read
 LEARNED = "lsq"  # an observer: the scale is being learned
 OPERATION = re.compile(r"(.+\.)?(attention|product|linear|add)\d+(_[a-z]+)?_quantizer")
 _OPERATION_FIELDS: dict[str, tuple[type, ...]] = {
@@ -69,6 +72,9 @@ def check(data: Any) -> None:
     if isinstance(data, dict) and "corrections" in data:
         names.append("corrections")
         _check_ranks(data["corrections"])
+    if isinstance(data, dict) and "grid_groups" in data:
+        names.append("grid_groups")
+        _check_grids(data["grid_groups"])
     _check_fields(data, names, "the quantization")
     for name, value in FIXED.items():
         if data[name] != value:
@@ -99,6 +105,19 @@ def _check_ranks(data: Any) -> None:
     for name, rank in data.items():
         if type(rank) is not int or rank < 1:
             raise ValueError(f"corrections.{name} must be a rank from 1, got {rank!r}")
+
+
+def _check_grids(data: Any) -> None:
+    _check_fields(data, data, "grid_groups")  # any keys
+    for key, group in data.items():
+        where = f"grid_groups.{key}"
+        _check_fields(group, ("targets", "grid", "channels"), where)
+        _check_names(group["targets"], f"{where}.targets")
+        if not (isinstance(group["grid"], str) and group["grid"] in GRIDS):
+            raise ValueError(f"{where}.grid must be of {', '.join(GRIDS)}, got {group['grid']!r}")
+        channels = group["channels"]
+        if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+            raise ValueError(f"{where}.channels must be a whole number of channels, got {channels}")
 
 
 def _check_scheme(data: Any) -> None:

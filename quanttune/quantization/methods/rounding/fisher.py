@@ -34,7 +34,7 @@ def fishers_of(
     with in_float(model), evaluating(model), torch.enable_grad(), _calls_of(layers) as calls:
         for batch in data.track(what):
             with counting(model, batch, data.mask) as (args, kwargs):
-                answer = _sum(main_output(model(*args, **kwargs)), signs)
+                answer = signed_sum(main_output(model(*args, **kwargs)), signs)
             _add(sums, calls, answer)
             calls.clear()
     return list(sums.values())
@@ -44,7 +44,7 @@ def _zeros(layer: Layer) -> Tensor:
     return torch.zeros(2 * [layer.inputs], dtype=torch.float64, device=layer.module.weight.device)
 
 
-def _sum(answer: Tensor, generator: torch.Generator) -> Tensor:
+def signed_sum(answer: Tensor, generator: torch.Generator) -> Tensor:
     """Add up an answer with random signs, but for its padding."""
     signs = 2 * torch.randint(2, answer.shape, generator=generator).to(answer.device) - 1
     counted = inside(answer, "output")

@@ -1,0 +1,193 @@
+"""Grids of activations that no runtime has as one scale and integers: twin ranges, powers of two,
+and factors of channels. They take the place of what calibration made.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..fake_quantizer import fake_quant
+from .functional.iteration import children_of
+from .quantizer import ActivationQuantizer, check_scale
+
+SHIFTS = 3  # the largest exponent of a channel's factor
+
+
+class OtherGrid(ActivationQuantizer):
+    """Rounds an activation to a grid that a method chose; see `put`."""
+
+    made_by: ClassVar[str]  # the method
+    needs: ClassVar[str]  # what a processor does for it
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, None, device)
+        self.dynamic = False
+
+    @classmethod
+    def after(cls, quantizer: ActivationQuantizer, channels: int = 1) -> Self:
+        """Make one for the tensor that a calibrated quantizer rounds."""
+        made = cls(quantizer.bits, quantizer.kind, quantizer.scale.device, channels)
+        made.observer, made.calibrated = quantizer.observer, quantizer.calibrated
+        made.absmax, made.scale = quantizer.absmax.clone(), quantizer.scale.clone()
+        return made
+
+    @property
+    def largest_step(self) -> Tensor:
+        """The distance between its largest two values."""
+        return self.scale
+
+
+class TwinQuantizer(OtherGrid):
+    """Round what is below `split` in steps of `fine`, what is not in steps of `scale`.
+
+    A code is one bit, which tells the range, and the magnitude: with Q = 2^(bits - 1), up to Q - 1
+    steps, or Q below zero. Of a softmax the split is 2^-m and scale = 1 / Q = 2^m fine; behind a
+    GELU the split is 0.
+
+    Source: Yuan et al., PTQ4ViT, arXiv 2111.12293, section 3.2.
+    """
+
+    grid = "twin"
+    made_by = "ptq4vit"
+    needs = "codes of two ranges, which differ by a shift behind a softmax"
+    fine: Tensor
+    split: Tensor
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        for name in ("fine", "split"):
+            self.register_buffer(name, torch.ones((), dtype=torch.float32, device=device))
+
+    def of(self, scale: Tensor | float, fine: Tensor | float, split: float) -> Self:
+        """Take these ranges, and return itself."""
+        for name, value in (("scale", scale), ("fine", fine), ("split", split)):
+            setattr(self, name, torch.as_tensor(value, dtype=torch.float32).to(self.absmax.device))
+        self._set_range()
+        return self
+
+    def round(self, x: Tensor) -> Tensor:
+        below, above = (fake_quant(x, step, self.bits) for step in (self.fine, self.scale))
+        return torch.where(x < self.split.to(x.dtype), below, above)
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        check_scale(f"{site}.fine", self.fine)
+        if not 0 <= self.split <= 1:
+            raise ValueError(f"{site}.split must be from 0 to 1, got {self.split}")
+
+
+class LogQuantizer(OtherGrid):
+    """Round a probability p to 2^-code, code = round(-log2 p); from code 2^bits on, to 0.
+
+    It needs no scale. The probabilities of a query no longer add up to 1.
+
+    Source: Lin et al., FQ-ViT, arXiv 2111.13824, section 3.3, without its integer exponential.
+    """
+
+    grid = "log2"
+    made_by = "fq_vit"
+    needs = "shifts in place of products"
+
+    @classmethod
+    def after(cls, quantizer: ActivationQuantizer, channels: int = 1) -> Self:
+        made = super().after(quantizer)
+        made.absmax, made.scale = (torch.ones_like(made.scale) for _ in range(2))
+        return made
+
+    @property
+    def largest_step(self) -> Tensor:
+        return self.scale / 2
+
+    def round(self, x: Tensor) -> Tensor:
+        code = (-x.detach().float().log2()).round().clamp_min(0)
+        value = torch.where(code < 2**self.bits, torch.exp2(-code), 0).to(x.dtype)
+        return (x - x.detach()) + value  # the gradient goes straight through
+
+
+class ChannelShiftQuantizer(OtherGrid):
+    """Round each channel, along the last dimension, in steps of 2^exponent * scale.
+
+    The codes of all channels, shifted left by their exponents, are integers of one scale.
+
+    Source: Lin et al., FQ-ViT, arXiv 2111.13824, section 3.2 (power-of-two factor).
+    """
+
+    grid = "channel_shift"
+    made_by = "fq_vit"
+    needs = "a shift for each channel"
+    exponents: Tensor  # int32 (channels,), from 0 to SHIFTS
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        exponents = torch.full((channels,), SHIFTS, dtype=torch.int32, device=device)
+        self.register_buffer("exponents", exponents)
+
+    def round(self, x: Tensor) -> Tensor:
+        return fake_quant(x, self.scale * torch.exp2(self.exponents), self.bits, x.dim() - 1)
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        low, high = self.exponents.aminmax()
+        if low < 0 or high > SHIFTS:
+            raise ValueError(f"{site}.exponents must be from 0 to {SHIFTS}, got {low} to {high}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.exponents)
+
+    @property
+    def largest_step(self) -> Tensor:
+        return self.scale * torch.exp2(self.exponents).max()
+
+
+GRIDS: Mapping[str, type[OtherGrid]] = MappingProxyType(
+    {grid.grid: grid for grid in (TwinQuantizer, LogQuantizer, ChannelShiftQuantizer)}
+)
+
+
+def put(model: nn.Module, site: str, quantizer: nn.Module) -> None:
+    """Let a quantizer round a site of a model in place of the one that did."""
+    owner, _, name = site.rpartition(".")
+    children_of(model.get_submodule(owner))[name] = quantizer
+
+
+def refuse_other_grids(model: nn.Module, but: str) -> None:
+    """Raise a ValueError if a tensor of a model is rounded to one of these grids.
+
+    but: what whoever calls does not do with them.
+    """
+    for site, one in model.named_modules():
+        if isinstance(one, OtherGrid):
+            raise ValueError(
+                f"{one.made_by} rounds {site} to a {one.grid} grid, which needs {one.needs}: what "
+                f"is called here {but}. Quantize the float model without {one.made_by}"
+            )
+
+
+def described_grids(sites: Mapping[str, ActivationQuantizer]) -> dict[str, dict[str, Any]]:
+    """Return what a description says of each site with another grid."""
+    return {
+        site: {"grid": one.grid, "channels": getattr(one, "channels", 1)}
+        for site, one in sites.items()
+        if isinstance(one, OtherGrid)
+    }
+
+
+def add_described_grids(
+    model: nn.Module, sites: Mapping[str, ActivationQuantizer], groups: Mapping[str, Any]
+) -> None:
+    """Give a model's sites the grids of a description, whose numbers are loaded later.
+
+    Raises:
+        ValueError: the model does not round such a site.
+    """
+    for group in groups.values():
+        for site in group["targets"]:
+            if site not in sites:
+                raise ValueError(f"grid_groups: the model does not round {site!r}")
+            one = sites[site]
+            made = GRIDS[group["grid"]](one.bits, one.kind, one.scale.device, group["channels"])
+            put(model, site, made)

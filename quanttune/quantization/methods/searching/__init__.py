@@ -1,0 +1,1 @@
+"""Scales that are searched by what products make of rounded factors."""
