@@ -1,23 +1,13 @@
-"""Cases that nobody wrote down: tensors for every op, and damaged files of a quantized model.
+"""Cases that nobody wrote down: tensors for every op.
 
 Each attack is a function that draws one case and raises if the answer is wrong. test_attacks.py
 draws a few of each, the same ones every time; `make attack` draws others for as long as it may.
 """
 
-import copy
-import json
-import struct
-import tempfile
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import nn
 
-import quanttune as qt
 from quanttune import ops, reference
 from quanttune.reference import range_search
 from quanttune.reference.outlier_statistics import DEVIATION, MAXIMUM, MEAN, MEDIAN, RATIO
@@ -25,9 +15,6 @@ from quanttune.reference.outlier_statistics import DEVIATION, MAXIMUM, MEAN, MED
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SINGLE = 2.0**-24
 EXACT = [MAXIMUM, MEDIAN, 5, 6]
-
-
-# ------------------------------------------------------------------------------------------ tensors
 
 KINDS = {
     "normal": lambda x: x,
@@ -208,131 +195,9 @@ def attack_magnitude_histogram(data):
     assert int(actual.sum()) == x.numel()
 
 
-# -------------------------------------------------------------------------------------------- files
+def attacks_in(module):
+    """Return the attacks of a file, by name."""
+    return {n.removeprefix("attack_"): f for n, f in module.items() if n.startswith("attack_")}
 
 
-class Block(nn.Module):
-    """What has sites of all kinds: a norm, attention, a residual sum, Linear modules."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
-        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        x = x + self.mix(nn.functional.scaled_dot_product_attention(q, k, v))
-        return self.head(x)
-
-
-EXAMPLE = torch.linspace(-2, 2, 2 * 5 * 8).view(2, 5, 8)
-
-
-@cache
-def saved(kind):
-    """Return the bytes of a saved model: plain, equalized, or with scales that are learned."""
-    torch.manual_seed(0)
-    methods = ["smoothquant"] if kind == "equalized" else []
-    model = qt.quantize(Block().eval(), 4, methods=methods, data=[EXAMPLE])
-    if kind == "learned":
-        qt.learn_scales(model)
-    with tempfile.TemporaryDirectory() as folder:
-        qt.save(model, Path(folder) / "m")
-        return (Path(folder) / "m").read_bytes()
-
-
-NASTY = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9),
-    st.sampled_from([[], {}, [[]], {"": 0}, "../x", "norm", "", 8.5, "8", 1e308, ["qkv", "qkv"]]),
-)  # fmt: skip
-
-
-def places_in(value, place=()):
-    """Yield the places of a value of JSON."""
-    yield place
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places_in(inner, (*place, key))
-
-
-def change_json(data, value):
-    """Change a value of JSON at one place: replaced, left out, moved under another name."""
-    value = copy.deepcopy(value)
-    place = data.draw(st.sampled_from([p for p in places_in(value) if p]), label="place")
-    *above, key = place
-    holder = value
-    for step in above:
-        holder = holder[step]
-    way = data.draw(st.sampled_from(["replace", "leave out", "rename"]), label="way")
-    if way == "leave out":
-        del holder[key]
-    elif way == "rename" and isinstance(holder, dict):
-        holder[data.draw(st.text(max_size=9), label="name")] = holder.pop(key)
-    else:
-        holder[key] = data.draw(NASTY, label="value")
-    return value
-
-
-def damaged(data, whole):
-    """Return the bytes of a file, changed."""
-    (size,) = struct.unpack("<Q", whole[:8])
-    header, tensors = json.loads(whole[8 : 8 + size]), whole[8 + size :]
-    way = data.draw(
-        st.sampled_from(["bits", "cut", "header", "description", "number"]), label="way"
-    )
-    if way == "bits":
-        changed = bytearray(whole)
-        for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
-            changed[at] ^= data.draw(st.integers(1, 255))
-        return bytes(changed)
-    if way == "cut":
-        return whole[: data.draw(st.integers(0, len(whole) - 1), label="length")]
-    if way == "number":
-        at = data.draw(st.integers(0, len(tensors) // 4 - 1), label="which")
-        number = data.draw(st.floats(width=32), label="number")
-        tensors = tensors[: 4 * at] + struct.pack("<f", number) + tensors[4 * at + 4 :]
-    elif way == "header":
-        header = change_json(data, header)
-    else:
-        described = json.loads(header["__metadata__"]["quantization_config"])
-        text = json.dumps(change_json(data, described))
-        header["__metadata__"]["quantization_config"] = text
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + tensors
-
-
-def attack_load(data):
-    """A damaged file is refused by a ValueError, and the model stays; or it is what was loaded."""
-    whole = saved(data.draw(st.sampled_from(["plain", "equalized", "learned"]), label="kind"))
-    changed = damaged(data, whole)
-    model = Block().eval()
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m"
-        path.write_bytes(changed)
-        try:
-            qt.load(model, path)
-        except ValueError:
-            assert type(model) is Block
-            same_tensors(model.state_dict(), before)
-            return
-        same_tensors(
-            {n: x for n, x in model.state_dict().items() if x is not None}, load_file(path)
-        )
-        model(EXAMPLE)
-        qt.save(model, Path(folder) / "again")
-        same_tensors(load_file(Path(folder) / "again"), load_file(path))
-
-
-def same_tensors(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        same(actual[name], value)
-
-
-IN_MEMORY = {
-    name.removeprefix("attack_"): function
-    for name, function in list(globals().items())
-    if name.startswith("attack_")
-}
+IN_MEMORY = attacks_in(globals())

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from attacks import EXAMPLE, Block, same_tensors
+from attacks import attacks_in
+from attacks_on_files import EXAMPLE, Block, bits_of, state
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -61,19 +62,8 @@ def fresh():
         yield Block().eval(), Path(folder)
 
 
-def state(model):
-    """Return all that a model is, besides its numbers."""
-    hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-        for m in model.modules()
-    ]
-    return [
-        (type(m), m.training, sorted(vars(m)), sorted(m._modules)) for m in model.modules()
-    ], hooks
-
-
-def tensors(model):
-    return {name: x.clone() for name, x in model.state_dict().items() if x is not None}
+def bits(model):
+    return bits_of(model.state_dict())
 
 
 STEPS = {}  # how many places there are to interrupt each function at
@@ -104,14 +94,14 @@ def attack_interrupted_quantize(data):
     )
     batches = [EXAMPLE[:1], EXAMPLE[1:]]
     with fresh() as (model, _):
-        before, numbers = state(model), tensors(model)
+        before, numbers = state(model), bits(model)
         if not interrupt(
             data,
             f"quantize {methods}",
             lambda: qt.quantize(model, 4, methods=methods, data=batches),
         ):
             assert state(model) == before
-            same_tensors(tensors(model), numbers)
+            assert bits(model) == numbers
             qt.quantize(model, 4, methods=methods, data=batches)
         answer = model(EXAMPLE)
     with fresh() as (other, _):
@@ -139,12 +129,12 @@ def attack_interrupted_tuning(data):
         before = state(model.train())
         tuner = qt.attach(model, 0.5, "constant")
         step()
-        wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+        wanted = bits_of({n: p.grad for n, p in model.named_parameters()})
         model.zero_grad()
         interrupt(data, "tuning", step)
         model.zero_grad()
         step()
-        same_tensors({name: p.grad for name, p in model.named_parameters()}, wanted)
+        assert bits_of({n: p.grad for n, p in model.named_parameters()}) == wanted
         tuner.detach()
         assert state(model) == before
 
@@ -169,12 +159,12 @@ def attack_interrupted_load(data):
         qt.save(qt.quantize(model, 4, data=[EXAMPLE]), folder / "m")
         with torch.no_grad():
             other.head.weight += 1
-        before, numbers = state(other), tensors(other)
+        before, numbers = state(other), bits(other)
         if interrupt(data, "load", lambda: qt.load(other, folder / "m")):
             assert torch.equal(other(EXAMPLE), model(EXAMPLE))
         else:
             assert state(other) == before
-            same_tensors(tensors(other), numbers)
+            assert bits(other) == numbers
 
 
 def attack_interrupted_export(data):
@@ -253,7 +243,7 @@ def attack_threads(data):
             list(pool.map(lambda _: qt.save(model, folder / "m"), range(count)))
         assert all(map(torch.equal, found, expected))
         assert [path.name for path in folder.iterdir()] == ["m"]
-        same_tensors(load_file(folder / "m"), tensors(model))
+        assert bits_of(load_file(folder / "m")) == bits(model)
 
 
 class Part:
@@ -293,8 +283,4 @@ def attack_two_writers(data):
         assert [path.name for path in Path(name).iterdir()] == ["out"]
 
 
-ON_WORK = {
-    name.removeprefix("attack_"): function
-    for name, function in list(globals().items())
-    if name.startswith("attack_")
-}
+ON_WORK = attacks_in(globals())

@@ -2,12 +2,14 @@
 
 import pytest
 from attacks import IN_MEMORY
+from attacks_on_files import ON_FILES
 from attacks_on_work import ON_WORK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import quiet
 
 # test_tune_command kills runs; exports take long, and make attack interrupts them
+ATTACKS = IN_MEMORY | ON_FILES | ON_WORK
 OTHERS = "killed_tune", "interrupted_export"
 
 
@@ -22,11 +24,11 @@ def few(cases):
 
 
 @quiet
-@pytest.mark.parametrize("name", [*IN_MEMORY, *(name for name in ON_WORK if name not in OTHERS)])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in OTHERS])
 def test_an_attack_finds_nothing(name):
-    attack = (IN_MEMORY | ON_WORK)[name]
+    attack = ATTACKS[name]
 
-    @few(25 if name in IN_MEMORY else 5)
+    @few(5 if name in ON_WORK else 25)
     @given(st.data())
     def attacked(data):
         attack(data)

@@ -88,6 +88,7 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
     _register(state, data["call_groups"])
     _compare(_arguments(model), sites, model)
     add_described_grids(model, quantizers(model), data.get("grid_groups", {}))
+    _compare_kinds(model, data["operation_groups"])
     for name, quantizer in quantizers(model).items():
         if sites[name]["symmetric"] != symmetric:
             raise ValueError(f"{name} is symmetric, and other activations are not")
@@ -239,6 +240,18 @@ def _compare(found: Mapping[str, Any], described: Mapping[str, Any], model: nn.M
             f"the quantization is that of another model than this {type(model).__name__}: "
             f"it does not say {_some(missing)}, and the model has no {_some(unknown)}"
         )
+
+
+def _compare_kinds(model: nn.Module, groups: Mapping[str, Any]) -> None:
+    """Refuse operations that are of one kind where they are called and of another as sites."""
+    for group in groups.values():
+        for target in group["targets"]:
+            kind = _kind_of(model.get_submodule(target))
+            if group["kind"] != kind:
+                raise ValueError(
+                    f"operation_groups: {target!r} is of the kind {group['kind']!r}, and of "
+                    f"{kind!r} in call_groups"
+                )
 
 
 def _some(names: list[str]) -> str:

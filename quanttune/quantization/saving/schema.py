@@ -38,15 +38,16 @@ GROUP_SIZE = "group_size"  # beside them where the strategy is "group"
 _VALUES: dict[str, list[Any]] = {
     "type": ["int"], "symmetric": [True, False], "strategy": ["tensor"], "dynamic": [True, False],
 }  # fmt: skip
+LEARNED = "lsq"  # an observer: the scale is being learned
 _VALUES_OF_WEIGHTS = {
     **_VALUES, "symmetric": [True], "strategy": ["tensor", "channel", "group"], "dynamic": [False],
+    "observer": ["minmax", LEARNED, None],  # None: a constant scale
 }  # fmt: skip
 _GROUPS = {
     "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),
     "operation_groups": ("kind", "activations"),
 }  # fmt: skip
 MOST_CHANNELS = 2**20  # of a file that may be anybody's: they are allocated before it is read
-LEARNED = "lsq"  # an observer: the scale is being learned
 OPERATION = re.compile(r"(.+\.)?(attention|product|linear|add)\d+(_[a-z]+)?_quantizer")
 _OPERATION_FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str, NoneType), "kinds": (dict,), "weight": (int, NoneType),
