@@ -1,6 +1,8 @@
 """Damaged files and descriptions, as anybody may send them: refused in words, or what they say."""
 
 import json
+import math
+import random
 import shutil
 import struct
 import tempfile
@@ -10,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attacks import attacks_in
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -116,10 +117,10 @@ def bits_of(tensors):
 
 # ------------------------------------------------------------------------------------------ damage
 
-NASTY = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9),
-    st.sampled_from([[], {}, [[]], {"": 0}, "../x", "norm", "", 8.5, "8", 1e308, ["qkv", "qkv"]]),
-)  # fmt: skip
+NASTY = [
+    None, True, False, 0, -1, 1, 2**31, -(2**70), 8.5, 1e308, math.nan, math.inf, "", "8", "é\0",
+    "../x", "norm", "qkv", [], {}, [[]], {"": 0}, ["qkv", "qkv"], [None],
+]  # fmt: skip
 
 
 @cache
@@ -137,77 +138,92 @@ def places_in(text):
     return found
 
 
-def draw_from(data, values, label):
-    """Draw one of many values; sampled_from would look at all of them."""
-    return values[data.draw(st.integers(0, len(values) - 1), label=label)]
-
-
 def at(value, place):
     for step in place:
         value = value[step]
     return value
 
 
-def change_json(data, text):
+def change_json(chance, text):
     """Change a JSON text at one place: replaced, left out, moved, another's value, or very deep."""
     value, places = json.loads(text), places_in(text)
-    *above, key = draw_from(data, places, "place")
+    *above, key = chance.choice(places)
     holder = at(value, above)
-    way = draw_from(data, ["replace", "leave out", "rename", "another's", "deep"], "way")
+    way = chance.choice(["replace", "leave out", "rename", "another's", "deep", "a digit"])
     if way == "leave out":
         del holder[key]
     elif way == "rename" and isinstance(holder, dict):
-        holder[data.draw(st.text(max_size=9), label="name")] = holder.pop(key)
+        holder[chance.choice([*map(str, NASTY), *map(str, holder)])] = holder.pop(key)
     elif way == "another's":
-        holder[key] = at(json.loads(text), draw_from(data, places, "from"))
+        holder[key] = at(json.loads(text), chance.choice(places))
     elif way == "deep":
-        depth = draw_from(data, [1, 90], "depth")
+        depth = chance.choice([1, 90])
         holder[key] = json.loads("[" * depth + "]" * depth)
+    elif way == "a digit" and type(holder[key]) in (int, float):
+        holder[key] += chance.choice([-1, 1, 0.5])
     else:
-        holder[key] = data.draw(NASTY, label="value")
+        holder[key] = chance.choice(NASTY)
     return json.dumps(value)
 
 
-def damaged(data, whole):
+def damaged(chance, whole):
     """Return the bytes of a file, changed."""
     (size,) = struct.unpack("<Q", whole[:8])
     header, tensors = json.loads(whole[8 : 8 + size]), whole[8 + size :]
-    ways = ["bits", "cut", "header", "description", "number", "size"]
-    way = data.draw(st.sampled_from(ways), label="way")
+    way = chance.choice(["bits", "cut", "header", "description", "number", "size"])
     if way in ("bits", "cut"):
-        return damaged_bytes(data, whole, way)
+        return damaged_bytes(chance, whole, way)
     if way == "number":
-        at = data.draw(st.integers(0, len(tensors) // 4 - 1), label="which")
-        number = data.draw(st.floats(width=32), label="number")
-        tensors = tensors[: 4 * at] + struct.pack("<f", number) + tensors[4 * at + 4 :]
+        at = chance.randrange(len(tensors) // 4)
+        number = chance.choice([chance.randbytes(4), struct.pack("<f", chance.choice(NUMBERS))])
+        tensors = tensors[: 4 * at] + number + tensors[4 * at + 4 :]
     elif way == "header":
-        header = json.loads(change_json(data, json.dumps(header)))
+        header = json.loads(change_json(chance, json.dumps(header)))
     elif way == "description":
         about = header["__metadata__"]
-        about["quantization_config"] = change_json(data, about["quantization_config"])
+        about["quantization_config"] = change_json(chance, about["quantization_config"])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    length = data.draw(st.integers(0, 2**64 - 1), label="size") if way == "size" else len(text)
+    length = chance.getrandbits(chance.randrange(65)) if way == "size" else len(text)
     return struct.pack("<Q", length) + text + tensors
 
 
-def damaged_bytes(data, whole, way):
+NUMBERS = [0.0, -0.0, math.nan, math.inf, -math.inf, -1.0, 1e-45, 3e38]
+
+
+def damaged_bytes(chance, whole, way):
     if way == "cut":
-        return whole[: data.draw(st.integers(0, len(whole) - 1), label="length")]
+        return whole[: chance.randrange(len(whole))]
     changed = bytearray(whole)
-    for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
-        changed[at] ^= data.draw(st.integers(1, 255))
+    for _ in range(chance.randint(1, 4)):
+        changed[chance.randrange(len(whole))] ^= chance.randint(1, 255)
     return bytes(changed)
+
+
+def many(times, attack):
+    """Attack many times by one seed, since drawing takes longer; return how often."""
+
+    def attacked(data):
+        chance = random.Random(data.draw(st.integers(0, 2**63), label="seed"))
+        for case in range(times):
+            try:
+                attack(chance)
+            except Exception as error:
+                error.add_note(f"the case {case} of its seed")
+                raise
+        return times
+
+    return attacked
 
 
 # ----------------------------------------------------------------------------------------- attacks
 
 
-def attack_load(data):
+def load(chance):
     """A damaged file is refused by a ValueError, and the model stays; or it is what was loaded."""
-    _, whole = saved(data.draw(st.sampled_from(sorted(KINDS)), label="kind"))
+    _, whole = saved(chance.choice(sorted(KINDS)))
     path, model = scratch() / "m", VICTIMS.take()
-    path.write_bytes(damaged(data, whole))
+    path.write_bytes(damaged(chance, whole))
     try:
         qt.load(model, path)
     except ValueError:
@@ -224,10 +240,10 @@ def attack_load(data):
             raise
 
 
-def attack_description(data):
+def description(chance):
     """A changed description is refused by a ValueError, or is what the model says that it is."""
-    text, _ = saved(data.draw(st.sampled_from(sorted(KINDS)), label="kind"))
-    described = json.loads(change_json(data, text))
+    text, _ = saved(chance.choice(sorted(KINDS)))
+    described = json.loads(change_json(chance, text))
     model = VICTIMS.take()
     with ExitStack() as undo:
         try:
@@ -270,21 +286,21 @@ def whole_run():
     return folder
 
 
-def attack_run_folder(data):
+def run_folder(chance):
     """A run with a damaged file is refused, or goes on from what is whole."""
     folder, run = whole_run(), RunFolder(scratch() / "run")
     shutil.rmtree(run.path, ignore_errors=True)
     shutil.copytree(folder, run.path)
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    name = data.draw(st.sampled_from(files), label="file")
+    name = chance.choice(files)
     whole = (folder / name).read_bytes()
     ways = ["gone", "a folder", *(["bits", "cut"] if whole else [])]
     ways += ["json"] if name.suffix == ".json" else []
-    way = data.draw(st.sampled_from(ways), label="way")
+    way = chance.choice(ways)
     if way in ("bits", "cut"):
-        (run.path / name).write_bytes(damaged_bytes(data, whole, way))
+        (run.path / name).write_bytes(damaged_bytes(chance, whole, way))
     elif way == "json":
-        (run.path / name).write_text(change_json(data, whole.decode()))
+        (run.path / name).write_text(change_json(chance, whole.decode()))
     else:
         (run.path / name).unlink()
         if way == "a folder":
@@ -302,4 +318,4 @@ def attack_run_folder(data):
         assert path.read_bytes() == (folder / newest.name / path.name).read_bytes()
 
 
-ON_FILES = attacks_in(globals())
+ON_FILES = {attack.__name__: many(20, attack) for attack in (description, load, run_folder)}

@@ -1,28 +1,23 @@
-"""What is under way is interrupted, killed, or done by several threads and processes at once.
+"""What is under way is interrupted: Ctrl-C, wherever it comes, leaves nothing behind.
 
 Each attack draws one case, as in attacks.py, and raises if something is left behind or lost.
 """
 
 import contextlib
-import os
-import signal
+import copy
 import sys
 import tempfile
 import threading
-import time
-import traceback
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from attacks import attacks_in
 from attacks_on_files import EXAMPLE, Block, bits_of, state
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import nn
+from models import opt
 
 import quanttune as qt
-from quanttune.jobs.publication import publish, reserved
 
 PACKAGE = str(Path(qt.__file__).parent)
 
@@ -82,10 +77,18 @@ def interrupt(data, name, function):
         with Interrupted(1 + share * (STEPS[name] - 1) // 10**6):
             function()
         ended = True
-    assert torch._C._len_torch_function_stack() == 0
-    assert torch.is_grad_enabled()
-    assert threading.active_count() == 1 + sum(t.daemon for t in threading.enumerate())
+    check_nothing_is_left()
     return ended
+
+
+def check_nothing_is_left():
+    """Check what a thread may be left with: modes, flags, and threads that go on."""
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.compiler.is_compiling()
+    assert threading.active_count() == 1 + sum(t.daemon for t in threading.enumerate())
 
 
 def attack_interrupted_quantize(data):
@@ -179,108 +182,84 @@ def attack_interrupted_export(data):
         assert path.exists() or not ended
 
 
-# ------------------------------------------------------------------------------------------ kills
+# ------------------------------------------------------------------- every other public function
 
 
-def killed_after(seconds, function):
-    """Run a function in a process of its own that is killed after a while."""
-    if child := os.fork():
-        time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        return os.waitpid(child, 0)[1] == 0
-    try:
-        function()
-    finally:
-        os._exit(0)
+def rounded(model, x, **options):
+    return qt.quantize(model, 8, data=[x], **options)
 
 
-def attack_killed_save(data):
-    """Whatever a killed process was writing, the file is whole."""
-    torch.set_num_threads(1)
-    with fresh() as (model, folder):
-        model = nn.Sequential(model, nn.Linear(3, 500), nn.Linear(500, 500))  # takes a while
-        qt.quantize(model, 4, data=[EXAMPLE])
-        versions = []
-        for value in (0.0, 1.0):
-            nn.init.constant_(model[2].weight, value)
-            qt.save(model, folder / "m")
-            versions.append((folder / "m").read_bytes())
-        nn.init.constant_(model[2].weight, 0.0)
-        moment = data.draw(st.integers(0, 15_000), label="microseconds") / 1e6
-        killed_after(moment, lambda: qt.save(model, folder / "m"))
-        assert (folder / "m").read_bytes() in versions
-        load_file(folder / "m")
+def learned(model, x):
+    qt.learn_scales(rounded(model, x))
+    return model
 
 
-def attack_killed_tune(data):
-    """A run that was killed, twice if need be, ends with the bits of one that was not."""
-    from tune_cases import finished, prepared, tuned
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        arguments = prepared(folder)
-        for _ in range(2):
-            moment = data.draw(st.integers(0, 2500), label="milliseconds") / 1e3
-            killed_after(moment, lambda: tuned(arguments, folder / "run"))
-        tuned(arguments, folder / "run")
-        tuned(arguments, folder / "other")
-        assert finished(folder / "run") == finished(folder / "other")
+@cache
+def float_models():
+    """Return two models by what they are, each with what it is called with."""
+    torch.manual_seed(0)
+    example = opt(2)
+    return {"block": (Block().eval(), EXAMPLE), "decoder": (example.model.eval(), example.inputs)}
 
 
-# ------------------------------------------------------------------------------- several at a time
+@cache
+def exported():
+    """Return the file of a block."""
+    with fresh() as (model, _):
+        path = Path(tempfile.mkdtemp()) / "m.onnx"
+        qt.export_onnx(rounded(model, EXAMPLE), EXAMPLE, path)
+    return path
 
 
-def attack_threads(data):
-    """Threads that call one model, and threads that write one file, get what one would."""
-    count = data.draw(st.integers(2, 6), label="threads")
-    inputs = [EXAMPLE[:, : 1 + i % 5] * (i + 1) for i in range(8)]
-    with fresh() as (model, folder):
-        qt.quantize(model, 4, data=[EXAMPLE])
-        expected = [model(x) for x in inputs]
-        with ThreadPoolExecutor(count) as pool:
-            found = list(pool.map(model, inputs))
-            list(pool.map(lambda _: qt.save(model, folder / "m"), range(count)))
-        assert all(map(torch.equal, found, expected))
-        assert [path.name for path in folder.iterdir()] == ["m"]
-        assert bits_of(load_file(folder / "m")) == bits(model)
+# of a float model, how it is before, and the call that is interrupted
+CALLS = {
+    "learn_scales": ("block", rounded, lambda model, x: qt.learn_scales(model)),
+    "freeze_scales": ("block", learned, lambda model, x: qt.freeze_scales(model)),
+    "summary": ("block", rounded, lambda model, x: qt.summary(model)),
+    "refit": ("block", lambda model, x: model, lambda model, x: qt.refit(model, [x])),
+    "rotate": ("decoder", lambda model, x: model, lambda model, x: qt.rotate(model, [x])),
+    "prefix": ("decoder", lambda model, x: model, lambda model, x: qt.prefix(model, [1, 2])),
+    "export_torch": ("block", rounded, qt.export_torch),
+    "verify": ("block", rounded, lambda model, x: qt.verify(exported(), model, [x])),
+    "export_compressed_tensors": (
+        "decoder",
+        partial(rounded, coverage="linear_inputs", overrides={"lm_head": None}),
+        lambda model, x: exported_to_a_folder(model),
+    ),
+}
 
 
-class Part:
-    def __init__(self, name, text):
-        self.name, self.text = name, text
-
-    def save_pretrained(self, folder):
-        folder.mkdir(exist_ok=True)
-        (folder / self.name).write_text(self.text)
+def exported_to_a_folder(model):
+    with tempfile.TemporaryDirectory() as folder:
+        qt.export_compressed_tensors(model, folder)
 
 
-def attack_two_writers(data):
-    """Of processes that write one folder one does, and the folder is its alone."""
-    delays = data.draw(st.lists(st.integers(0, 3000), min_size=2, max_size=4), label="microseconds")
-    with tempfile.TemporaryDirectory() as name:
-        out = Path(name) / "out"
-        children = []
-        for number, delay in enumerate(delays):
-            if child := os.fork():
-                children.append(child)
-                continue
-            try:
-                time.sleep(delay / 1e6)
-                with reserved(out):
-                    publish(Part("model", str(number)), Part("words", str(number)), out)
-                os._exit(0)
-            except ValueError:
-                os._exit(2)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(3)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert sorted(codes) == [0] + [2] * (len(delays) - 1), codes
-        winner = str(codes.index(0))
-        assert {p.name: p.read_text() for p in out.iterdir()} == {"model": winner, "words": winner}
-        assert [path.name for path in Path(name).iterdir()] == ["out"]
+def interrupted_call(name, data):
+    """A call that is interrupted leaves the model as before, or whole; and can be repeated."""
+    kind, prepare, call = CALLS[name]
+    model, x = float_models()[kind]
+    model = copy.deepcopy(model)
+    prepare(model, x)
+    before, numbers = state(model), bits(model)
+    ended = interrupt(data, name, lambda: call(model, x))
+    if not ended and (state(model), bits(model)) != whole(name):
+        assert state(model) == before
+        assert bits(model) == numbers
+        call(model, x)
+    assert (state(model), bits(model)) == whole(name)
 
 
-ON_WORK = attacks_in(globals())
+@cache
+def whole(name):
+    """Return what a model is once a call has ended."""
+    kind, prepare, call = CALLS[name]
+    model, x = float_models()[kind]
+    model = copy.deepcopy(model)
+    prepare(model, x)
+    call(model, x)
+    return state(model), bits(model)
+
+
+ON_WORK = attacks_in(globals()) | {
+    f"interrupted_{name}": partial(interrupted_call, name) for name in CALLS
+}

@@ -3,13 +3,14 @@
 import pytest
 from attacks import IN_MEMORY
 from attacks_on_files import ON_FILES
+from attacks_on_processes import ON_PROCESSES
 from attacks_on_work import ON_WORK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import quiet
 
 # test_tune_command kills runs; exports take long, and make attack interrupts them
-ATTACKS = IN_MEMORY | ON_FILES | ON_WORK
+ATTACKS = IN_MEMORY | ON_FILES | ON_WORK | ON_PROCESSES
 OTHERS = "killed_tune", "interrupted_export"
 
 

@@ -1,5 +1,8 @@
 """Quantization-aware training with learned scales, on the modules that `quantize` made."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from torch import nn
 
 from .grids import refuse_other_grids
@@ -29,11 +32,11 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     if state_of(model).scheme.dynamic:
         raise ValueError("a dynamic model has no scales to learn: quantize it with data")
     refuse_other_grids(model, "learns no scale of it")
-    learned = [q.learn() for q in quantizers(model).values() if q.calibrated]
-    for module, quantizer in weight_quantizers(model).values():
-        if not isinstance(module, QuantizedEmbedding):
-            learned.append(quantizer.learn(module.weight))
-    update_hf_config(model)
+    with _or_as_before(model):
+        learned = [q.learn() for q in quantizers(model).values() if q.calibrated]
+        for module, quantizer in weight_quantizers(model).values():
+            if not isinstance(module, QuantizedEmbedding):
+                learned.append(quantizer.learn(module.weight))
     return learned
 
 
@@ -44,8 +47,23 @@ def freeze_scales(model: nn.Module) -> None:
         ValueError: the model is not quantized.
     """
     state_of(model)
-    for quantizer in quantizers(model).values():
-        quantizer.stop_learning()
-    for _, weight_quantizer in weight_quantizers(model).values():
-        weight_quantizer.stop_learning()
-    update_hf_config(model)
+    with _or_as_before(model):
+        for quantizer in quantizers(model).values():
+            quantizer.stop_learning()
+        for _, weight_quantizer in weight_quantizers(model).values():
+            weight_quantizer.stop_learning()
+
+
+@contextmanager
+def _or_as_before(model: nn.Module) -> Iterator[None]:
+    """Change the scales of a model, and its configuration; all of them, or none."""
+    with ExitStack() as undo:
+        undo.callback(update_hf_config, model)
+        weights = (quantizer for _, quantizer in weight_quantizers(model).values())
+        for quantizer in (*quantizers(model).values(), *weights):
+            # they are replaced, never written to
+            undo.callback(quantizer._buffers.update, dict(quantizer._buffers))
+            undo.callback(quantizer._parameters.update, dict(quantizer._parameters))
+        yield
+        update_hf_config(model)
+        undo.pop_all()
