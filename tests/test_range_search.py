@@ -126,6 +126,19 @@ def test_errors_of_elements_on_the_grid(x, step):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_equal_elements_do_not_add_up(dtype):
+    """Of what is rounded to zero, and far from the anchors; 16-bit numbers round alike."""
+    x = torch.randn(131073).index_fill(0, torch.tensor(0), 900).to(dtype)
+    steps = torch.tensor([53.99])
+    torch.testing.assert_close(
+        cpu.quantization_errors(x, steps, -16, 15),
+        slow_errors(x, steps, -16, 15),
+        rtol=1e-10,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_errors_of_many_elements_of_every_type(dtype):
     x = torch.randn(MANY).to(dtype)
     for steps in (torch.tensor([0.03]), torch.tensor([0.001, 0.02, 2.0]), torch.rand(300) + 0.01):
