@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from attacks import attacks_in
-from attacks_on_files import EXAMPLE, Block, bits_of
+from attacks_on_files import EXAMPLE, bits_of
 from attacks_on_work import bits, check_nothing_is_left, fresh
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -95,21 +95,21 @@ def command(*arguments):
     sys.argv = ["quanttune", *map(str, arguments)]
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
-    said = tempfile.TemporaryFile("w+")
-    os.dup2(said.fileno(), 2)
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            said.seek(0)
-            raise AssertionError(said.read()) from end
+    with tempfile.TemporaryFile("w+") as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            cli.main()
+        except SystemExit as end:
+            if end.code:
+                said.seek(0)
+                raise AssertionError(said.read()) from end
 
 
 @cache
 def prepared():
     """Return a folder with a model, its data, and the model quantized."""
     import datasets
-    import torch._dynamo  # noqa: F401 so that forks need not import it
+    import torch._dynamo
     import torch.onnx  # noqa: F401
     import transformers.trainer  # noqa: F401
     from tune_cases import prepared
@@ -321,7 +321,9 @@ def attack_forks(data):
             qt.quantize(model, 4, data=[EXAMPLE])
             x = torch.linspace(-3, 3, 1 << 19).view(4, -1)
             WORK[before](x, model)
-            children = [(name, *forked(lambda name=name: compare(name, x, model))) for name in names]
+            children = [
+                (name, *forked(lambda name=name: compare(name, x, model))) for name in names
+            ]
             for name, child, errors in children:
                 end = time.monotonic() + 60
                 while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:

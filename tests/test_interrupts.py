@@ -12,6 +12,7 @@ import quanttune as qt
 from quanttune.quantization.convert import convert
 from quanttune.quantization.functional import modes
 from quanttune.quantization.functional.functional_sites import FunctionalSites
+from quanttune.quantization.saving.description import describe
 
 
 class Residual(nn.Module):
@@ -67,5 +68,33 @@ def test_modules_that_are_swapped():
             except KeyboardInterrupt:
                 assert state(model) == before
         if interrupted.seen < interrupted.left:
+            break
+    assert step > 60
+
+
+@pytest.mark.parametrize("change", [qt.learn_scales, qt.freeze_scales])
+def test_scales_that_are_learned_or_frozen(change):
+    """Each place to interrupt it at: all scales are as before, or all are changed."""
+
+    def fresh():
+        torch.manual_seed(0)
+        model = qt.quantize(Residual().eval(), 4, data=[torch.randn(2, 5, 16)])
+        if change is qt.freeze_scales:
+            qt.learn_scales(model)
+        return model
+
+    before, whole = fresh(), fresh()
+    change(whole)
+    for step in itertools.count(1):
+        model = fresh()
+        interrupted = attacks_on_work.Interrupted(step)
+        with contextlib.suppress(KeyboardInterrupt), interrupted:
+            change(model)
+        assert describe(model) in (describe(before), describe(whole))
+        ended = interrupted.seen < step
+        assert attacks_on_work.bits(model) == attacks_on_work.bits(
+            whole if describe(model) == describe(whole) else before
+        )
+        if ended:
             break
     assert step > 60
