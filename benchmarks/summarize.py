@@ -27,6 +27,7 @@ from benchmarks.accuracy.tables import (
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.deploy.runtime_tables import linear_table, runtimes_table
+from benchmarks.kernels.finishing_step import finishing_table
 from benchmarks.markdown_table import table
 from benchmarks.rivals.tables import rival_sections
 from benchmarks.support.memory_tables import needs_table, peaks_table
@@ -57,6 +58,8 @@ RUNTIMES = "<!-- runtimes: made by benchmarks/summarize.py -->"
 END_OF_RUNTIMES = "<!-- end of runtimes -->"
 LINEAR, END_OF_LINEAR = "<!-- linear: made by benchmarks/summarize.py -->", "<!-- end of linear -->"
 CHOICES, END_OF_CHOICES = "<!-- auto: made by benchmarks/summarize.py -->", "<!-- end of auto -->"
+FINISHING = "<!-- finishing: made by benchmarks/summarize.py -->"
+END_OF_FINISHING = "<!-- end of finishing -->"
 ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
@@ -91,6 +94,7 @@ def main() -> None:
     deployment = ROOT / "docs" / "deployment.md"
     _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
     _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
+    _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]

@@ -45,6 +45,28 @@ void fake_quant_backward(Address grad, Address x, Address scale, Address grad_x,
   qt::fake_quant_backward(at(grad), at(x), at(grad_x), qt::Type(type), grid, threads);
 }
 
+void learned_fake_quant_backward(Address grad, Address x, Address scale, Address grad_x,
+                                 Address grad_scale, int type, std::int64_t outer,
+                                 std::int64_t channels, std::int64_t inner, int qmin, int qmax,
+                                 int threads) {
+  const qt::Grid grid{at<const float>(scale), outer, channels, inner, qmin, qmax};
+  qt::learned_fake_quant_backward(at(grad), at(x), at(grad_x), at<float>(grad_scale),
+                                  qt::Type(type), grid, threads);
+}
+
+void dynamic_fake_quant_backward(Address grad, Address x, Address grad_x, int type,
+                                 std::int64_t outer, std::int64_t channels, std::int64_t inner,
+                                 int qmin, int qmax, int threads) {
+  const qt::Grid grid{nullptr, outer, channels, inner, qmin, qmax};
+  qt::dynamic_fake_quant_backward(at(grad), at(x), at(grad_x), qt::Type(type), grid, threads);
+}
+
+double round_again(Address grad, Address x, Address scale, Address y, int type, bool slope,
+                   std::int64_t size, int qmin, int qmax, int threads) {
+  const qt::Grid grid{at<const float>(scale), 1, 1, size, qmin, qmax};
+  return qt::round_again(at(grad), at(x), at(y), qt::Type(type), slope, grid, threads);
+}
+
 const qt::Range* ranges_at(Address address, std::int64_t rows, std::int64_t size) {
   const auto* ranges = at<const qt::Range>(address);
   for (std::int64_t row = 0; ranges && row < rows; ++row) {
@@ -99,6 +121,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("fake_quant", &fake_quant, unlocked);
   m.def("dynamic_fake_quant", &dynamic_fake_quant, unlocked);
   m.def("fake_quant_backward", &fake_quant_backward, unlocked);
+  m.def("learned_fake_quant_backward", &learned_fake_quant_backward, unlocked);
+  m.def("dynamic_fake_quant_backward", &dynamic_fake_quant_backward, unlocked);
+  m.def("round_again", &round_again, unlocked);
   m.def("outlier_statistics", &outlier_statistics, unlocked);
   m.def("quantization_errors", &quantization_errors, unlocked);
   m.def("magnitude_histogram", &magnitude_histogram, unlocked);

@@ -37,6 +37,47 @@ def fake_quant_backward(
     threads: int,
     /,
 ) -> None: ...
+def learned_fake_quant_backward(
+    grad: int,
+    x: int,
+    scale: int,
+    grad_x: int,
+    grad_scale: int,
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
+    /,
+) -> None: ...
+def dynamic_fake_quant_backward(
+    grad: int,
+    x: int,
+    grad_x: int,
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
+    /,
+) -> None: ...
+def round_again(
+    grad: int,
+    x: int,
+    scale: int,
+    y: int,
+    type: int,
+    slope: bool,
+    size: int,
+    qmin: int,
+    qmax: int,
+    threads: int,
+    /,
+) -> float: ...
 def outlier_statistics(
     x: int,
     statistics: int,

@@ -64,6 +64,39 @@ def fake_quant_backward(
     return grad_x
 
 
+def learned_fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_scale = _new(grad), torch.empty_like(scale)
+    _C.learned_fake_quant_backward(
+        grad.data_ptr(), x.data_ptr(), scale.data_ptr(), grad_x.data_ptr(), grad_scale.data_ptr(),
+        _TYPES[x.dtype], *_channels(x, axis), qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_scale
+
+
+def dynamic_fake_quant_backward(
+    grad: Tensor, x: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
+    grad_x = _new(grad)
+    _C.dynamic_fake_quant_backward(
+        grad.data_ptr(), x.data_ptr(), grad_x.data_ptr(), _TYPES[x.dtype], *_channels(x, axis),
+        qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def round_again(
+    grad: Tensor, x: Tensor, scale: Tensor | None, qmin: int, qmax: int, slope: bool
+) -> tuple[Tensor, float | Tensor]:
+    y = _new(x)
+    total = _C.round_again(
+        grad.data_ptr(), x.data_ptr(), 0 if scale is None else scale.data_ptr(), y.data_ptr(),
+        _TYPES[x.dtype], slope, x.numel(), qmin, qmax, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, total
+
+
 def outlier_statistics(
     x: Tensor, samples: int, exact: bool, ranges: Tensor | None = None
 ) -> Tensor:

@@ -25,7 +25,9 @@ def scale_of(absmax: Tensor, bits: int) -> Tensor:
     return reference.scale_of(absmax, integer_range(bits)[1])
 
 
-class _FakeQuant(torch.autograd.Function):
+class FakeQuant(torch.autograd.Function):
+    """Rounds to a grid of constant step."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
@@ -39,6 +41,11 @@ class _FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         return ops.fake_quant_backward(grad, x, scale, *ctx.grid), None, None, None, None
+
+    @staticmethod
+    def again(grad: Tensor, x: Tensor, scale: Tensor, *grid: Any) -> tuple[Tensor, None]:
+        """Round x, change grad to that of x, and return the former and the scale's gradient."""
+        return ops.round_again(grad, x, scale, *grid[:2], False)[0], None
 
 
 def fake_quant(
@@ -69,7 +76,7 @@ def fake_quant(
 
     Source: QuantTune, arXiv 2403.06497, section 3; docs/method.md.
     """
-    return _FakeQuant.apply(x, scale, *_check_grid(x, scale, bits, axis, narrow, zero_point))
+    return FakeQuant.apply(x, scale, *grid_of(x, scale, bits, axis, narrow, zero_point))
 
 
 def fake_quant_(
@@ -80,15 +87,20 @@ def fake_quant_(
     Raises:
         RuntimeError: x requires a gradient, which would be lost, and gradients are enabled.
     """
-    grid = _check_grid(x, scale, bits, axis, narrow)
+    grid = grid_of(x, scale, bits, axis, narrow)
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("x requires a gradient: use fake_quant, or torch.no_grad()")
     ops.fake_quant_(x, scale, *grid)
     return x
 
 
-def _check_grid(
-    x: Tensor, scale: Tensor, bits: int, axis: int | None, narrow: bool, zero_point: int = 0
+def grid_of(
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    axis: int | None,
+    narrow: bool = False,
+    zero_point: int = 0,
 ) -> tuple[int, int, int | None]:
     """Check what a grid is made of, and return how many steps it goes down and up, and `axis`."""
     qmin, qmax = integer_range(bits, narrow)
@@ -105,44 +117,36 @@ def _check_grid(
     return qmin - zero_point, qmax - zero_point, axis
 
 
-class _DynamicFakeQuant(torch.autograd.Function):
+class DynamicFakeQuant(torch.autograd.Function):
+    """Rounds to the grid of the largest magnitude; `rounded` is what came of it before."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, axis: int | None, range_gradient: bool) -> Tensor:
-        y = ops.dynamic_fake_quant(x, *integer_range(bits), axis)
-        ctx.axis = axis
-        ctx.save_for_backward(*((x, y) if range_gradient else ()))
-        return y
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bits: int,
+        axis: int | None,
+        range_gradient: bool,
+        rounded: Tensor | None = None,
+    ) -> Tensor:
+        ctx.grid = *integer_range(bits), axis
+        ctx.save_for_backward(*((x,) if range_gradient else ()))
+        return ops.dynamic_fake_quant(x, *ctx.grid) if rounded is None else rounded.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # the range is that of x itself, so nothing was clipped
         if ctx.saved_tensors:
-            x, y = ctx.saved_tensors
-            grad = _with_range_gradient(grad, x, y, ctx.axis)
-        return grad, None, None, None
+            grad = ops.dynamic_fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid)
+        return grad, None, None, None, None
 
-
-def _with_range_gradient(grad: Tensor, x: Tensor, y: Tensor, axis: int | None) -> Tensor:
-    """Add what the largest magnitude of each grid gets by way of its step.
-
-    With the code held constant, y = code * step, so dy/dstep is (y - x) / step beside the
-    straight-through gradient; and the step is that magnitude over the highest code.
-    """
-
-    def rows(t: Tensor) -> Tensor:
-        return t.reshape(1, -1) if axis is None else t.movedim(axis, 0).reshape(t.shape[axis], -1)
-
-    if not x.numel():
-        return grad
-    error = rows(grad).float() * (rows(y).float() - rows(x).float())
-    at = rows(x).abs().argmax(1, keepdim=True)
-    largest = rows(x).gather(1, at).float()
-    slope = torch.where(largest == 0, 0.0, error.sum(1, keepdim=True) / largest)
-    added = rows(grad).scatter_add(1, at, slope.to(grad.dtype))
-    if axis is None:
-        return added.view_as(grad)
-    return added.view_as(grad.movedim(axis, 0)).movedim(0, axis)
+    @staticmethod
+    def again(
+        grad: Tensor, x: Tensor, bits: int, axis: int | None, range_gradient: bool
+    ) -> tuple[Tensor, None]:
+        """Round x, and change grad to that of x."""
+        return ops.round_again(grad, x, None, *integer_range(bits), range_gradient)[0], None
 
 
 def dynamic_fake_quant(
@@ -156,11 +160,11 @@ def dynamic_fake_quant(
     Args:
         x, bits, axis: see `fake_quant`.
         range_gradient: let the largest magnitude (of equal ones the first) get the gradient of the
-            step too, which pulls outliers in where rounding to their grid costs much. Keeps x and
-            its rounded values for the backward pass.
+            step too, which pulls outliers in where rounding to their grid costs much. Keeps x for
+            the backward pass.
     """
     integer_range(bits)
-    return _DynamicFakeQuant.apply(x, bits, _check(x, axis), range_gradient)
+    return DynamicFakeQuant.apply(x, bits, _check(x, axis), range_gradient)
 
 
 def _check(x: object, axis: int | None) -> int | None:

@@ -76,7 +76,7 @@ def _register(
 
 def _kernel(module: Any, name: str) -> Callable[..., Any]:
     """Return a module's function of that name; what it lacks, the reference composes."""
-    return getattr(module if hasattr(module, name) else range_search, name)  # type: ignore[no-any-return]
+    return next(getattr(m, name) for m in (module, reference, range_search) if hasattr(m, name))  # type: ignore[no-any-return]
 
 
 def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +139,17 @@ fake_quant_backward = _register(
     "Tensor grad, Tensor x, Tensor scale, int qmin, int qmax, int? axis",
     fake=lambda grad, x, scale, qmin, qmax, axis: _dense_like(grad),
 )
+learned_fake_quant_backward = _register(
+    "learned_fake_quant_backward",
+    "Tensor grad, Tensor x, Tensor scale, int qmin, int qmax, int? axis",
+    fake=lambda grad, x, scale, qmin, qmax, axis: (_dense_like(grad), _dense_like(scale)),
+    outputs=2,
+)
+dynamic_fake_quant_backward = _register(
+    "dynamic_fake_quant_backward",
+    "Tensor grad, Tensor x, int qmin, int qmax, int? axis",
+    fake=lambda grad, *others: _dense_like(grad),
+)
 outlier_statistics = _register(
     "outlier_statistics",
     "Tensor x, SymInt samples, bool exact, Tensor? ranges=None",
@@ -150,6 +161,12 @@ outlier_statistics_backward = _register(
     "bool detach_deviation, Tensor? ranges=None",
     fake=lambda grad, *others: _dense_like(grad),
 )
+
+
+def round_again(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, float | Tensor]:
+    """Do what reference.round_again does. No op: only backwards call it, which nobody traces."""
+    kernels = _cpu if x.device.type == "cpu" else reference
+    return kernels.round_again(grad, x.contiguous(), *grid)  # type: ignore[no-any-return]
 
 
 class StatisticsGroup:

@@ -17,7 +17,7 @@ from quanttune.analysis.probes import watch
 from quanttune.fake_quantizer import integer_range
 from quanttune.quantization.calibrators import AFFINE, AffineOMSE, MinMax, Range
 from quanttune.quantization.calibrators.search import affine_qparams
-from quanttune.quantization.learned_scale import learned_fake_quant
+from quanttune.quantization.learned_scale import LearnedFakeQuant
 from quanttune.quantization.quantizer import AffineQuantizer
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
@@ -389,7 +389,7 @@ def test_saturation_ends_where_the_grid_does(kind, factor):
 def test_a_learned_scale_has_the_slope_of_float64(zero_point):
     x, scale = (torch.randn(400) * 2).requires_grad_(), torch.tensor(0.3, requires_grad=True)
     upstream = torch.randn(400)
-    y = learned_fake_quant(x, scale, 4, zero_point=zero_point)
+    y = LearnedFakeQuant.apply(x, scale, -8 - zero_point, 7 - zero_point, None)
     y.backward(upstream)
     wide, step = x.detach().double().requires_grad_(), scale.detach().double().requires_grad_()
     low, high = -8 - zero_point, 7 - zero_point

@@ -431,6 +431,42 @@ def test_dynamic_kernels_agree(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70_001,), (3, 1025), (33, 2, 40), (1, 40_000, 2), (600, 300)])
+def test_kernels_of_gradients_of_ranges_agree(shape, dtype):
+    x = (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
+    grad = torch.randn(shape).to(dtype)
+    wide = grad.double() if dtype == torch.float64 else grad.float()
+    for axis in (None, *range(x.dim())):
+        scale = torch.rand(() if axis is None else x.shape[axis]) * 0.05 + 0.01
+        grid = *integer_range(8), axis
+        ours = cpu.learned_fake_quant_backward(grad, x, scale, *grid)
+        theirs = reference.learned_fake_quant_backward(wide, x, scale, *grid)
+        assert_same_bits(ours[0], theirs[0].to(dtype))
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-3)
+        followed = cpu.dynamic_fake_quant_backward(grad, x, *grid)
+        expected = reference.dynamic_fake_quant_backward(wide, x, *grid).to(dtype)
+        changed = followed != grad
+        assert torch.equal(changed, expected != grad)
+        assert 1 <= changed.sum() <= scale.numel()
+        torch.testing.assert_close(
+            followed, expected, rtol=max(1e-4, 2 * torch.finfo(dtype).eps), atol=1e-4
+        )
+
+
+def test_gradients_of_ranges_do_not_depend_on_threads():
+    x, grad = torch.randn(3, 100_001), torch.randn(3, 100_001)
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for axis in (None, 0, 1):
+            results.append(cpu.dynamic_fake_quant_backward(grad, x, -128, 127, axis))
+        torch.set_num_threads(before)
+    for axis in range(3):
+        assert all(torch.equal(results[axis], other) for other in results[axis::3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dynamic_kernels_see_the_end_of_long_tensors(dtype):
     x = torch.randn(5 * 2**15 + 7).to(dtype)
     for position in (0, 2**17, len(x) - 1):

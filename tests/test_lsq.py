@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import quanttune as qt
-from quanttune.quantization.learned_scale import learned_fake_quant
+from quanttune.fake_quantizer import grid_of
+from quanttune.quantization.learned_scale import LearnedFakeQuant
 from quanttune.quantization.simulation import quantizers, requantize
 from quanttune.quantization.state import weight_quantizers
 
@@ -29,6 +30,10 @@ def oracle(x, scale, bits, axis=None):
     codes = (steps.round() - steps).detach() + steps
     inside = (codes >= -qmax - 1) & (codes <= qmax)
     return torch.where(inside, codes, codes.detach().clamp(-qmax - 1, qmax)) * scale
+
+
+def learned_fake_quant(x, scale, bits, axis=None):
+    return LearnedFakeQuant.apply(x, scale, *grid_of(x, scale, bits, axis))
 
 
 def test_slopes_of_a_hand_worked_case():

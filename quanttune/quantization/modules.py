@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .quantizer import WeightQuantizer
+from .quantizer import ActivationQuantizer, WeightQuantizer
 
 # what computes a weight in a hook, before each forward; it leaves an attribute that is no parameter
 _COMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -48,15 +48,17 @@ class QuantizedTransposed(QuantizedModule):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_quantizer(self.weight)
-        return self.output_quantizer(_product(self, x, weight.t(), self.bias))
+        weight = self.weight_quantizer(self.weight).t()
+        return self.output_quantizer(_product(self, x, weight, self.bias))
 
 
 def _product(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply a rounded input, and add what a method added to the module."""
-    x = module.input_quantizer(x)
+    quantizer, correction = module.input_quantizer, module._modules.get(CORRECTION)
+    if correction is None and isinstance(quantizer, ActivationQuantizer):
+        return quantizer.linear(x, weight, bias)
+    x = quantizer(x)
     y = F.linear(x, weight, bias)
-    correction = module._modules.get(CORRECTION)
     return y if correction is None else correction(x, y)  # type: ignore[no-any-return]
 
 

@@ -1,65 +1,28 @@
 """Modules that round one activation, or one weight, of a model."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Self, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..fake_quantizer import dynamic_fake_quant, fake_quant, integer_range, scale_of
+from ..fake_quantizer import (
+    DynamicFakeQuant,
+    dynamic_fake_quant,
+    fake_quant,
+    integer_range,
+    scale_of,
+)
 from ..reference import absmax
 from .calibrators import AffineCalibrator, Calibrator, Range
 from .calibrators.search import affine_qparams
-from .learned_scale import learned_fake_quant, positive
+from .grid import Grid, check_scale
+from .rounded_linear import Rounding, rounded_linear
 from .token_mask import without_padding
 
 
-class KeepsFloat32(nn.Module):
-    """A module whose numbers stay float32 when a model is moved to another type."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
-
-
-class _Quantizer(KeepsFloat32):
-    """A grid of constant scale; or of one that is learned, as a factor of where it began.
-
-    It lets everything pass while it is not `enabled`; its `round` rounds all the same.
-    """
-
-    enabled = True
-    range_gradient = False  # of a grid that follows what it rounds: see `dynamic_fake_quant`
-    bits: int
-    scale: Tensor  # of a weight: None while it follows the weight
-    factor: nn.Parameter | None
-    symmetric = True
-    zero = 0  # the code of 0
-
-    @property
-    def step(self) -> Tensor:
-        """The scale that is rounded with at present."""
-        return self.scale if self.factor is None else positive(self.scale * self.factor.detach())
-
-    def stop_learning(self) -> None:
-        """Make the scale, if it was learned, a constant."""
-        self.scale, self.factor = self.step, None
-
-    def _learn(self, scale: Tensor) -> nn.Parameter:
-        self.scale = scale
-        self.factor = nn.Parameter(torch.ones_like(scale))
-        return self.factor
-
-    def _round(self, x: Tensor, axis: int | None = None) -> Tensor:
-        if self.factor is None:
-            return fake_quant(x, self.scale, self.bits, axis, zero_point=self.zero)
-        return learned_fake_quant(x, self.scale * self.factor, self.bits, axis, self.zero)
-
-
-class ActivationQuantizer(_Quantizer):
+class ActivationQuantizer(Grid):
     """Round an activation to the symmetric grid of one scale per tensor.
 
     While `calibrator` is set, tensors only pass by it; `freeze` turns what it saw into `scale`. A
@@ -102,11 +65,31 @@ class ActivationQuantizer(_Quantizer):
         Raises:
             RuntimeError: no calibration came by here.
         """
+        return self._round(x)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return F.linear of what x becomes here."""
+        is_watched = self._forward_hooks or self._forward_pre_hooks or type(x) is not Tensor
+        if (
+            self._passes
+            or is_watched
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
+            return F.linear(self(x), weight, bias)
+        return rounded_linear(x, weight, bias, self._rounding(x))
+
+    @property
+    def _passes(self) -> bool:
+        """Whether a tensor leaves as it came."""
+        return not self.enabled or self.calibrator is not None
+
+    def _rounding(self, x: Tensor, axis: int | None = None) -> Rounding:
         if self.dynamic:
-            return dynamic_fake_quant(x, self.bits, None, self.range_gradient)
+            return DynamicFakeQuant, (self.bits, axis, self.range_gradient)
         if not self.calibrated:
             raise RuntimeError("this tensor was never reached during calibration: give more data")
-        return self._round(x)
+        return super()._rounding(x, axis)
 
     def freeze(self, site: str) -> None:
         """Compute the scale from what the calibrator saw, and quantize from now on."""
@@ -213,7 +196,7 @@ class AffineQuantizer(ActivationQuantizer):
         return f"{super().extra_repr()}, zero_point={self.zero}"
 
 
-class WeightQuantizer(_Quantizer):
+class WeightQuantizer(Grid):
     """Round a weight to grids: one per index of `axis`, or (None) one for the tensor.
 
     Without a `scale` the grids are min-max, and follow the weight when it is trained.
@@ -222,6 +205,7 @@ class WeightQuantizer(_Quantizer):
     def __init__(self, bits: int, axis: int | None) -> None:
         super().__init__()
         self.bits, self.axis = bits, axis
+        self._held: tuple[Any, ...] | None = None  # a version of a parameter, and what came of it
         self.register_buffer("scale", None)
         self.register_parameter("factor", None)
 
@@ -235,9 +219,25 @@ class WeightQuantizer(_Quantizer):
 
     def round(self, weight: Tensor) -> Tensor:
         """Round a weight to its grids."""
-        if self.scale is None:
-            return dynamic_fake_quant(weight, self.bits, self.axis, self.range_gradient)
         return self._round(weight, self.axis)
+
+    def hold(self) -> None:
+        """From now on round a parameter once, as long as it is not changed, until the next call.
+
+        A change by way of `.data` is one that nobody is told of: call it again then.
+        """
+        self._held = ()
+
+    def _rounding(self, x: Tensor, axis: int | None = None) -> Rounding:
+        if self.scale is not None:
+            return super()._rounding(x, axis)
+        arguments = self.bits, axis, self.range_gradient
+        if self._held is None or not isinstance(x, nn.Parameter):
+            return DynamicFakeQuant, arguments
+        version = x.data_ptr(), x._version, arguments
+        if self._held[:1] != (version,):
+            self._held = version, dynamic_fake_quant(x.detach(), self.bits, axis)
+        return DynamicFakeQuant, (*arguments, self._held[1])
 
     def round_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Round rows that were taken from a weight, without rounding all of it."""
@@ -265,10 +265,6 @@ class WeightQuantizer(_Quantizer):
         return f"bits={self.bits}, axis={self.axis}"
 
 
-def check_scale(site: str, scale: Tensor) -> None:
-    """Refuse a scale that is not finite and positive."""
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError(f"{site}.scale must be finite and positive")
 
 
 def is_quantizer(name: str, module: nn.Module | None) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .grid import KeepsFloat32
 from .modules import QuantizedLinear, QuantizedTransposed
-from .quantizer import KeepsFloat32
 
 NAME = "restoration"  # of what a LayerNorm holds
 

@@ -11,8 +11,11 @@ so that `from quanttune.reference import observe` is all it takes to compare the
 
 from .fake_quantization import absmax as absmax
 from .fake_quantization import dynamic_fake_quant as dynamic_fake_quant
+from .fake_quantization import dynamic_fake_quant_backward as dynamic_fake_quant_backward
 from .fake_quantization import fake_quant as fake_quant
 from .fake_quantization import fake_quant_backward as fake_quant_backward
+from .fake_quantization import learned_fake_quant_backward as learned_fake_quant_backward
+from .fake_quantization import round_again as round_again
 from .fake_quantization import scale_of as scale_of
 from .fused_observer import FusedObserver as FusedObserver
 from .fused_observer import Statistics as Statistics

@@ -53,11 +53,16 @@ class Finishing:
             self._undo = undo.pop_all()
 
     def round_to(self, step: int) -> None:
-        """Take the width of a step; they take turns, so that a step is enough to go on from."""
+        """Take the width of a step; they take turns, so that a step is enough to go on from.
+
+        The weights stay what they are until the next call, and are rounded once.
+        """
         bits = self._bits[step % len(self._bits)]
         self._sites.scheme = replace(self._sites.scheme, bits=bits)
         for quantizer in self._quantizers():
             quantizer.bits = bits
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.hold()
 
     def end(self) -> None:
         """Make the model the float one that it was, with the parameters that it has by now."""

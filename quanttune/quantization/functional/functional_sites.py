@@ -155,7 +155,12 @@ class _Mode(TorchFunctionMode):
             kinds = dict.fromkeys(("query", "key", "value"), "operand")
             kinds |= {"score": "score", "probability": "probability"}
             operation = self.sites.decide(call, "attention", kinds)
-        result = attention(partial(call.round, operation), *args, **kwargs)
+        # to spell it out takes time and, in training, memory for every score
+        is_float = torch.is_grad_enabled() and not call.is_rounded(operation)
+        if is_float and not torch.compiler.is_compiling():
+            result = F.scaled_dot_product_attention(*args, **kwargs)
+        else:
+            result = attention(partial(call.round, operation), *args, **kwargs)
         if self.made is not None:
             self.made.enter_softmax(args[3] if len(args) > 3 else kwargs.get("attn_mask"))
             self.made.mark(result, ACTIVATION)

@@ -92,6 +92,11 @@ class Call:
         quantizer = self.quantizer(operation, part)
         return x if quantizer is None else quantizer(x)
 
+    def is_rounded(self, operation: Operation) -> bool:
+        """Tell whether any part of the operation is covered."""
+        found = (self.quantizer(operation, part) for part in operation.kinds)
+        return not all(isinstance(quantizer, nn.Identity | None) for quantizer in found)
+
     def refusal(self, what: str) -> RuntimeError:
         """Return what to raise where calibration has not been."""
         name = f" ({self.calls.module})" if self.calls.module else ""

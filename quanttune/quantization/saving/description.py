@@ -12,10 +12,11 @@ from ..convert import convert
 from ..correction import add_described_corrections, described_corrections, drop_corrections
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
+from ..grid import check_scale
 from ..grids import add_described_grids, described_grids
 from ..modules import QuantizedLinear
 from ..prefixes.decoder import add_described_prefix, described_prefix
-from ..quantizer import ActivationQuantizer, WeightQuantizer, check_scale
+from ..quantizer import ActivationQuantizer, WeightQuantizer
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
 from ..row_quantizers import GroupQuantizer
 from ..scheme import DYNAMIC, Scheme
