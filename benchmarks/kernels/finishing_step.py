@@ -15,6 +15,7 @@ counted, and no gaps between them. Linux only.
 
 import argparse
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -70,16 +71,21 @@ def main() -> None:
     else:
         found = {name: [memory(options.model, name)] for name in present}
     for name, values in found.items():
-        print(f"{name:16} {median(values):8.1f} {ratio(found, name):.3f}x")
+        print(f"{name:16} {median(values):8.1f} {ratio([found], name):.3f}x")
     result = {
         "commit": commit(),
         "environment": environment(),
         "shape": SHAPES[options.model],
         "versions": {name: version(name) for name in present if name in rounding.RIVALS},
-        UNITS[options.what]: found,
+        UNITS[options.what]: [found],
     }
     if options.out:
-        write_json(options.out / f"finishing-{options.what}-{options.model}.json", result)
+        file = options.out / f"finishing-{options.what}-{options.model}.json"
+        if options.more:
+            before = json.loads(file.read_text())
+            result["versions"] |= before["versions"]
+            result[UNITS[options.what]] = [*before[UNITS[options.what]], found]
+        write_json(file, result)
 
 
 def _options() -> argparse.Namespace:
@@ -87,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("what", choices=UNITS)
     parser.add_argument("model", choices=SHAPES)
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--more", action="store_true", help="add to the runs that are there")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each, after one more")
     parser.add_argument("--only", nargs="+", help="the variants to measure, float among them")
     parser.add_argument("--peak", choices=VARIANTS, help="print the memory of one variant")
@@ -105,9 +112,10 @@ def times(model: str, variants: list[str], rounds: int) -> dict[str, list[float]
     return {name: values[1:] for name, values in found.items()}
 
 
-def ratio(found: dict[str, list[float]], name: str) -> float:
+def ratio(runs: list[dict[str, list[float]]], name: str) -> float:
     """Return a variant's number beside the float step's: the median of the rounds' ratios."""
-    return median(ours / plain for ours, plain in zip(found[name], found["float"], strict=True))
+    of_runs = (zip(run[name], run["float"], strict=True) for run in runs if name in run)
+    return median(ours / plain for rounds in of_runs for ours, plain in rounds)
 
 
 def finishing_table(read: Callable[[str], Any]) -> str:
@@ -119,7 +127,7 @@ def finishing_table(read: Callable[[str], Any]) -> str:
     rows = []
     for name, title in ROWS.items():
         measured = [(file[UNITS[what]], name) for (_, what), file in files.items()]
-        rows.append((title, *(f"{ratio(*one):.2f}x" if name in one[0] else "" for one in measured)))
+        rows.append((title, *(f"{ratio(*one):.2f}x" for one in measured)))
     return table(("", *heads), rows)
 
 
