@@ -8,12 +8,12 @@ from models import bert, shallow
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.grids import (
+from quanttune.quantization.methods import FQViT, PTQ4ViT
+from quanttune.quantization.other_grids import (
     LogQuantizer,
     OtherGrid,
     TwinQuantizer,
 )
-from quanttune.quantization.methods import FQViT, PTQ4ViT
 from quanttune.quantization.quantizer import ActivationQuantizer
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import requantize

@@ -34,7 +34,7 @@ VERSIONS = ("torch", "numpy", "hypothesis", "safetensors")
 
 
 def run(attack, number, cases):
-    """Draw cases by a seed, in a process of its own; return how many were right, and what failed."""
+    """Draw cases by a seed in a process of its own; return how many were right, what failed."""
     reads, writes = os.pipe()
     if child := os.fork():
         os.close(writes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batches import arguments_of
 from ..quantization.correction import corrections
-from ..quantization.grids import refuse_other_grids
+from ..quantization.other_grids import refuse_other_grids
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers

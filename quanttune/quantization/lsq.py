@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from .grids import refuse_other_grids
 from .modules import QuantizedEmbedding
+from .other_grids import refuse_other_grids
 from .saving.hf_config import update_hf_config
 from .state import quantizers, state_of, weight_quantizers
 

@@ -265,8 +265,6 @@ class WeightQuantizer(Grid):
         return f"bits={self.bits}, axis={self.axis}"
 
 
-
-
 def is_quantizer(name: str, module: nn.Module | None) -> bool:
     """Tell whether `quantize` gave a module to its parent; Identity leaves a site in float."""
     ours = (ActivationQuantizer, WeightQuantizer, nn.Identity)

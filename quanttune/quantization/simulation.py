@@ -14,8 +14,8 @@ from ..progress import Progress, silent
 from .calibrators import SEARCHES, Calibrator
 from .convert import convert, new_weight_quantizer
 from .correction import drop_corrections
-from .grids import OtherGrid
 from .methods import Method, methods_of, roundings_in
+from .other_grids import OtherGrid
 from .placement import check_devices
 from .prefixes.decoder import renew_prefix
 from .product_counts import counting_products

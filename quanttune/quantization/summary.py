@@ -9,7 +9,7 @@ from torch import nn
 from ..fake_quantizer import integer_range
 from .float_parameters import float_parameters, is_asked_for, rounded_parameters
 from .functional.modes import class_of
-from .grids import OtherGrid
+from .other_grids import OtherGrid
 from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer
 from .state import quantizers, state_of, weight_quantizers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...fake_quantizer import fake_quant
-from ..grids import SHIFTS, ChannelShiftQuantizer, LogQuantizer, put
+from ..other_grids import SHIFTS, ChannelShiftQuantizer, LogQuantizer, put
 from ..quantizer import ActivationQuantizer
 from ..running import Data, forward_batches, rounding_only
 from ..scheme import Scheme

@@ -13,8 +13,8 @@ from ..correction import add_described_corrections, described_corrections, drop_
 from ..functional.functional_sites import FunctionalSites
 from ..functional.operations import Operation
 from ..grid import check_scale
-from ..grids import add_described_grids, described_grids
 from ..modules import QuantizedLinear
+from ..other_grids import add_described_grids, described_grids
 from ..prefixes.decoder import add_described_prefix, described_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer
 from ..restoration import add_described, described_restorations, drop_restorations, restorations

@@ -6,10 +6,10 @@ MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`
 modules' code that these stand at (places.py) or that stay in float, for `restorations`,
 LayerNorms that were equalized for the modules they are listed with, for `prefix`, the tokens whose
 keys and values a decoder keeps, for `corrections`, ranks of what Linear modules add in float, and
-for `grid_groups`, sites whose grids are not uniform (grids.py); the last three are those of models
-that have such. `scheme` is what `quantize` was
-asked for. What is not `symmetric` has its zero point among the tensors, beside its scale. Weights
-are stored in float ("dense"), so that a loaded model can be trained on.
+for `grid_groups`, sites whose grids are not uniform (other_grids.py); only models that have such
+have the last three. `scheme` is what `quantize` was asked for. What is not `symmetric` has its zero
+point among the tensors, beside its scale. Weights are stored in float ("dense"), so that a loaded
+model can be trained on.
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import Any
 
 from ...fake_quantizer import integer_range
 from ..coverage import PRESETS
-from ..grids import GRIDS
+from ..other_grids import GRIDS
 
 METHOD = "quanttune"
 VERSION = "3"  # 2: queries are scaled before they are rounded; methods. 3: places, parameters

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ....fake_quantizer import fake_quant, scale_of
 from ...functional.iteration import children_of
-from ...grids import TwinQuantizer
+from ...other_grids import TwinQuantizer
 from ...quantizer import ActivationQuantizer
 from ..rounding.layers import Grid, Layer
 
