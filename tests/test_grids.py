@@ -13,6 +13,7 @@ from quanttune.quantization.other_grids import (
     LogQuantizer,
     OtherGrid,
     TwinQuantizer,
+    put,
 )
 from quanttune.quantization.quantizer import ActivationQuantizer
 from quanttune.quantization.saving.description import describe
@@ -179,6 +180,18 @@ def test_fq_vit_rounds_every_sum_of_a_vit():
 
 
 # ------------------------------------------------------------------ saved, exported, refused
+
+
+def test_what_is_trained_on_is_what_is_measured():
+    """With gradients a Linear has a way of its own to round its input; it is for uniform grids."""
+    model, rows = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)), torch.randn(16, 8)
+    qt.quantize(model, 4, coverage="full", data=[rows])
+    site = quantizers(model)["2.input_quantizer"]
+    put(model, "2.input_quantizer", TwinQuantizer.after(site).of(site.scale, 0.17 / 8, 0.0))
+    with torch.no_grad():
+        measured = model(rows)
+    with torch.enable_grad():
+        torch.testing.assert_close(model(rows), measured, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
