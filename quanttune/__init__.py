@@ -29,4 +29,6 @@ from .quantization.simulation import quantize as quantize
 from .quantization.summary import summary as summary
 from .refitting.refit import refit as refit
 from .tuning.attach import attach as attach
+from .tuning.quiet_attention import clip_softmax as clip_softmax
+from .tuning.quiet_attention import gate_attention as gate_attention
 from .tuning.tuner import Tuner as Tuner

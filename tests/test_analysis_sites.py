@@ -219,3 +219,15 @@ def test_sensitivity_is_the_error_of_a_model_with_one_rounded_tensor(planted):
         ]
         with rounding_sites(quantized, set(rest) - set(aliases)):
             assert error == relative_error(outputs_of(quantized, batches), expected)
+
+
+def test_the_kurtosis_of_a_site_is_a_mean_over_samples():
+    x = torch.randn(3, 500) ** 3
+    x[1, 0] = 60
+    model = quantize(nn.Sequential(nn.Linear(500, 2)), 8, data=[x])
+    (found,) = (one for name, one in survey(model, [x[:2], x[2:]]).items() if "input" in name)
+    centred = x.double() - x.double().mean(1, keepdim=True)
+    expected = (centred**4).mean(1) / (centred**2).mean(1) ** 2
+    assert found.kurtosis == pytest.approx(expected.mean().item(), rel=1e-5)
+    constant = survey(model, [torch.ones(2, 500)])
+    assert next(one for name, one in constant.items() if "input" in name).kurtosis == 0

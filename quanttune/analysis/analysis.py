@@ -119,6 +119,7 @@ def _sites(
             "median": found.median,
             "ratio": found.ratio,
             "variance": found.variance,
+            "kurtosis": found.kurtosis,
             "split": [asdict(split) for split in errors[site].split],
             "divergence": errors[site].divergence,
             "outliers": describe_outliers(found, subject.data, subject.tokenizer),

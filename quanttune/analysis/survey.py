@@ -38,6 +38,7 @@ class SiteSurvey:
     median: float = 0.0  # of the magnitudes; a mean over the samples
     ratio: float = 0.0  # the outlier loss, eq. 2; a mean over the samples
     variance: float = 0.0  # of the values, about their mean
+    kurtosis: float = 0.0  # 3 for a Gaussian; a mean over the samples
     peaks: list[Peak] = field(default_factory=list)  # one per sample
     massive: Massive = field(default_factory=Massive)
 
@@ -132,16 +133,19 @@ class _Surveyor:
         samples = rows if has_samples else 1
         medians = []
         for part, parts in _samples(x, counted, samples):
-            medians += self._merge(observe(part, parts)[1], part.numel() // parts)
+            statistics = observe(part, parts)[1]
+            medians += self._merge(statistics, part.numel() // parts, _kurtosis(part, parts))
         if has_samples and self._has_channels:
             shown = x if counted is None else x.masked_fill(~counted, 0)
             found.peaks += self._peaks(shown, rows, first)
             self._find_massive(x, counted, medians, rows, first)
 
-    def _merge(self, found: Statistics, elements: int) -> list[float]:
-        for _, median, mean, deviation, ratio in zip(*map(Tensor.tolist, found), strict=True):
+    def _merge(self, found: Statistics, elements: int, kurtosis: Tensor) -> list[float]:
+        columns = map(Tensor.tolist, (*found, kurtosis))
+        for _, median, mean, deviation, ratio, tail in zip(*columns, strict=True):
             self._samples += 1
             self.survey.median += (median - self.survey.median) / self._samples
+            self.survey.kurtosis += (tail - self.survey.kurtosis) / self._samples
             self.survey.ratio += (ratio - self.survey.ratio) / self._samples
             self._add(elements, mean, deviation**2 * (elements - 1))
         return found.median.tolist()  # type: ignore[no-any-return]
@@ -175,6 +179,19 @@ class _Surveyor:
         value, place = x.reshape(rows, -1).abs().max(1)
         peaks = zip(value.tolist(), place.tolist(), strict=True)
         return [Peak(v, first + row, *divmod(at, channels)) for row, (v, at) in enumerate(peaks)]
+
+
+def _kurtosis(x: Tensor, samples: int) -> Tensor:
+    """Return the fourth moment of each sample about its mean, in squares of its variance.
+
+    Of a constant it is 0. Bondarenko et al. (arXiv 2306.12929) report it; their code adds 1e-6 to
+    the square, which a tensor of small values would not survive.
+    """
+    rows = x.reshape(samples, -1).float()
+    squares = (rows - rows.mean(1, keepdim=True)).square_()
+    variance = squares.mean(1)
+    fourth = squares.square_().mean(1)
+    return torch.where(variance > 0, fourth / variance.square(), 0.0).nan_to_num()
 
 
 def _samples(x: Tensor, counted: Tensor | None, samples: int) -> Iterator[tuple[Tensor, int]]:

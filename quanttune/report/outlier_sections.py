@@ -13,7 +13,7 @@ def outliers(worst: Sequence[Data]) -> Section:
     """Return where the largest values of the tensors that hurt most are."""
     columns = (
         Text("tensor"), "alone", "max |x|", "channel", "token", Text("largest at"), "median |x|",
-        "outlier ratio",
+        "outlier ratio", "kurtosis",
     )  # fmt: skip
     groups = [
         (NAMES[kind], [_outlier_row(site) for site in worst if site["kind"] == kind])
@@ -23,7 +23,7 @@ def outliers(worst: Sequence[Data]) -> Section:
         "Where the outliers are",
         "The channel and the token at which most samples have their largest magnitude, and how "
         "many of them do. The outlier ratio is (max - median) / deviation per sample: what tuning "
-        "lowers.",
+        "lowers. The kurtosis of a Gaussian is 3.",
         tables=[Table(columns, groups)],
     )
 
@@ -45,6 +45,7 @@ def _outlier_row(site: Data) -> Sequence[str]:
         *where,
         f"{site['median']:.2g}",
         f"{site['ratio']:.1f}",
+        f"{site['kurtosis']:.1f}" if "kurtosis" in site else "-",
     ]
 
 

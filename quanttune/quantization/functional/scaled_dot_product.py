@@ -39,34 +39,33 @@ def attention(
         heads = query.shape[-3]
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
     scores = round("score", query @ key.transpose(-2, -1))
-    mask, seeing = _added(scores, attn_mask, is_causal)
-    scores = scores if mask is None else scores + mask
+    scores, seeing = masked(scores, attn_mask, is_causal)
     probability = F.dropout(scores.softmax(-1), dropout_p)
     answer = round("answer", round("probability", probability) @ value)
     return answer if seeing is None else answer * seeing
 
 
-def _added(
+def masked(
     scores: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to scores, and what the answer is multiplied by.
+) -> tuple[Tensor, Tensor | None]:
+    """Mask scores, and return besides what the answer is multiplied by.
 
-    A query without a key sees all, since of none comes NaN, and has a 0 in the second. Both are as
-    small as the mask is: runtimes add and multiply faster than they select.
+    A query without a key sees all, since of none comes NaN, and has a 0 in the second. What is
+    added is as small as the mask: runtimes add and multiply faster than they select.
     """
     if is_causal:
         options: dict[str, Any] = {"dtype": torch.bool, "device": scores.device}
         unseen = ~torch.ones(scores.shape[-2:], **options).tril()
-        return _infinite(unseen, scores), None
+        return scores + _infinite(unseen, scores), None
     if attn_mask is None:
-        return None, None
+        return scores, None
     is_bool = attn_mask.dtype == torch.bool
     seeing = (attn_mask if is_bool else ~attn_mask.isneginf()).any(-1, keepdim=True)
     if is_bool:
         added = _infinite(seeing & ~attn_mask, scores)
     else:
         added = attn_mask.to(scores.dtype).masked_fill(~seeing, 0)
-    return added, seeing.to(scores.dtype)
+    return scores + added, seeing.to(scores.dtype)
 
 
 def _infinite(unseen: Tensor, scores: Tensor) -> Tensor:
