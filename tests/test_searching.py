@@ -307,3 +307,30 @@ def test_padded_tokens_change_nothing(method):
         found.append(torch.stack(list(scales.values())))
     # sums in another order may turn a near tie
     assert torch.isclose(*found, rtol=1e-4).float().mean() > 0.9
+
+
+class Sums(nn.Module):
+    """Products that are matrix products of their factors as they come, and one that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        p = torch.einsum("bqd,bkd->bqk", q, k).softmax(-1)
+        return self.head(p @ v)
+
+
+def test_products_of_other_dimensions_keep_their_ranges():
+    x = 3 * torch.randn(16, 5, 8)
+    x[0, 0] *= 6
+    untouched, method = Sums(), PTQ4ViT(metric="mse", low=0.3, twin=False)
+    plain, found = (
+        qt.quantize(copy.deepcopy(untouched), 4, coverage="linear", methods=m, data=[x])
+        for m in ([], [method])
+    )
+    scales = [{n: q.scale.item() for n, q in quantizers(m).items()} for m in (plain, found)]
+    changed = {name for name, scale in scales[0].items() if scales[1][name] != scale}
+    assert not changed & {"product0_left_quantizer", "product0_right_quantizer"}
+    assert changed & {"product1_left_quantizer", "product1_right_quantizer"}

@@ -31,6 +31,7 @@ class Records:
     counted: list[Tensor | None] = field(default_factory=list)
     gradients: dict[nn.Module, list[Tensor]] = field(default_factory=dict)  # by what computes it
     results: int = 0  # bytes of what came of them
+    is_product: bool = True  # False: what came of the factors is no matrix product of them
 
     def products(self, module: nn.Module, exact: Iterable[Tensor]) -> Iterator[Product]:
         """Yield what each batch makes of the exact factors."""
@@ -105,6 +106,20 @@ class Attention:
             right = right.repeat_interleave(left.shape[-3] // right.shape[-3], -3)
         return left @ (right.transpose(-2, -1) if self.is_transposed else right)
 
+    def _makes(self, left: Tensor, right: Tensor, result: Tensor) -> bool:
+        """Tell whether a result is what `multiply` makes; einsum may sum over other dimensions."""
+        inner, outer = (-1, -2) if self.is_transposed else (-2, -1)
+        batches = zip(left.shape[:-2], right.shape[:-2], strict=False)
+        if (
+            left.dim() != right.dim()
+            or left.shape[-1] != right.shape[inner]
+            or result.shape != (*left.shape[:-1], right.shape[outer])
+            or any(a % b for a, b in batches)
+        ):
+            return False
+        made = self.multiply(left, right)
+        return torch.allclose(made, result, rtol=1e-3, atol=1e-3 * result.abs().max().item())
+
     def watch(self, records: Records, see: See) -> Iterator[Callable[[], None]]:
         """Do what `Linears.watch` does."""
         children = children_of(self.module)
@@ -117,6 +132,8 @@ class Attention:
             yield hook.remove
 
         def follow(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            factors = records.left[-1], records.right[-1]
+            records.is_product &= self._makes(*factors, output.detach().float())
             records.counted.append(inside(output, self.kind))
             see(Result(self.module, output, False, None))
             return output.clone()

@@ -31,8 +31,8 @@ class ScaleSearch(Rounding):
     each takes the one of 100 factors of its range that is best while the other is rounded as it was
     chosen last. The range as it is, is among them, so no product is worse by `metric` than before.
     Products are given what the float model gives them; what is no factor of one (residual sums,
-    outputs, norms) keeps its range. Convolutions, embeddings, experts and tied weights are rounded
-    to nearest, min-max.
+    outputs, norms) keeps its range, and so do products of einsum that are no matrix product.
+    Convolutions, embeddings, experts and tied weights are rounded to nearest, min-max.
 
     Args:
         metric: a name in METRICS of searching/metrics.py.
@@ -124,13 +124,13 @@ def _first(model: nn.Module, data: Data, samples: int) -> Iterator[Any]:
 def _passes(model: nn.Module, searched: Sequence[Searched], data: Data) -> Iterator[list[Searched]]:
     """Cut products into those whose records fit into BYTES."""
     first, *others = data.batches
-    sizes = [
-        one.bytes * (1 + len(others))
-        for one in record(model, searched, replace(data, batches=[first]), False)
-    ]
+    found = record(model, searched, replace(data, batches=[first]), False)
     chosen: list[Searched] = []
     held = 0
-    for one, size in zip(searched, sizes, strict=True):
+    for one, records in zip(searched, found, strict=True):
+        if not records.is_product:
+            continue  # its ranges stay
+        size = records.bytes * (1 + len(others))
         if chosen and held + size > BYTES:
             yield chosen
             chosen, held = [], 0
