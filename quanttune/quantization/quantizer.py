@@ -30,7 +30,7 @@ class ActivationQuantizer(Grid):
     """
 
     range_names: tuple[str, ...] = ("absmax",)  # buffers: the ends of the range; NaN while unknown
-    grid = "uniform"  # grids.py has others
+    grid = "uniform"  # other_grids.py has others
     absmax: Tensor
 
     def __init__(

@@ -194,9 +194,9 @@ class _Switches(TorchFunctionMode):
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
         scores = query @ key.transpose(-2, -1)
-        scores, unseeing = masked(scores, attn_mask, is_causal)
+        scores, seeing = masked(scores, attn_mask, is_causal)
         answer = F.dropout(clip(scores.softmax(-1)), dropout_p) @ value
-        return answer if unseeing is None else answer.masked_fill(unseeing, 0)
+        return answer if seeing is None else answer * seeing
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
