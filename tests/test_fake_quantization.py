@@ -447,7 +447,7 @@ def test_kernels_of_gradients_of_ranges_agree(shape, dtype):
         expected = reference.dynamic_fake_quant_backward(wide, x, *grid).to(dtype)
         changed = followed != grad
         assert torch.equal(changed, expected != grad)
-        assert 1 <= changed.sum() <= scale.numel()
+        assert changed.sum() <= scale.numel()  # in 16 bits some are too small to change it
         torch.testing.assert_close(
             followed, expected, rtol=max(1e-4, 2 * torch.finfo(dtype).eps), atol=1e-4
         )
