@@ -17,7 +17,7 @@ def leave_partials(partial_ptr, sample, parts, part, partials):
     tl.store(column_ptr + SUM * parts, tl.sum(sums))
     tl.store(column_ptr + SQUARES * parts, tl.sum(squares))
     tl.store(column_ptr + MAXIMUM_OF_PART * parts, maximum)
-    tl.store(column_ptr + COUNT_OF_PART * parts, count.to(tl.float32))
+    tl.store(column_ptr + COUNT_OF_PART * parts, tl.cast(count, tl.float32))
 
 
 @triton.jit

@@ -15,13 +15,14 @@ from torch import Tensor
 from quanttune import reference
 
 from ._launch import on_device_of, options
+from ._math import fused_multiply_add
 from ._partials import leave_partials
-from .sampling import gather, load_range, unit_of
+from .sampling import blocks_of_tile, gather, gather_even, load_range, strata, unit_of
 from .statistics_group import StatisticsGroup, leave_entry
 
 BLOCK = 1024  # elements of one load of the forward pass: 16 bytes from every thread
-LOADS = 4  # in flight at once
-TILE = LOADS * BLOCK
+MOST_LOADS = 7  # of a tile
+TILE = 4 * BLOCK  # where strata are no reason for another
 THREADS = 128
 PROGRAMS = 2048  # enough for any GPU; not asked of it, so that the bits depend on the shape alone
 MOST_PARTS = 1024  # of a row: what one program merges
@@ -43,17 +44,52 @@ def _choose_pivot(part_ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold_tile(shifted, magnitude, sums, squares, maximum, count):
-    """Add a tile to the running sums, maximum and number of elements that attain the maximum."""
-    sums += tl.sum(shifted, 0)
-    squares += tl.sum(shifted * shifted, 0)
-    highest = tl.max(magnitude)
+def _fold_block(x, inside, pivot, sums, squares, highest):
+    """Add a block to the running sums and maxima of every lane."""
+    shifted, magnitude = x - pivot, tl.abs(x)
+    if inside is not None:
+        shifted = tl.where(inside, shifted, 0.0)
+        magnitude = tl.where(inside, magnitude, -1.0)
+    squares = fused_multiply_add(shifted, shifted, squares)
+    return sums + shifted, squares, tl.maximum(highest, magnitude)
+
+
+@triton.jit
+def _count(tile_ptr, length, highest, LOADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Read a tile of this length once more: how many of its elements attain the maximum."""
+    attained = tl.zeros([BLOCK], tl.int32)
+    for load in tl.static_range(LOADS):
+        offsets = load * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(tile_ptr + offsets, mask=offsets < length, other=0.0).to(tl.float32)
+        attained += ((tl.abs(x) == highest) & (offsets < length)).to(tl.int32)
+    return tl.sum(attained)
+
+
+@triton.jit
+def _fold_tile(
+    tile_ptr,
+    length,
+    totals,
+    LOADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add a tile, of TILE elements where length is None, to the totals of a part."""
+    pivot, sums, squares, maximum, count = totals
+    lanes = tl.full([BLOCK], -1.0, tl.float32)
+    for load in tl.static_range(LOADS):
+        offsets = load * BLOCK + tl.arange(0, BLOCK)
+        inside = None if length is None else offsets < length
+        x = tl.load(tile_ptr + offsets, mask=inside).to(tl.float32)
+        sums, squares, lanes = _fold_block(x, inside, pivot, sums, squares, lanes)
+    highest = tl.max(lanes)
     # seldom true after the first tiles, and the same for the whole program
     if highest >= maximum:
-        attained = tl.sum((magnitude == highest).to(tl.int32))
+        attained = _count(
+            tile_ptr, LOADS * BLOCK if length is None else length, highest, LOADS, BLOCK
+        )
         count = tl.where(highest > maximum, attained, count + attained)
         maximum = highest
-    return sums, squares, maximum, count
+    return pivot, sums, squares, maximum, count
 
 
 @triton.jit(do_not_specialize=["parts", "stride", "samples"])
@@ -73,6 +109,8 @@ def _partial_kernel(
     LOADS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRATA: tl.constexpr,
+    BLOCK_STRATA: tl.constexpr,
+    EVEN: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     TILE: tl.constexpr = LOADS * BLOCK
@@ -85,43 +123,39 @@ def _partial_kernel(
     row_ptr = x_ptr + row * size + begin
     part_ptr = row_ptr + start
     sample_row_ptr = sample_ptr + row * sample_pitch
-    offsets = tl.arange(0, LOADS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
     pivot = _choose_pivot(part_ptr, length, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    maximum = -1.0
-    count = 0
+    zeros = tl.zeros([BLOCK], tl.float32)
+    totals = pivot, zeros, zeros, -1.0, 0
     whole = length // TILE * TILE
+    stratum = start // stride
     for tile in range(0, whole, TILE):
-        x = tl.load(part_ptr + tile + offsets).to(tl.float32)
-        shifted, magnitude = x - pivot, tl.abs(x)
-        sums, squares, maximum, count = fold_tile(shifted, magnitude, sums, squares, maximum, count)
-        if STRATA > 0:
-            # right after their neighbours were read, so that they come from the cache
+        totals = _fold_tile(part_ptr + tile, None, totals, LOADS, BLOCK)
+        # right after their neighbours were read, so that they come from the cache
+        if EVEN:
+            gather_even(row_ptr, sample_row_ptr, stratum, stride, STRATA)
+            stratum += STRATA
+        elif STRATA > 0:
             first = start + tile
             gather(row_ptr, sample_row_ptr, first, first + TILE, stride, STRATA)
-    if whole < length:
-        inside = whole + offsets < length
-        x = tl.load(part_ptr + whole + offsets, mask=inside, other=0.0).to(tl.float32)
-        shifted = tl.where(inside, x - pivot, 0.0)
-        magnitude = tl.where(inside, tl.abs(x), -1.0)
-        sums, squares, maximum, count = fold_tile(shifted, magnitude, sums, squares, maximum, count)
+    for block in range(whole, length, BLOCK):
+        totals = _fold_tile(part_ptr + block, length - block, totals, 1, BLOCK)
         if STRATA > 0:
-            gather(row_ptr, sample_row_ptr, start + whole, start + length, stride, STRATA)
+            first = start + block
+            stop = start + tl.minimum(block + BLOCK, length)
+            gather(row_ptr, sample_row_ptr, first, stop, stride, BLOCK_STRATA)
 
-    partials = pivot, sums, squares, maximum, count
-    leave_partials(partial_ptr, row, parts, program % parts, partials)
+    leave_partials(partial_ptr, row, parts, program % parts, totals)
     if program == 0:
         geometry = samples, size, parts, part_size, stride, sample_pitch
         leave_entry(entry_ptr, sample_ptr, partial_ptr, statistics_ptr, ranges_ptr, *geometry)
 
 
-def _split(samples: int, size: int) -> tuple[int, int]:
+def _split(samples: int, size: int, tile: int = TILE) -> tuple[int, int]:
     """Return into how many parts a row is split, and how many elements each but the last has."""
     wanted = max(triton.cdiv(PROGRAMS, samples), triton.cdiv(size, LONGEST_PART))
-    parts = min(wanted, MOST_PARTS, triton.cdiv(size, TILE))
-    part_size = triton.cdiv(triton.cdiv(size, parts), TILE) * TILE
+    parts = min(wanted, MOST_PARTS, triton.cdiv(size, tile))
+    part_size = triton.cdiv(triton.cdiv(size, parts), tile) * tile
     return triton.cdiv(size, part_size), part_size
 
 
@@ -140,9 +174,12 @@ def outlier_statistics(
     if x.dtype == torch.float64 or samples == 0:  # GPUs that train have no float64 to speak of
         return reference.outlier_statistics(x, samples, exact, ranges)
     merging = StatisticsGroup() if group is None else group
-    split = _split(samples, x.numel() // samples)
-    rows = merging.reserve(x, samples, exact, *split, ranges)
-    tile_strata = triton.next_power_of_2(triton.cdiv(TILE, rows.stride))
+    size = x.numel() // samples
+    stride, _ = strata(size, exact)
+    loads = blocks_of_tile(stride, MOST_LOADS)
+    tile = loads * BLOCK
+    rows = merging.reserve(x, samples, exact, *_split(samples, size, tile), ranges)
+    sampled = stride > 1
     with on_device_of(x):
         _partial_kernel[(samples * rows.parts,)](
             x,
@@ -154,9 +191,11 @@ def outlier_statistics(
             rows.part_size,
             rows.stride,
             rows.pitch,
-            LOADS=LOADS,
+            LOADS=loads,
             BLOCK=BLOCK,
-            STRATA=0 if rows.stride == 1 else tile_strata,
+            STRATA=triton.next_power_of_2(triton.cdiv(tile, stride)) if sampled else 0,
+            BLOCK_STRATA=triton.next_power_of_2(triton.cdiv(BLOCK, stride)),
+            EVEN=sampled and tile % stride == 0,
             UNIT=1 if ranges is None else unit_of(x),
             **options(THREADS),
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from quanttune.reference import range_search
 
 from ._launch import on_device_of, options
-from ._math import quotient_rounded
+from ._math import WIDEST_BY_PRODUCTS, codes_of
 
 BLOCK = 4096  # elements per program, which keeps them while it tries every step
 THREADS = 256
@@ -25,6 +25,7 @@ def _errors_kernel(
     qmin,
     qmax,
     BLOCK: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     # what lies beyond the end is 0, and so is its error
@@ -32,7 +33,7 @@ def _errors_kernel(
     partial_ptr += tl.program_id(0)
     for candidate in range(candidates):
         step = tl.load(steps_ptr + candidate)
-        code = quotient_rounded(x, step, qmin, qmax)
+        code = codes_of(x, step, qmin, qmax, DIVIDES)
         # a product of 17 and 24 bits is exact
         error = x.to(tl.float64) - code.to(tl.float64) * step.to(tl.float64)
         tl.store(partial_ptr, tl.sum(error * error))
@@ -55,6 +56,7 @@ def quantization_errors(x: Tensor, steps: Tensor, qmin: int, qmax: int) -> Tenso
             float(qmin),
             float(qmax),
             BLOCK=BLOCK,
+            DIVIDES=max(-qmin, qmax) > WIDEST_BY_PRODUCTS,
             **options(THREADS),
         )
     return partials.sum(1)

@@ -13,6 +13,16 @@ def strata(size: int, exact: bool) -> tuple[int, int]:
     return stride, size // stride
 
 
+def blocks_of_tile(stride: int, most: int) -> int:
+    """Return how many blocks of 2**n elements make a tile, if possible one of 2**m strata.
+
+    Then no thread idles while the others gather.
+    """
+    odd = stride // (stride & -stride)
+    odd = odd if odd <= most else 1
+    return odd * 2 ** ((most // odd).bit_length() - 1)
+
+
 def unit_of(x: Tensor) -> int:
     """Return a number that divides where ranges begin and end, for the alignment of loads."""
     return 16 if x.dim() and x.shape[-1] % 16 == 0 else 1
@@ -50,3 +60,10 @@ def gather(row_ptr, sample_row_ptr, start, stop, stride, STRATA: tl.constexpr):
     inside = stratum < stop // stride
     value = tl.load(row_ptr + position(stratum, stride), mask=inside)
     tl.store(sample_row_ptr + stratum, value, mask=inside)
+
+
+@triton.jit
+def gather_even(row_ptr, sample_row_ptr, first, stride, STRATA: tl.constexpr):
+    """Copy the elements of STRATA strata, all of which the row has."""
+    stratum = first + tl.arange(0, STRATA)
+    tl.store(sample_row_ptr + stratum, tl.load(row_ptr + position(stratum, stride)))

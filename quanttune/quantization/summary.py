@@ -28,7 +28,7 @@ class Site:
     scale: float | None  # None: taken from each tensor, or never reached during calibration
     absmax: float | None  # what the grid covers
     zero_point: int | None = None  # of an affine grid: the code of 0
-    grid: str = "uniform"  # or one of grids.py: its largest step, and what it covers
+    grid: str = "uniform"  # or one of other_grids.py: its largest step, and what it covers
 
 
 @dataclass(frozen=True)
