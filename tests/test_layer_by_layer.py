@@ -1,8 +1,10 @@
 """Forwards that go on together give what one pass per layer gives, bit for bit."""
 
 import copy
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,26 @@ def test_batches_that_take_different_ways_are_passed_for_each_layer(monkeypatch)
     monkeypatch.setattr("quanttune.quantization.methods.gptq.run_layer_by_layer", alone)
     expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
     assert_same_bits(found.state_dict(), expected.state_dict())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_a_waiting_forward_holds_one_thread_and_not_one_per_core(with_threads):
+    counts = []
+
+    def threads():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            counts.append(threads())
+            return x.exp().log()  # large enough for all threads
+
+    with_threads(4)
+    model = nn.Sequential(Counting(), nn.Linear(256, 256), Counting(), nn.Linear(256, 8)).eval()
+    before = threads()
+    data = [torch.randn(1024, 256) for _ in range(20)]
+    qt.quantize(model, 4, methods=["gptq"], data=data)
+    assert before + 20 <= max(counts) <= before + 20 + 4
 
 
 def test_where_threads_run_out_it_is_a_pass_for_each_layer(monkeypatch):

@@ -1,9 +1,13 @@
 """A forward that stops on its way, so that many of them go through a model together."""
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from threading import Semaphore
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
 
 from .running import StopForward
 
@@ -45,6 +49,7 @@ class SteppedForward(Generic[Stop]):
 
     def wait_at(self, at: Stop) -> None:
         """Wait, within the forward, until it is to go on."""
+        _let_workers_go()
         self._at = at
         self._there.release()
         self._go.acquire()
@@ -72,3 +77,19 @@ class SteppedForward(Generic[Stop]):
         self._go.acquire()
         if not self._leaving:
             self._run()
+
+
+def _let_workers_go() -> None:
+    """End the threads that OpenMP keeps for this one: else each forward holds one per core."""
+    if torch.get_num_threads() > 1 and (pause := _openmp_pause()):
+        pause(1)  # omp_pause_soft; it begins again by itself
+
+
+@cache
+def _openmp_pause() -> Any:
+    """Return OpenMP 5.0's omp_pause_resource_all of the runtime that torch runs on, if it is new."""
+    found = (
+        getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+        for path in (None, torch._C.__file__)
+    )
+    return next(filter(None, found), None)
