@@ -164,8 +164,14 @@ def test_models_without_layer_norm_have_a_page(make, blocks, tmp_path):
     subject = Subject("small", model, data, "accuracy", lambda model: 50.0)
     found = analyze(subject, Request(thresholds=(99.0, 100.0), calibrators=("minmax",)))
     assert len(found["models"][0]["blocks"]) == blocks
-    _, page = write_report(found, tmp_path, "analysis.json")
+    numbers, page = write_report(found, tmp_path, "analysis.json")
     assert ("has no repeated blocks with a norm" in page.read_text()) is (blocks == 0)
+    numbers.unlink()
+    page.unlink()
+    page.mkdir()  # a page that cannot be written: numbers, which say that all is there, come last
+    with pytest.raises(OSError, match=r"report\.html"):
+        write_report(found, tmp_path, "analysis.json")
+    assert not numbers.exists()
 
 
 def test_an_analysis_is_not_overwritten(tmp_path):

@@ -24,11 +24,14 @@ def write(results: Any, folder: Path) -> list[Path]:
 
 
 def write_report(data: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """Write numbers as JSON and the page that shows them, and return both paths."""
+    """Write numbers as JSON and the page that shows them, and return both paths.
+
+    The numbers come last: where they are, the page is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     numbers, page = folder / name, folder / "report.html"
-    write_json(numbers, data)
     write_text(page, build([data]))
+    write_json(numbers, data)
     return [numbers, page]
 
 
