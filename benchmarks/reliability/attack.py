@@ -23,18 +23,20 @@ from benchmarks.provenance import commit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from attacks import IN_MEMORY
 from attacks_on_files import ON_FILES
+from attacks_on_models import ON_MODELS
 from attacks_on_processes import ON_PROCESSES
 from attacks_on_work import ON_WORK
 
-ATTACKS = IN_MEMORY | ON_FILES | ON_WORK | ON_PROCESSES
-CASES = dict.fromkeys(IN_MEMORY, 20_000) | dict.fromkeys(ON_WORK | ON_PROCESSES, 200)
+ATTACKS = IN_MEMORY | ON_FILES | ON_MODELS | ON_WORK | ON_PROCESSES
+CASES = dict.fromkeys(ATTACKS, 200) | dict.fromkeys(IN_MEMORY, 20_000) | {"soak": 20_000}
 # a million damaged files and descriptions
 CASES |= {"description": 850_000, "load": 120_000, "run_folder": 30_000, "killed_save": 1000}
+AT_ONCE = dict.fromkeys(ON_FILES, 20) | {"soak": 20}  # of a seed: these try several in each case
 VERSIONS = ("torch", "numpy", "hypothesis", "safetensors")
 
 
 def run(attack, number, cases):
-    """Draw cases by a seed in a process of its own; return how many were right, what failed."""
+    """Draw cases by a seed, in a process of its own; return how many were right, what failed."""
     reads, writes = os.pipe()
     if child := os.fork():
         os.close(writes)
@@ -93,7 +95,7 @@ def main():
                 break
             one = found["attacks"].setdefault(name, {"cases": 0, "seeds": 0, "failures": []})
             # the first case of a seed is the simplest there is: not a few cases each
-            cases = min(wanted[name] // 10, 20 if name in ON_FILES else 1000) or wanted[name]
+            cases = min(wanted[name] // 10, AT_ONCE.get(name, 1000)) or wanted[name]
             done, failure = run(ATTACKS[name], one["seeds"], cases)
             one["cases"] += done
             if failure:

@@ -87,7 +87,7 @@ def _let_workers_go() -> None:
 
 @cache
 def _openmp_pause() -> Any:
-    """Return OpenMP 5.0's omp_pause_resource_all of the runtime that torch runs on, if it is new."""
+    """Return omp_pause_resource_all of the runtime that torch runs on, if it has OpenMP 5.0."""
     found = (
         getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
         for path in (None, torch._C.__file__)
