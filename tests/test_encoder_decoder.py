@@ -18,8 +18,11 @@ from transformers import (
 )
 
 import quanttune as qt
+from quanttune.deploy.encoder_decoder import CROSS, OWN
 from quanttune.deploy.generation import computed_by
+from quanttune.deploy.past import PRESENT
 from quanttune.deploy.products import explain
+from quanttune.deploy.verification import steps
 from quanttune.quantization.prefixes.kept_prefix import KeptPrefix
 from quanttune.quantization.state import quantizers
 
@@ -238,6 +241,22 @@ def test_verify_compares_both_and_names_what_is_wrong(exported, tmp_path):
     (tmp_path / FILES[0]).unlink()
     with pytest.raises(FileNotFoundError, match=r"encoder_model\.onnx"):
         qt.verify(tmp_path, model, [batch_of(model, 5)])
+
+
+def test_a_past_holds_the_first_half_of_the_encoder_s_keys():
+    """A decoder computes the others from the states behind as many as there are in the past."""
+    names = [f"0.{CROSS}key", f"0.{OWN}key"]
+    keys = torch.arange(5.0).view(1, 1, 5, 1)
+
+    def model(input_ids, encoder_hidden_states):
+        own = keys[:, :, : input_ids.shape[1]]
+        return {f"{PRESENT}{name}": x for name, x in zip(names, (keys, own), strict=True)}
+
+    call = {"input_ids": torch.arange(7)[None], "encoder_hidden_states": torch.zeros(1, 5, 1)}
+    first = next(steps._stepwise(model, [None], lambda *_: call))
+    assert first["input_ids"].tolist() == [[3, 4, 5, 6]]
+    assert first[f"{PAST}{names[0]}"].flatten().tolist() == [0, 1]
+    assert first[f"{PAST}{names[1]}"].flatten().tolist() == [0, 1, 2]
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):

@@ -4,14 +4,19 @@ python -m benchmarks.reliability.page
 """
 
 import json
+import tomllib
 from pathlib import Path
 
 from benchmarks.markdown_table import table
+from benchmarks.reliability.mutants import digest
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "epyc-2-cores"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 MARK = "<!-- made by benchmarks/reliability/page.py -->"
+ATTACKED = ("xeon-2-cores", "2 cores of a Xeon")
+MUTATED = ("epyc-2-cores", "xeon-2-cores")  # a fault that both saw is counted where it was last
+STATE = "the model is as before, or whole"
 WHAT = {
     "fake_quant": "fake_quant: any type, shape, layout, width, axis and zero point",
     "fake_quant_backward": "its gradient",
@@ -20,23 +25,46 @@ WHAT = {
     "outlier_statistics_backward": "their gradient, against float64",
     "quantization_errors": "the search of ranges, against float64",
     "magnitude_histogram": "histograms",
+    "description": "a damaged description is refused, or is what the model then says it is",
     "load": "a damaged file of a model is refused, and the model stays; or is what was loaded",
+    "run_folder": "a run with a damaged file is refused, or goes on from what is whole",
+    "made_model": "a made model is tuned as by plain PyTorch; quantized, saved, loaded: the same",
+    "made_export": "the ONNX file of a made model is what was simulated",
+    "soak": "steps in a row: the same bits each time, no memory that grows",
     "interrupted_quantize": "Ctrl-C in quantize: the model is as before, and can be quantized",
     "interrupted_forward": "Ctrl-C in a quantized forward: the next one has the same bits",
     "interrupted_tuning": "Ctrl-C in a forward or backward of tuning: the next step is right",
     "interrupted_save": "Ctrl-C in save: the older file or the newer one, and nothing beside it",
     "interrupted_load": "Ctrl-C in load: the model is as before, or loaded",
     "interrupted_export": "Ctrl-C in export_onnx: no file or a whole one, the model as before",
+    "interrupted_learn_scales": f"Ctrl-C in learn_scales: {STATE}",
+    "interrupted_freeze_scales": f"Ctrl-C in freeze_scales: {STATE}",
+    "interrupted_summary": f"Ctrl-C in summary: {STATE}",
+    "interrupted_refit": f"Ctrl-C in refit: {STATE}",
+    "interrupted_rotate": f"Ctrl-C in rotate: {STATE}",
+    "interrupted_prefix": f"Ctrl-C in prefix: {STATE}",
+    "interrupted_export_torch": f"Ctrl-C in export_torch: {STATE}",
+    "interrupted_export_compressed_tensors": f"Ctrl-C in export_compressed_tensors: {STATE}",
+    "interrupted_verify": f"Ctrl-C in verify: {STATE}",
+    "moments": "Ctrl-C at a moment in time, of quantize, forwards, steps or export_onnx",
+    "interrupted_tune": "tune, interrupted twice: ends with the bits of a run that was not",
     "killed_save": "a process killed while it saves: the file is whole",
     "killed_tune": "tune, killed twice: ends with the bits of a run that was not",
+    "killed_command": "calibrate, export or analyze, killed: what is there is whole, or made again",
     "threads": "threads that call one model, and write one file",
+    "forks": "forked processes compute what their parent does, whatever it did before",
     "two_writers": "processes that write one folder: one does, the others are refused",
 }
 
 
 def main():
-    attacks = json.loads((RESULTS / "attack.json").read_text())
-    mutants = json.loads((RESULTS / "mutants.json").read_text())
+    attacks = json.loads((RESULTS / ATTACKED[0] / "attack.json").read_text())
+    mutants = {}
+    for machine in MUTATED:
+        mutants |= json.loads((RESULTS / machine / "mutants.json").read_text())["mutants"]
+    listed = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
+    keys = [f"{one['name']} [{digest(one)}]" for one in listed]
+    mutants = {key: mutants[key] for key in keys if key in mutants}
     head = PAGE.read_text().split(MARK)[0]
     PAGE.write_text("\n\n".join([f"{head}{MARK}", _attacks(attacks), _mutants(mutants)]) + "\n")
 
@@ -44,19 +72,19 @@ def main():
 def _attacks(found):
     rows = [
         (WHAT[name], f"{one['cases']:,}", str(one["seeds"]), str(len(one["failures"])))
-        for name, one in found["attacks"].items()
+        for name, one in sorted(found["attacks"].items(), key=lambda item: [*WHAT].index(item[0]))
     ]
     last = found["runs"][-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(run["commit"][:8] for run in found["runs"]))
-    where = f"{last['cores']} cores of an EPYC, {versions}; commit {commits}; seeds from 0 on"
+    where = f"{ATTACKED[1]}, {versions}; commits {commits}; seeds from 0 on"
     heads = ("what was tried", "cases", "seeds", "failed")
     return f"## Attacks\n\n{where}.\n\n{table(heads, rows)}"
 
 
 def _mutants(found):
     counts = {}
-    for name, one in found["mutants"].items():
+    for name, one in found.items():
         room = "C++" if name.startswith("C++") else one["file"].split("/")[-2]
         seen, made = counts.get(room, (0, 0))
         counts[room] = seen + (one["outcome"] == "killed"), made + 1
