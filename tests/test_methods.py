@@ -13,7 +13,15 @@ from transformers import BertForSequenceClassification
 
 import quanttune as qt
 from quanttune.deploy.onnx_model import OnnxModel
-from quanttune.quantization.methods import ERQ, GPTQ, METHODS, Equalization, Method, Rounding
+from quanttune.quantization.methods import (
+    ERQ,
+    GPTQ,
+    METHODS,
+    AdaRound,
+    Equalization,
+    Method,
+    Rounding,
+)
 from quanttune.quantization.running import forward_batches
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
@@ -21,6 +29,7 @@ from quanttune.quantization.state import is_quantized, weight_quantizers
 
 EXAMPLES = {**MODELS, "deit": deit, "gpt2": gpt2}
 ROUNDINGS = [name for name, method in METHODS.items() if issubclass(method, Rounding)]
+ROUNDINGS[ROUNDINGS.index("adaround")] = AdaRound(iterations=20)
 EXPORTED = [name for name in ROUNDINGS if name != "qera"]  # which adds floats to the codes
 WIDTHS = {  # of activations, of weights
     "W8A8": (8, 8, "channel"),
@@ -252,7 +261,7 @@ def test_a_layer_whose_input_stays_float_is_rounded_as_behind_a_very_fine_grid(m
         ([GPTQ(damping=-1e9)], {}, "no Cholesky factor"),
         (["erq"], {"data": (x for x in [])}, "several times: they need a list or a DataLoader"),
         (["gptq"], {"data": None, "calibrator": "dynamic"}, "got NoneType"),
-        (["awe"], {}, "methods must be of .*gptq, erq, .*or objects such as .*, got 'awe'"),
+        (["awe"], {}, "methods must be of .*gptq, .*erq, .*or objects such as .*, got 'awe'"),
         ("erq", {}, r"methods must be a list, such as \[\"erq\"\], got 'erq'"),
         (["gptq", ERQ()], {}, "gptq and erq both choose the codes of the weights"),
         (["gptq", Early()], {}, "comes before what rounds it: early, gptq"),

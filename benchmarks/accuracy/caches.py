@@ -26,7 +26,6 @@ WAYS = {
     "8 bits, blocks of 64": {"bits": 8, "block": 64},
     "4 bits, blocks of 128": {"bits": 4, "block": 128},
     "4 bits, blocks of 64": {"bits": 4, "block": 64},
-    "4 bits, blocks of 32": {"bits": 4, "block": 32},
 }
 
 
@@ -40,9 +39,9 @@ def main() -> None:
         found = _measured(model, texts, way)
         rows.append({"way": name, **found})
         print(rows[-1], flush=True)
-    facts = {"model": "SmolLM2-135M", "texts": len(texts), "tokens": TOKENS, "step": STEP}
-    results = {**facts, "environment": environment(), "rows": rows}
-    write_json(options.out / "caches.json", results)
+        facts = {"model": "SmolLM2-135M", "texts": len(texts), "tokens": TOKENS, "step": STEP}
+        results = {**facts, "environment": environment(), "rows": rows}
+        write_json(options.out / "caches.json", results)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from benchmarks import arguments
 from benchmarks.provenance import commit
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import ERQ, GPTQ
+from quanttune.quantization.methods import ERQ
 
 IMAGES, BATCH = 32, 16
 WAYS: dict[str, list[Any]] = {
@@ -25,10 +25,13 @@ WAYS: dict[str, list[Any]] = {
     "smoothquant": ["smoothquant"],
     "outlier_suppression": ["outlier_suppression"],
     "bias_correction": ["bias_correction"],
+    "awq + weight_clipping": ["awq", "weight_clipping"],
+    "adaround": ["adaround"],
     "gptq": ["gptq"],
-    "gptq (fisher)": [GPTQ(hessian="fisher")],
+    "oac": ["oac"],
     "erq": ["erq"],
     "erq (greedy)": [ERQ(flip="greedy")],
+    "qera": ["qera"],
     "repq + erq": ["repq", "erq"],
 }
 

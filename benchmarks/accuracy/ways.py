@@ -26,7 +26,8 @@ from quanttune.demo import recipe
 from quanttune.demo.experiment import Arm
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import SmoothInputs, SmoothQuant
+from quanttune.quantization.methods import QERA, SmoothInputs, SmoothQuant
+from quanttune.quantization.state import is_quantized, weight_quantizers
 
 WIDTHS: dict[str, dict[str, int]] = {
     "W8A8": {"bits": 8},
@@ -35,6 +36,8 @@ WIDTHS: dict[str, dict[str, int]] = {
     "W6A8": {"weight_bits": 6},
     "W4A8": {"weight_bits": 4},
     "W4A4": {"bits": 4},
+    "W4A16": {"weight_bits": 4},
+    "W3A16": {"weight_bits": 3},
 }
 INPUTS, LINEAR, SUMS_IN_FLOAT, EVERYTHING = (
     {"coverage": "linear_inputs"},
@@ -47,6 +50,12 @@ COVERAGES = {
     "linear": LINEAR,
     "all but sums": SUMS_IN_FLOAT,
     "everything": EVERYTHING,
+    # the head shares its weight with the embeddings, which stay in float
+    "weights in groups of 64": {
+        "coverage": "weight_only",
+        "weights": 64,
+        "overrides": {"lm_head": None},
+    },
 }
 DOWN = {"overrides": {"*.down_proj.input_quantizer": {"bits": 16}}}
 # of attention: over many tokens most are less than half of a step
@@ -62,6 +71,16 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "zero points": {"symmetric": False},
     "smooth_inputs": {"methods": ["smooth_inputs"]},
     "erq": {"methods": ["erq"]},
+    "gptq": {"methods": ["gptq"]},
+    "oac": {"methods": ["oac"]},
+    "awq": {"methods": ["awq"]},
+    "weight_clipping": {"methods": ["weight_clipping"]},
+    "awq, weight_clipping": {"methods": ["awq", "weight_clipping"]},
+    "awq, gptq": {"methods": ["awq", "gptq"]},
+    "qera": {"methods": ["qera"]},
+    "qera-approx": {"methods": [QERA(weighting="diagonal")]},
+    "lqer": {"methods": [QERA(weighting="magnitude")]},
+    "zeroquant-v2": {"methods": [QERA(weighting="none")]},
     "inputs of down_proj at 16 bits": DOWN,
     "probabilities in float": PROBABILITIES,
     "rotate": ROTATED,
@@ -145,8 +164,18 @@ def _measured(job: Any, arm: Arm, split: str, ways: Mapping[str, Any]) -> Iterat
             qt.prefix(model, data=job.calibration())
         if options is not None:
             qt.quantize(model, data=job.calibration(), **options)
-        found = {"way": way, **job.measure(model, split)}
+        found = {"way": way, **job.measure(model, split), "bytes": _bytes(model)}
         yield found | {"seconds": round(time.monotonic() - began)}
+
+
+def _bytes(model: nn.Module) -> int:
+    """Return what the parameters take, codes and scales as they would be stored, others float32."""
+    size = sum(p.numel() * 4 for p in model.parameters())
+    for holder, quantizer in weight_quantizers(model).values() if is_quantized(model) else ():
+        weight = holder.weight
+        size += weight.numel() * quantizer.bits // 8 - 4 * weight.numel()
+        size += 4 * quantizer.scale_of(weight).numel()
+    return size
 
 
 if __name__ == "__main__":

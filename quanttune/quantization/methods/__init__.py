@@ -5,6 +5,7 @@ in a table.
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from .adaround import AdaRound as AdaRound
 from .aweq import AWEQ as AWEQ
 from .awq import AWQ as AWQ
 from .bias_correction import BiasCorrection as BiasCorrection
@@ -15,6 +16,7 @@ from .method import Equalization as Equalization
 from .method import Method as Method
 from .method import Regridding as Regridding
 from .method import Rounding as Rounding
+from .oac import OAC as OAC
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
 from .ptq4vit import BasePTQ as BasePTQ
 from .ptq4vit import PTQ4ViT as PTQ4ViT
@@ -40,7 +42,9 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             FQViT,
             BiasCorrection,
             WeightClipping,
+            AdaRound,
             GPTQ,
+            OAC,
             ERQ,
             QERA,
             BasePTQ,
