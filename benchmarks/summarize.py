@@ -27,6 +27,7 @@ from benchmarks.accuracy.tables import (
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.deploy.runtime_tables import linear_table, runtimes_table
+from benchmarks.gpu.tables import cpu_instructions_table, instructions_table
 from benchmarks.kernels.finishing_step import finishing_table
 from benchmarks.markdown_table import table
 from benchmarks.rivals.tables import rival_sections
@@ -60,6 +61,10 @@ LINEAR, END_OF_LINEAR = "<!-- linear: made by benchmarks/summarize.py -->", "<!-
 CHOICES, END_OF_CHOICES = "<!-- auto: made by benchmarks/summarize.py -->", "<!-- end of auto -->"
 FINISHING = "<!-- finishing: made by benchmarks/summarize.py -->"
 END_OF_FINISHING = "<!-- end of finishing -->"
+COUNTS = "<!-- instructions: made by benchmarks/summarize.py -->"
+END_OF_COUNTS = "<!-- end of instructions -->"
+CPU_COUNTS = "<!-- cpu instructions: made by benchmarks/summarize.py -->"
+END_OF_CPU_COUNTS = "<!-- end of cpu instructions -->"
 ONNX, END_OF_ONNX = "<!-- onnx: made by benchmarks/summarize.py -->", "<!-- end of onnx -->"
 
 
@@ -95,6 +100,7 @@ def main() -> None:
     _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
     _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
     _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
+    _replace_counts(ROOT / "docs" / "kernels.md")
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]
@@ -122,6 +128,14 @@ def main() -> None:
 
 def _read(name: str, folder: Path = RESULTS) -> Any:
     return json.loads((folder / name).read_text())
+
+
+def _replace_counts(page: Path) -> None:
+    names = ("instructions-before.json", "instructions.json")
+    before, now = (_read(name, RESULTS.with_name("sm_90")) for name in names)
+    _replace(page, COUNTS, END_OF_COUNTS, instructions_table(before, now))
+    counted = _read("instructions.json", RESULTS.with_name("valgrind"))
+    _replace(page, CPU_COUNTS, END_OF_CPU_COUNTS, cpu_instructions_table(counted))
 
 
 def _replace(page: Path, mark: str, end: str, table: str) -> None:
