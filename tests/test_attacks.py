@@ -17,10 +17,10 @@ from memory import linux_memory
 from oracle import quiet
 
 ATTACKS = IN_MEMORY | ON_FILES | ON_MODELS | ON_WORK | ON_PROCESSES
-# these take longer: exports, and processes in which autograd works; two cases of some are below,
-# test_tune_command kills runs, and test_verify and the tests of exports hold the rest
+# these take longer, or fork: in forks of this process autograd does not work, nor torch's fill of
+# memory, which the tests ask for. Some cases are below; other files kill runs, and export
 OTHERS = (
-    "soak", "made_export", "moments", "killed_tune", "interrupted_tune", "killed_command",
+    "soak", "made_export", "moments", "forks", "killed_tune", "interrupted_tune", "killed_command",
     "interrupted_export", "interrupted_export_torch", "interrupted_verify",
 )  # fmt: skip
 CASES = dict.fromkeys(IN_MEMORY, 25) | dict.fromkeys(ON_MODELS, 15)
@@ -55,14 +55,10 @@ def test_a_short_soak():
     assert attack_soak(None, 200) == 200
 
 
-def test_attacks_are_written_down_and_go_on(tmp_path):
+def test_attacks_that_fork_are_written_down(tmp_path):
     command = [sys.executable, "-m", "benchmarks.reliability.attack", "--only", "moments", "forks"]
-    command += ["--json", str(tmp_path / "found.json"), "--cases"]
-    for cases in ("2", "4"):
-        done = subprocess.run([*command, cases], cwd=ROOT, capture_output=True, text=True)
-        found = json.loads((tmp_path / "found.json").read_text())
-        assert done.returncode == 0, found
-    assert {name: one["cases"] for name, one in found["attacks"].items()} == {
-        "moments": 6,
-        "forks": 6,
-    }
+    command += ["--json", str(tmp_path / "found.json"), "--cases", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert done.returncode == 0, found
+    assert [one["cases"] for one in found["attacks"].values()] == [2, 2]

@@ -69,9 +69,14 @@ def main():
     PAGE.write_text("\n\n".join([f"{head}{MARK}", _attacks(attacks), _mutants(mutants)]) + "\n")
 
 
+def failed(one):
+    mended = f", {len(one['mended'])} that is mended" if one.get("mended") else ""
+    return f"{len(one['failures'])}{mended}"
+
+
 def _attacks(found):
     rows = [
-        (WHAT[name], f"{one['cases']:,}", str(one["seeds"]), str(len(one["failures"])))
+        (WHAT[name], f"{one['cases']:,}", str(one["seeds"]), failed(one))
         for name, one in sorted(found["attacks"].items(), key=lambda item: [*WHAT].index(item[0]))
     ]
     last = found["runs"][-1]
