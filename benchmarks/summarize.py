@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.storage_tables import caches_section, weights_section
 from benchmarks.accuracy.tables import (
     bold,
     choices_table,
@@ -119,6 +120,8 @@ def main() -> None:
         sections.append(ways_section(title, models[task]))
         sections.append(language_rivals_section(title, rivals[task]))
     sections.append(ways_section("SmolLM2, on another machine", _read("smollm2.json", REFIT)))
+    sections.append(weights_section(_read("weights-smollm2.json")))
+    sections.append(caches_section(_read("caches.json")))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(times_section(_read("method-times.json")))
