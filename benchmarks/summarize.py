@@ -31,6 +31,7 @@ from benchmarks.deploy.runtime_tables import linear_table, runtimes_table
 from benchmarks.gpu.tables import cpu_instructions_table, instructions_table
 from benchmarks.kernels.finishing_step import finishing_table
 from benchmarks.markdown_table import table
+from benchmarks.rivals.accuracy_control import control_table
 from benchmarks.rivals.tables import rival_sections
 from benchmarks.support.memory_tables import needs_table, peaks_table
 from quanttune.demo.experiment import Row
@@ -59,6 +60,8 @@ PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- e
 RUNTIMES = "<!-- runtimes: made by benchmarks/summarize.py -->"
 END_OF_RUNTIMES = "<!-- end of runtimes -->"
 LINEAR, END_OF_LINEAR = "<!-- linear: made by benchmarks/summarize.py -->", "<!-- end of linear -->"
+CONTROL = "<!-- control: made by benchmarks/summarize.py -->"
+END_OF_CONTROL = "<!-- end of control -->"
 CHOICES, END_OF_CHOICES = "<!-- auto: made by benchmarks/summarize.py -->", "<!-- end of auto -->"
 FINISHING = "<!-- finishing: made by benchmarks/summarize.py -->"
 END_OF_FINISHING = "<!-- end of finishing -->"
@@ -93,7 +96,10 @@ def main() -> None:
     choices = [
         _read(f"auto-{task}.json") for task in AUTO if (RESULTS / f"auto-{task}.json").exists()
     ]
-    _replace(ROOT / "docs" / "auto.md", CHOICES, END_OF_CHOICES, choices_table(choices))
+    auto = ROOT / "docs" / "auto.md"
+    _replace(auto, CHOICES, END_OF_CHOICES, choices_table(choices))
+    if (RESULTS / "accuracy-control.json").exists():
+        _replace(auto, CONTROL, END_OF_CONTROL, control_table(_read("accuracy-control.json")))
     large = ROOT / "docs" / "large_models.md"
     _replace(large, NEEDS, END_OF_NEEDS, needs_table())
     _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))

@@ -457,9 +457,9 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         ),
         (
             ["--coverage", "all"],
-            "--coverage must be one of linear_inputs, linear, .*, full, got",
+            "--coverage must be one of weight_only, linear_inputs, .*, full, got",
         ),
-        (["--weights", "row"], "--weights must be one of channel, tensor, got 'row'"),
+        (["--weights", "row"], "--weights must be one of channel, tensor, 128, got 'row'"),
         (["--method", "awe"], "--method must be one of .*gptq, .*erq, .*got 'awe'"),
         (["--method", "gptq", "--method", "repq"], "comes before what rounds it: repq, gptq"),
     ]:

@@ -68,11 +68,21 @@ def exported(request, tmp_path_factory):
 each_case = pytest.mark.parametrize("exported", CASES, indirect=True, ids=str)
 
 
+def is_alone(model, site):
+    """Tell whether a site is rounded without limits of its own."""
+    return any(n.op_type == "QuantizeLinear" and n.input[0] == site for n in model.graph.node)
+
+
 @each_case
 def test_codes_are_ours_bit_for_bit(exported):
     """On identical inputs, those beyond the range too: scaled by 1.5 some are."""
     model = onnx_files.roundings(exported.path)
-    feeds = {site: 1.5 * exported.seen[site].numpy() for site in onnx_files.sites(model)}
+    # of fewer bits limits are left out where the tensor was rounded within the same ones before
+    feeds = {
+        site: (1 if exported.bits < 8 and is_alone(model, site) else 1.5)
+        * exported.seen[site].numpy()
+        for site in onnx_files.sites(model)
+    }
     clipped, limits = False, {limit + CENTER for limit in integer_range(exported.bits)}
     for name, codes in onnx_files.run(model, feeds).items():
         site = name.removesuffix(onnx_files.CODES)

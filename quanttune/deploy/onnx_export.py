@@ -98,7 +98,7 @@ def export_onnx(
             args, kwargs = check_example(example, free, model)
             program = traced(model, args, kwargs, free, codes)
         file = path / part.file if part else path
-        found[file] = _translated(program, codes, opset, free, names)
+        found[file] = _translated(program, target, codes, opset, free, names)
     for file, onnx_model in found.items():
         onnx_model.metadata_props[KEY] = json.dumps(describe(model))
         file.parent.mkdir(exist_ok=True)
@@ -107,6 +107,7 @@ def export_onnx(
 
 def _translated(
     program: torch.export.ExportedProgram,
+    target: str,
     act_dtype: str,
     opset: int,
     dynamic: Dynamic,
@@ -126,7 +127,7 @@ def _translated(
     name_codes(exported.model.graph)
     with _folding_in_silence():
         exported.optimize()
-    finish(exported.model, names_of(exported.model.graph.inputs, dynamic), act_dtype)
+    finish(exported.model, names_of(exported.model.graph.inputs, dynamic), target, act_dtype)
     return exported.model
 
 

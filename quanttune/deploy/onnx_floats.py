@@ -35,20 +35,28 @@ def keep_from_others(graph: ir.Graph) -> None:
 
     OpenVINO 2026.4 adds a LayerNorm's epsilon to the variance of the codes, not of what they mean,
     and of two small products whose sizes it knows, without a bias, it makes one that answers
-    nonsense. tract 0.23 takes a softmax of masked codes for one of values. Of what is cut into
-    parts, such as queries, keys and values, ONNX Runtime 1.32 makes floats once for each part.
+    nonsense. tract 0.23 takes a softmax of masked codes for one of values.
     """
     for node in graph:
         if node.op_type == "Softmax" and _is_masked(node.inputs[0]):
             _keep(graph, node.outputs[0], "QuantizeLinear")
         if node.op_type == "DequantizeLinear":
             _keep(graph, node.outputs[0], "LayerNormalization")
-            if _is_cut(node.outputs[0]) and is_made(node.inputs[0], "QuantizeLinear"):
-                for reader_type in {reader.op_type for reader, _ in node.outputs[0].uses()}:
-                    _keep(graph, node.outputs[0], reader_type)
         if node.op_type == "MatMul" and _may_be_fused(node):
             for reader_type in {reader.op_type for reader, _ in node.outputs[0].uses()} - {"Add"}:
                 _keep(graph, node.outputs[0], reader_type)
+
+
+def keep_whole(graph: ir.Graph) -> None:
+    """Put a Max behind what was rounded to int8 and is cut into parts, such as queries and keys.
+
+    ONNX Runtime 1.32 else makes floats of all of it, once for each part.
+    """
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and is_made(node.inputs[0], "QuantizeLinear"):
+            value = node.outputs[0]
+            for reader_type in {reader.op_type for reader, _ in value.uses() if _is_cut(value)}:
+                _keep(graph, value, reader_type)
 
 
 def _keep(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_floats import keep_floats, keep_from_others
+from .onnx_floats import keep_floats, keep_from_others, keep_whole
 from .onnx_limits import drop_limits
 from .onnx_moves import move_codes
 from .onnx_readers import copy_roundings
@@ -20,11 +20,12 @@ from .onnx_values import PRODUCTS, stored
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were being called, outermost first
 
 
-def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> None:
+def finish(model: ir.Model, dimensions: Mapping[str, str], target: str, act_dtype: str) -> None:
     """Name dimensions and products, drop the machine's traces, let integers be integers.
 
     Args:
         dimensions: names of dimensions that replace those of the trace.
+        target: who runs it.
         act_dtype: type of the codes. Those of uint8 are written as ONNX Runtime likes them, those
             of int8 as others do: OpenVINO 2026.4 computes in float what is not made floats at once.
     """
@@ -42,6 +43,8 @@ def finish(model: ir.Model, dimensions: Mapping[str, str], act_dtype: str) -> No
     if act_dtype == "int8":
         copy_roundings(model.graph)
         keep_from_others(model.graph)
+        if target.startswith("onnxruntime"):  # OpenVINO moves the codes, and would be slower
+            keep_whole(model.graph)
     keep_floats(model.graph)
 
 

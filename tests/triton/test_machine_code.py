@@ -8,6 +8,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.gpu.machine_code import Loop, MachineCode
 
+sys.path.pop()  # other tests ask for what is installed
+
 LISTING = """
  Function kernel: REG:40 STACK:0 SHARED:0
         /*0000*/                   MOV R1, c[0x0][0x28] ;
