@@ -7,7 +7,7 @@ import sys
 import pytest
 from attacks import IN_MEMORY
 from attacks_on_files import ON_FILES
-from attacks_on_models import ON_MODELS, attack_soak
+from attacks_on_models import ON_MODELS, STEPS
 from attacks_on_processes import ON_PROCESSES
 from attacks_on_work import ON_WORK
 from conftest import ROOT
@@ -49,16 +49,19 @@ def test_an_attack_finds_nothing(name):
     attacked()
 
 
-@quiet
-@linux_memory
-def test_a_short_soak():
-    assert attack_soak(None, 200) == 200
-
-
-def test_attacks_that_fork_are_written_down(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.reliability.attack", "--only", "moments", "forks"]
-    command += ["--json", str(tmp_path / "found.json"), "--cases", "2"]
+@pytest.mark.parametrize(
+    ("names", "cases", "found"),
+    [
+        (["moments", "forks"], 2, [2, 2]),
+        pytest.param(["soak"], 1, [STEPS], marks=linux_memory),  # its cases are steps
+    ],
+    ids=["forks", "soak"],
+)
+def test_attacks_in_a_process_of_their_own(names, cases, found, tmp_path):
+    """What forks, and what measures the memory that is left, which here others take too."""
+    command = [sys.executable, "-m", "benchmarks.reliability.attack", "--only", *names]
+    command += ["--json", str(tmp_path / "found.json"), "--cases", str(cases)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert done.returncode == 0, found
-    assert [one["cases"] for one in found["attacks"].values()] == [2, 2]
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert done.returncode == 0, written
+    assert [one["cases"] for one in written["attacks"].values()] == found
