@@ -330,11 +330,15 @@ def test_the_table_of_linear_files_has_those_of_nncf_beside_ours(from_benchmarks
     times = [
         {**key, "runtime": "onnxruntime", "timings": {"linear-8-int8": {"speed": 1.75}}},
         {**key, "runtime": "openvino", "timings": ours | nncf, **cosines},
-        {**key, "threads": 1, "runtime": "openvino", "timings": ours},  # without NNCF
     ]
-    line = from_benchmarks("deploy.runtime_tables").linear_table({"times": times}).splitlines()[2]
-    found = [cell.strip() for cell in line.strip("|").split("|")]
-    assert found == ["ViT", "static", "2", "1.75x", "2.00x", "1.50x", "0.9000", "0.8000"]
+    alone = {"runtime": "openvino", "timings": ours, "cosine_to_float": {"linear-8-int8": 0.9}}
+    times += [{**key, **other, "threads": 3} for other in (times[0], alone)]
+    lines = from_benchmarks("deploy.runtime_tables").linear_table({"times": times}).splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert found == [
+        ["ViT", "static", "2", "1.75x", "2.00x", "1.50x", "0.9000", "0.8000"],
+        ["ViT", "static", "3", "1.75x", "2.00x", "", "0.9000", ""],
+    ]
 
 
 def test_the_folder_of_results_is_there_before_anything_is_measured(from_benchmarks, tmp_path):

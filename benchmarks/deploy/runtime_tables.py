@@ -24,21 +24,22 @@ def linear_table(measured: Any) -> str:
     """Return speeds of files whose products alone are integers, beside NNCF's of the same."""
     rows = []
     for row in measured["times"]:
-        if row["runtime"] != "openvino" or NNCF not in row["timings"]:
+        if row["runtime"] != "openvino":
             continue
         key = {name: row[name] for name in ("model", "shapes", "threads")}
         others = [
             r for r in measured["times"] if {**key, "runtime": "onnxruntime"}.items() <= r.items()
         ]
         speeds = [
-            f"{timings[kind]['speed']:.2f}x"
+            f"{timings[kind]['speed']:.2f}x" if kind in timings else ""
             for timings, kind in (
                 *((other["timings"], LINEAR) for other in others),
                 (row["timings"], LINEAR),
                 (row["timings"], NNCF),
             )
         ]
-        cosines = (f"{row['cosine_to_float'][kind]:.4f}" for kind in (LINEAR, NNCF))
+        found = row["cosine_to_float"]
+        cosines = (f"{found[kind]:.4f}" if kind in found else "" for kind in (LINEAR, NNCF))
         rows.append((key["model"], key["shapes"], str(key["threads"]), *speeds, *cosines))
     return table(LINEAR_HEADS, sorted(rows), numbers=0)
 
