@@ -8,7 +8,7 @@ with the float file, on 8 x 128 tokens. Tensors may stay in float in either.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -86,10 +86,9 @@ def nncf(job: Job, exact: Path, drop: float) -> tuple[Path, dict[str, Any]]:
     validation, _ = job.split(0)
     rows = nncf.Dataset(job.calibration, lambda batch: {n: x.numpy() for n, x in batch.items()})
 
-    def measure(model: Any, _: Any) -> tuple[float, None]:
-        return job.measure(
-            _encoder(lambda ids: model({"input_ids": ids.numpy()})[0]), validation
-        ), None
+    def measure(model: Any, items: Iterable[int]) -> tuple[float, None]:
+        encoder = _encoder(lambda ids: model({"input_ids": ids.numpy()})[0])
+        return job.measure(encoder, validation[list(items)]), None
 
     done = nncf.quantize_with_accuracy_control(
         openvino.Core().read_model(exact),
