@@ -93,21 +93,7 @@ def main() -> None:
     _replace(readme, MODELS, END_OF_MODELS, models_table(models, rivals))
     if gpu:
         _replace(readme, GPU, END_OF_GPU, gpu_table(json.loads(gpu.read_text())))
-    choices = [
-        _read(f"auto-{task}.json") for task in AUTO if (RESULTS / f"auto-{task}.json").exists()
-    ]
-    auto = ROOT / "docs" / "auto.md"
-    _replace(auto, CHOICES, END_OF_CHOICES, choices_table(choices))
-    if (RESULTS / "accuracy-control.json").exists():
-        _replace(auto, CONTROL, END_OF_CONTROL, control_table(_read("accuracy-control.json")))
-    large = ROOT / "docs" / "large_models.md"
-    _replace(large, NEEDS, END_OF_NEEDS, needs_table())
-    _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))
-    deployment = ROOT / "docs" / "deployment.md"
-    _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
-    _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
-    _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
-    _replace_counts(ROOT / "docs" / "kernels.md")
+    _replace_in_docs()
     page = ROOT / "docs" / "results.md"
     head = page.read_text().split(MARK)[0]
     sections = [f"{head}{MARK}\n", *rival_sections(REFIT, RESULTS)]
@@ -133,6 +119,25 @@ def main() -> None:
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))
+
+
+def _replace_in_docs() -> None:
+    """Make the tables of the pages that have a few each."""
+    choices = [
+        _read(f"auto-{task}.json") for task in AUTO if (RESULTS / f"auto-{task}.json").exists()
+    ]
+    auto = ROOT / "docs" / "auto.md"
+    _replace(auto, CHOICES, END_OF_CHOICES, choices_table(choices))
+    if (RESULTS / "accuracy-control.json").exists():
+        _replace(auto, CONTROL, END_OF_CONTROL, control_table(_read("accuracy-control.json")))
+    large = ROOT / "docs" / "large_models.md"
+    _replace(large, NEEDS, END_OF_NEEDS, needs_table())
+    _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))
+    deployment = ROOT / "docs" / "deployment.md"
+    _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
+    _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
+    _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
+    _replace_counts(ROOT / "docs" / "kernels.md")
 
 
 def _read(name: str, folder: Path = RESULTS) -> Any:
