@@ -129,6 +129,7 @@ def test_other_descriptions_and_exports_are_refused(tmp_path):
     for bad, message in (
         ({"0": 0}, "corrections.0 must be a rank from 1, got 0"),
         ({"1": 2}, "corrections: '1' is no quantized Linear"),
+        ({"0": 10**12}, "corrections: '0' has rank .* at most, got 1000000000000"),
         ([2], "corrections must be an object"),
     ):
         with ExitStack() as undo, pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,15 +12,21 @@ def is_installed() -> bool:
     return find_spec("nncf") is not None
 
 
+def rows_of(data: Sequence[dict[str, Tensor]]) -> Any:
+    """Return batches as NNCF takes them."""
+    import nncf
+
+    return nncf.Dataset(data, lambda batch: {name: x.numpy() for name, x in batch.items()})
+
+
 def write(path: Path, data: Sequence[dict[str, Tensor]]) -> Path:
     """Quantize a float file by NNCF's settings for Transformers; return where it lies."""
     import nncf
     import openvino
 
-    rows = nncf.Dataset(data, lambda batch: {name: x.numpy() for name, x in batch.items()})
     found = path.with_name(f"{path.stem}-nncf.xml")
     if not found.exists():
         source = openvino.Core().read_model(path)
-        done = nncf.quantize(source, rows, model_type=nncf.ModelType.TRANSFORMER)
+        done = nncf.quantize(source, rows_of(data), model_type=nncf.ModelType.TRANSFORMER)
         openvino.save_model(done, found, compress_to_fp16=False)
     return found

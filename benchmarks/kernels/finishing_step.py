@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import rounded_training as rounding
+from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
 from benchmarks.markdown_table import table
 from benchmarks.provenance import commit
 from quanttune.environment import environment
@@ -219,20 +220,10 @@ def memory(model: str, variant: str) -> float:
 
 def _peak(model: str, variant: str) -> float:
     batch_of_one = batch(model, (1, *SHAPES[model][1:]))
-    before = _resident("VmRSS:")
+    before = resident(CURRENT)
     step = Step(model, variant)
     step(batch_of_one)
-    loaded = _resident("VmHWM:")
-    step()
-    peak = _resident("VmHWM:")
-    if peak <= loaded:
-        raise RuntimeError(f"the step stays below the {loaded:.0f} MiB that loading took")
-    return peak - before
-
-
-def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return peak_of(step) - before
 
 
 if __name__ == "__main__":

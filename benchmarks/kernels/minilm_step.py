@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from benchmarks import eager
+from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
 from benchmarks.timing import medians
 from quanttune import attach
 from quanttune.demo.minilm import load_encoder, packaged_model
@@ -114,11 +114,6 @@ def _rows(samples: int, tokens: int) -> tuple[Tensor, Tensor]:
     return ids, torch.randn(samples, tokens, 384, generator=generator)
 
 
-def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def _measure_memory() -> None:
     parser = argparse.ArgumentParser(description="Print the peak memory of one variant in MiB.")
     parser.add_argument("variant", choices=("without", "with", "plain"))
@@ -128,12 +123,8 @@ def _measure_memory() -> None:
     step, rows = Step(options.variant), _rows(options.samples, options.tokens)
     step.backward(*_rows(1, options.tokens))
     step.optimizer.zero_grad()
-    before, loaded = _resident("VmRSS:"), _resident("VmHWM:")
-    step.backward(*rows)
-    peak = _resident("VmHWM:")
-    if peak <= loaded:
-        raise RuntimeError(f"the step stays below the {loaded:.0f} MiB that loading took")
-    print(peak - before)
+    before = resident(CURRENT)
+    print(peak_of(partial(step.backward, *rows)) - before)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 import quanttune as qt
 from benchmarks import arguments
 from benchmarks.accuracy.auto import Job, minilm
+from benchmarks.deploy.nncf_file import rows_of
 from benchmarks.deploy.openvino_file import OpenVinoFile
 from benchmarks.deploy.runtimes import texts
 from benchmarks.markdown_table import table
@@ -84,7 +85,6 @@ def nncf(job: Job, exact: Path, drop: float) -> tuple[Path, dict[str, Any]]:
     import openvino
 
     validation, _ = job.split(0)
-    rows = nncf.Dataset(job.calibration, lambda batch: {n: x.numpy() for n, x in batch.items()})
 
     def measure(model: Any, items: Iterable[int]) -> tuple[float, None]:
         encoder = _encoder(lambda ids: model({"input_ids": ids.numpy()})[0])
@@ -92,7 +92,7 @@ def nncf(job: Job, exact: Path, drop: float) -> tuple[Path, dict[str, Any]]:
 
     done = nncf.quantize_with_accuracy_control(
         openvino.Core().read_model(exact),
-        rows,
+        rows_of(job.calibration),
         nncf.Dataset(range(len(validation))),
         measure,
         max_drop=drop,

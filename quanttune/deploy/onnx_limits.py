@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from .onnx_moves import MOVES
+from .onnx_moves import unmoved
 from .onnx_values import is_made
 
 
@@ -20,8 +20,7 @@ def drop_limits(graph: ir.Graph) -> None:
 
 def _limits(value: ir.Value | None) -> tuple[ir.Value | None, ...] | None:
     """Return the limits within which a value was rounded, if it was only moved since."""
-    while value is not None and value.producer() and value.producer().op_type in MOVES:  # type: ignore[union-attr]
-        value = value.producer().inputs[0]  # type: ignore[union-attr]
+    value = unmoved(value)
     for kind in ("DequantizeLinear", "QuantizeLinear"):
         if not is_made(value, kind):
             return None

@@ -5,6 +5,13 @@ import onnx_ir as ir
 MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
+def unmoved(value: ir.Value | None) -> ir.Value | None:
+    """Return the value that operators which only move have made a value of."""
+    while value is not None and (producer := value.producer()) and producer.op_type in MOVES:
+        value = producer.inputs[0]
+    return value
+
+
 def move_codes(graph: ir.Graph) -> None:
     """Put DequantizeLinear behind the operators that only move what it returns, in place.
 

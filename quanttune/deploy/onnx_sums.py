@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_moves import MOVES
+from .onnx_moves import unmoved
 from .onnx_values import is_made, stored
 
 
@@ -78,9 +78,7 @@ def _keep_tokens(graph: ir.Graph, concat: ir.Node) -> None:
 
 def _is_rounded(value: ir.Value | None) -> bool:
     """Tell whether a value is what DequantizeLinear returns, moved or not."""
-    while value is not None and value.producer() and value.producer().op_type in MOVES:  # type: ignore[union-attr]
-        value = value.producer().inputs[0]  # type: ignore[union-attr]
-    return is_made(value, "DequantizeLinear")
+    return is_made(unmoved(value), "DequantizeLinear")
 
 
 def _is_token(token: ir.Value, expanded: ir.Value | None) -> bool:

@@ -49,7 +49,7 @@ def add_described_corrections(model: nn.Module, ranks: Mapping[str, int]) -> Non
     """Give a model the corrections of another, whose numbers are loaded later.
 
     Raises:
-        ValueError: the model has no such Linear modules.
+        ValueError: the model has no such Linear modules, or none of such a rank.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -57,4 +57,7 @@ def add_described_corrections(model: nn.Module, ranks: Mapping[str, int]) -> Non
         if not isinstance(module, (QuantizedLinear, QuantizedTransposed)):
             raise ValueError(f"corrections: {name!r} is no quantized Linear or Conv1D")
         rows = module.weight.movedim(module.output_axis, 0)
+        most = min(rows.shape)
+        if rank > most:  # of a file that may be anybody's: it is allocated before that is read
+            raise ValueError(f"corrections: {name!r} has rank {most} at most, got {rank}")
         add_correction(module, rows.new_zeros(rank, rows.shape[1]), rows.new_zeros(len(rows), rank))

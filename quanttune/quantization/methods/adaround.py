@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..running import Data
-from ..scheme import Scheme
-from .method import Rounding
-from .rounding.layer_by_layer import run_layer_by_layer
+from .rounding.layer_by_layer import LayerByLayer
 from .rounding.layers import Grid
-from .rounding.moments import Group, Moments, groups_of
+from .rounding.moments import Group, Moments
 
 LOW, HIGH = -0.1, 1.1  # a sigmoid is stretched to these, and cut to 0 and 1
 WARM_UP = 0.2  # share of the iterations before values are driven to either side
@@ -20,7 +17,7 @@ LEARNING_RATE = 0.01
 
 
 @dataclass(frozen=True)
-class AdaRound(Rounding):
+class AdaRound(LayerByLayer):
     """Learn for each value of a Linear or Conv1D weight whether it is rounded up or down.
 
     What counts is the squared error of a layer's outputs on `data`, from their second moments: all
@@ -47,14 +44,10 @@ class AdaRound(Rounding):
         if type(self.iterations) is not int or self.iterations < 1:
             raise ValueError(f"iterations must be a whole number from 1, got {self.iterations!r}")
 
-    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        groups = groups_of(model, data, f"{self.name}: finding layers")
-        run_layer_by_layer(model, groups, data, Moments, self._round_group, self.name)
-
-    def _round_group(self, group: Group, moments: Moments) -> None:
+    def round_group(self, group: Group, sums: Moments) -> None:
+        gram = sums.of_inputs / sums.tokens
         for layer in group.layers:
             rows, grid = layer.rows, layer.grid(layer.rows)
-            gram = moments.gram[:-1, :-1] / moments.tokens
             layer.write(learned_rounding(rows, grid, gram, self.iterations), grid)
 
 

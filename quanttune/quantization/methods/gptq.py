@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from ...progress import track
 from ..running import Data
 from ..scheme import Scheme
-from .method import Rounding
 from .rounding.fisher import fishers_of
-from .rounding.layer_by_layer import run_layer_by_layer
+from .rounding.layer_by_layer import LayerByLayer
 from .rounding.layers import Grid, Layer
 from .rounding.linear_systems import damped_factor
 from .rounding.moments import Group, Moments, groups_of, passes
@@ -19,7 +18,7 @@ BLOCK = 128  # columns whose errors reach those behind them in one product
 
 
 @dataclass(frozen=True)
-class GPTQ(Rounding):
+class GPTQ(LayerByLayer):
     """Round Linear and Conv1D weights one column after the other.
 
     What a column loses is made up for by those that are still float, so that the layer's output
@@ -51,18 +50,18 @@ class GPTQ(Rounding):
             raise ValueError(f"hessian must be inputs or fisher, got {self.hessian!r}")
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        groups = groups_of(model, data, f"{self.name}: finding layers")
         if self.hessian == "inputs":
-            run_layer_by_layer(model, groups, data, Moments, self._round_group, self.name)
+            super().apply(model, scheme, data)
             return
+        groups = groups_of(model, data, f"{self.name}: finding layers")
         layers, fishers = [layer for group in groups for layer in group.layers], []
         for chosen in passes(layers, matrices=1):
             fishers += fishers_of(model, chosen, data, f"{self.name}: gradients")
         for layer, fisher in zip(track(layers, self.name, data.progress), fishers, strict=True):
             self._round_layer(layer, fisher)
 
-    def _round_group(self, group: Group, moments: Moments) -> None:
-        hessian = 2 / moments.tokens * moments.gram[:-1, :-1]
+    def round_group(self, group: Group, sums: Moments) -> None:
+        hessian = 2 / sums.tokens * sums.of_inputs
         for layer in group.layers:
             self._round_layer(layer, hessian)
 

@@ -3,24 +3,32 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..correction import add_correction
-from ..running import Data
-from ..scheme import Scheme
-from .method import Rounding
-from .rounding.layer_by_layer import run_layer_by_layer
+from .rounding.layer_by_layer import LayerByLayer
 from .rounding.layers import Layer
-from .rounding.moments import Group, Moments, groups_of, rows_of
+from .rounding.moments import Group, Moments, rows_of
 
 SMALLEST = 1e-12  # of second moments, in units of the largest: a direction that inputs do not have
 
 
+class InputSums(Moments):
+    """Second moments of inputs, and the sums of their magnitudes."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.magnitudes = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, rounded: Tensor) -> None:
+        super().add(x, rounded)
+        self.magnitudes += rows_of(rounded).abs().sum(0)
+
+
 @dataclass(frozen=True)
-class QERA(Rounding):
+class QERA(LayerByLayer):
     """Round Linear and Conv1D weights to nearest, and add a product of low rank in float.
 
     It is the one of its rank that brings outputs on `data` nearest to those of the float weight,
@@ -44,6 +52,7 @@ class QERA(Rounding):
     """
 
     name = "qera"
+    sums = InputSums
     rank: int = 32
     weighting: str = "exact"
 
@@ -54,11 +63,7 @@ class QERA(Rounding):
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be a whole number from 1, got {self.rank!r}")
 
-    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        groups = groups_of(model, data, f"{self.name}: finding layers")
-        run_layer_by_layer(model, groups, data, InputSums, self._round_group, self.name)
-
-    def _round_group(self, group: Group, sums: Any) -> None:
+    def round_group(self, group: Group, sums: InputSums) -> None:
         weights = WEIGHTINGS[self.weighting](sums)
         for layer in group.layers:
             self._round_layer(layer, *weights)
@@ -78,26 +83,14 @@ def low_rank(errors: Tensor, root: Tensor, inverse: Tensor, rank: int) -> tuple[
     return right[:rank] @ inverse, left[:, :rank] * values[:rank]
 
 
-class InputSums(Moments):
-    """Second moments of inputs, and the sums of their magnitudes."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        super().__init__(width, device)
-        self.magnitudes = torch.zeros(width, dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, rounded: Tensor) -> None:
-        super().add(x, rounded)
-        self.magnitudes += rows_of(rounded).abs().sum(0)
-
-
 def _exact(sums: InputSums) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(sums.gram[:-1, :-1] / sums.tokens)
+    values, vectors = torch.linalg.eigh(sums.of_inputs / sums.tokens)
     root = _positive(values).sqrt()
     return vectors * root @ vectors.T, vectors / root @ vectors.T
 
 
 def _diagonal(sums: InputSums) -> tuple[Tensor, Tensor]:
-    return _of_channels((sums.gram.diagonal()[:-1] / sums.tokens).sqrt())
+    return _of_channels((sums.of_inputs.diagonal() / sums.tokens).sqrt())
 
 
 def _magnitude(sums: InputSums) -> tuple[Tensor, Tensor]:

@@ -3,20 +3,17 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..running import Data
-from ..scheme import Scheme
-from .method import Rounding
-from .rounding.layer_by_layer import run_layer_by_layer
+from .rounding.layer_by_layer import LayerByLayer
 from .rounding.layers import Grid
-from .rounding.moments import Group, Moments, groups_of
+from .rounding.moments import Group, Moments
 
 RATIOS = tuple(1 - i / 20 for i in range(10))  # of min-max; those of AWQ
 
 
 @dataclass(frozen=True)
-class WeightClipping(Rounding):
+class WeightClipping(LayerByLayer):
     """Round Linear and Conv1D weights to nearest, on the grid of ten that changes outputs least.
 
     Grids cover 1, 0.95, ..., 0.55 of the largest value. What counts is the squared error of the
@@ -33,16 +30,11 @@ class WeightClipping(Rounding):
 
     name = "weight_clipping"
 
-    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        groups = groups_of(model, data, f"{self.name}: finding layers")
-        run_layer_by_layer(model, groups, data, Moments, _round_group, self.name)
-
-
-def _round_group(group: Group, moments: Moments) -> None:
-    for layer in group.layers:
-        rows = layer.rows
-        grid = clipped(rows, layer.grid(rows), moments.gram[:-1, :-1], layer.group_size)
-        layer.write(grid.nearest(rows), grid)
+    def round_group(self, group: Group, sums: Moments) -> None:
+        for layer in group.layers:
+            rows = layer.rows
+            grid = clipped(rows, layer.grid(rows), sums.of_inputs, layer.group_size)
+            layer.write(grid.nearest(rows), grid)
 
 
 def clipped(rows: Tensor, grid: Grid, gram: Tensor, size: int) -> Grid:

@@ -1,18 +1,35 @@
 """Go through a model layer by layer, each rounded before the next one is given its inputs."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ....progress import track
 from ...running import Data, evaluating, forward_batches
+from ...scheme import Scheme
 from ...stepped_forward import NoThread, SteppedForward
+from ..method import Rounding
 from .layers import rounded_input
-from .moments import Group, Means, Moments, Sums, sums_of, watching
+from .moments import Group, Means, Moments, Sums, groups_of, sums_of, watching
+
+
+class LayerByLayer(Rounding):
+    """Rounds layers that are given the same, before those behind them are given theirs."""
+
+    sums: ClassVar[Any] = Moments
+
+    def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
+        groups = groups_of(model, data, f"{self.name}: finding layers")
+        run_layer_by_layer(model, groups, data, self.sums, self.round_group, self.name)
+
+    @abstractmethod
+    def round_group(self, group: Group, sums: Any) -> None:
+        """Round the layers of a group, from the sums of what they are given."""
 
 
 def run_layer_by_layer(

@@ -75,6 +75,11 @@ class Moments:
     def tokens(self) -> float:
         return self.gram[-1, -1].item()
 
+    @property
+    def of_inputs(self) -> Tensor:
+        """The products of the inputs alone, (inputs, inputs)."""
+        return self.gram[:-1, :-1]
+
     def add(self, x: Tensor, rounded: Tensor) -> None:
         rows = _with_one(rounded)
         self.gram.addmm_(rows.T, rows)

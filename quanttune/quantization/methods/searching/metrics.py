@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -133,6 +134,7 @@ def ranking(weight: float, margin: float, pairs: int) -> Metric:
     return Metric(terms, loss)
 
 
+@cache  # each of a search's candidates asks for them
 def _pairs(keys: int, most: int) -> Tensor:
     """Return pairs of keys, int64 (2, pairs)."""
     every = torch.combinations(torch.arange(keys)).T
