@@ -63,7 +63,7 @@ lint: $(VENV)/.dev
 
 # the kernels with checks of addresses and of undefined behaviour; the tests load this build, not the other
 CHECKS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-KERNEL_TESTS := fake_quantization outlier_statistics range_search cpu_kernels
+KERNEL_TESTS := fake_quantization outlier_statistics range_search cpu_kernels rounded_linear lsq
 sanitize: $(VENV)/.test
 	rm -rf build/sanitize/lib
 	QUANTTUNE_CXXFLAGS='$(CHECKS)' $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
