@@ -35,7 +35,7 @@ def test_equals_a_pass_for_each_layer(name, method, monkeypatch):
     data = example.inputs.split(2)
     models = []
     for walk in (layer_by_layer.run_layer_by_layer, alone):
-        for module in ("gptq", "bias_correction"):
+        for module in ("rounding.layer_by_layer", "bias_correction"):
             monkeypatch.setattr(f"quanttune.quantization.methods.{module}.run_layer_by_layer", walk)
         quantized = copy.deepcopy(model)
         models.append(qt.quantize(quantized, **OPTIONS, methods=[method], data=data))
@@ -76,7 +76,9 @@ def test_batches_that_take_different_ways_are_passed_for_each_layer(monkeypatch)
     model = Forked()
     data = [torch.rand(3, 4), -torch.rand(5, 4), torch.rand(2, 4)]
     found = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
-    monkeypatch.setattr("quanttune.quantization.methods.gptq.run_layer_by_layer", alone)
+    monkeypatch.setattr(
+        "quanttune.quantization.methods.rounding.layer_by_layer.run_layer_by_layer", alone
+    )
     expected = qt.quantize(copy.deepcopy(model), **OPTIONS, methods=["gptq"], data=data)
     assert_same_bits(found.state_dict(), expected.state_dict())
 
