@@ -3,7 +3,8 @@
 python -m benchmarks.deploy.onnx_latency --minilm --out benchmarks/results/xeon-2-cores
 
 A ViT-tiny of random weights, W8A8 in three coverages; with --minilm also the demo's tuned MiniLM.
-Answers are checked before anything is timed. All files take turns.
+Answers are checked before anything is timed. All files take turns. They are of the type that
+docs/deployment.md has for the processor: int8 with VNNI, else uint8.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def main() -> None:
     options = _options()
     result: Facts = {
         "environment": {**environment(), "vnni": has_vnni()},
+        "act_dtype": _act_dtype(),
         "commit": commit(),
         "vit": vit(options.small),
         "minilm": minilm(options.small) if options.minilm else None,
@@ -135,6 +137,10 @@ def _beside(files: dict[str, Any], figure: Callable[[Any], float]) -> dict[str, 
     return {name: figure(facts) for name, facts in files.items() if name != "float"}
 
 
+def _act_dtype() -> str:
+    return "int8" if has_vnni() else "uint8"
+
+
 def _quantized(model: nn.Module, coverage: str, data: list[dict[str, Tensor]]) -> Any:
     _say(f"calibrating, {coverage}")
     return qt.quantize(copy.deepcopy(model), 8, coverage=coverage, data=data)
@@ -152,7 +158,7 @@ def _files(
     _say("exporting")
     export_float(model, batch, files["float"], dynamic=dynamic)
     for name, simulation in quantized.items():
-        qt.export_onnx(simulation, batch, files[name], dynamic=dynamic)
+        qt.export_onnx(simulation, batch, files[name], act_dtype=_act_dtype(), dynamic=dynamic)
         check_answers(files["float"], files[name], model, simulation, batch)
     return files
 
