@@ -54,7 +54,7 @@ runtimes:
 	$(MAKE) VENV=.venv-runtimes .venv-runtimes/.runtimes
 	command -v npm >/dev/null && npm install --silent --prefix build/web $(WEB) || true
 	.venv-runtimes/bin/python -m pytest -p no:anyio tests/runtimes $(ARGS)  # it warns, which is an error here
-	.venv-runtimes/bin/python -m benchmarks.deploy.executorch_run --out build
+	.venv-runtimes/bin/python -m benchmarks.deploy.edge_run --out build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,27 +13,25 @@ HEADS = (
 )  # fmt: skip
 
 
-LINEAR, NNCF = "linear-8-int8", "nncf"
+LINEAR, CPU, NNCF = "linear-8-int8", "linear-8-cpu", "nncf"
 LINEAR_HEADS = (
-    "model", "sizes", "threads", "ONNX Runtime", "OpenVINO", "NNCF's file in OpenVINO",
-    "cosine to float", "NNCF's",
+    "model", "sizes", "threads", "ONNX Runtime", "onnxruntime-cpu", "OpenVINO",
+    "NNCF's file in OpenVINO", "cosine to float", "NNCF's",
 )  # fmt: skip
 
 
 def linear_table(measured: Any) -> str:
     """Return speeds of files whose products alone are integers, beside NNCF's of the same."""
-    rows = []
-    for row in measured["times"]:
+    rows, times = [], [row for row in measured["times"] if row["coverage"] == "linear"]
+    for row in times:
         if row["runtime"] != "openvino":
             continue
         key = {name: row[name] for name in ("model", "shapes", "threads")}
-        others = [
-            r for r in measured["times"] if {**key, "runtime": "onnxruntime"}.items() <= r.items()
-        ]
+        others = [r for r in times if {**key, "runtime": "onnxruntime"}.items() <= r.items()]
         speeds = [
             f"{timings[kind]['speed']:.2f}x" if kind in timings else ""
             for timings, kind in (
-                *((other["timings"], LINEAR) for other in others),
+                *((other["timings"], kind) for other in others for kind in (LINEAR, CPU)),
                 (row["timings"], LINEAR),
                 (row["timings"], NNCF),
             )
@@ -78,7 +76,7 @@ def _cells(found: list[Any], runtime: str) -> tuple[str, ...]:
 
 def _speeds(measured: Any, key: dict[str, Any], kind: str, threads: int) -> str:
     for row in measured["times"]:
-        if {**key, "threads": threads}.items() <= row.items():
+        if {**key, "threads": threads, "coverage": "full"}.items() <= row.items():
             timings = row["timings"]
             return _joined(f"{timings[f'full-{bits}-{kind}']['speed']:.2f}x" for bits in WIDTHS)
     return ""

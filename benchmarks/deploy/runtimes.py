@@ -3,10 +3,10 @@
 python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores
 python -m benchmarks.deploy.runtimes --out benchmarks/results/xeon-2-cores --times    # alone
 
-Coverage full, so that every product is to be one of integers, and at 8 bits linear, where NNCF has
-a file beside it, if it is installed; 8 images, 8 x 128 tokens. timm's models and the OPT have
-random weights, the MiniLM is the demo's tuned one. Files stay in --files for the second call. A run
-that was interrupted goes on where it stopped.
+Coverage full, so that every product is to be one of integers, and at 8 bits linear, with a file for
+ONNX Runtime on CPUs and, if it is installed, NNCF's beside it; 8 images, 8 x 128 tokens. timm's
+models and the OPT have random weights, the MiniLM is the demo's tuned one. Files stay in --files
+for the second call. A run that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ TYPES = ("uint8", "int8")
 THREADS = (1, 2)
 TIMED = {"onnxruntime": TYPES, "openvino": ("int8",)}  # uint8 is computed in float there
 KINDS = [("full", bits, kind) for bits in WIDTHS for kind in TYPES] + [("linear", 8, "int8")]
+COVERAGES = ("full", "linear")
+CPU = "linear-8-cpu"  # the file of int8 for "onnxruntime-cpu": operators of ONNX Runtime's own
 Batch = dict[str, Tensor]
 
 
@@ -59,7 +62,8 @@ def main() -> None:
     for name in options.models:
         key, cells = ("times", _timed(name)) if options.times else ("rows", _agreeing(name))
         for cell, measure in cells:
-            if any(cell.items() <= row.items() for row in results[key]):
+            is_there = any(cell.items() <= row.items() for row in results[key])
+            if is_there or cell["coverage"] not in options.coverages:
                 continue
             results[key].append({**cell, "commit": commit(), **measure(options)})
             write_json(path, results)
@@ -70,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser = arguments.of_folder(__doc__)
     parser.add_argument("--files", type=Path, default=Path("build/runtimes"))
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--coverages", nargs="+", choices=COVERAGES, default=list(COVERAGES))
     parser.add_argument("--times", action="store_true", help="measure speed, and nothing else")
     parser.add_argument("--web", type=Path, help="where npm has installed onnxruntime-web")
     return parser.parse_args()
@@ -179,6 +184,10 @@ def _agreement(
     _, batch = _data(model)
     path = _file(options.files, model, shapes, f"{coverage}-{bits}-{act_dtype}")
     qt.export_onnx(quantized, batch, path, act_dtype=act_dtype, dynamic=dynamic)
+    if coverage == "linear":
+        path_of_cpu = _file(options.files, model, shapes, CPU)
+        more = {"target": "onnxruntime-cpu", "act_dtype": act_dtype, "dynamic": dynamic}
+        qt.export_onnx(quantized, batch, path_of_cpu, **more)
     reference = _file(options.files, model, shapes, "float")
     if not reference.exists():
         export_float(_model(model), batch, reference, dynamic=dynamic)
@@ -187,6 +196,9 @@ def _agreement(
     products = [product.is_integer for product in explain(path).products]
     found = _first(OnnxModel(path)(**batch))
     runtimes["onnxruntime"] = {"integer": sum(products), "cosine": _cosine(found, simulated)}
+    if coverage == "linear":
+        answer = _first(OnnxModel(path_of_cpu)(**batch))
+        runtimes["onnxruntime-cpu"] = {"cosine": _cosine(answer, simulated)}
     openvino = OpenVinoFile(path)
     cosine = _cosine(openvino(**batch), simulated)
     runtimes["openvino"] = {"integer": sum(openvino.products().values()), "cosine": cosine}
@@ -209,19 +221,30 @@ def _cosine(found: Tensor, simulated: Tensor) -> float:
 
 
 def _timed(name: str) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, Any]]]]:
-    for shapes in ("dynamic", "static"):
-        for runtime in TIMED:
-            for threads in THREADS:
-                cell = {"model": name, "shapes": shapes, "runtime": runtime, "threads": threads}
-                yield cell, partial(_speed, **cell)
+    for coverage, shapes, runtime, threads in product(
+        COVERAGES, ("dynamic", "static"), TIMED, THREADS
+    ):
+        cell = {"model": name, "shapes": shapes, "runtime": runtime, "threads": threads}
+        yield {**cell, "coverage": coverage}, partial(_speed, coverage=coverage, **cell)
 
 
 def _speed(
-    options: argparse.Namespace, model: str, shapes: str, runtime: str, threads: int
+    options: argparse.Namespace,
+    coverage: str,
+    model: str,
+    shapes: str,
+    runtime: str,
+    threads: int,
 ) -> dict[str, Any]:
     """Time files in turns with the float file, which comes first."""
     data, batch = _data(model)
-    kinds = ["-".join(map(str, kind)) for kind in KINDS if kind[2] in TIMED[runtime]]
+    kinds = [
+        "-".join(map(str, kind))
+        for kind in KINDS
+        if kind[0] == coverage and kind[2] in TIMED[runtime]
+    ]
+    if coverage == "linear" and runtime == "onnxruntime":
+        kinds.append(CPU)
     files = {kind: _file(options.files, model, shapes, kind) for kind in ("float", *kinds)}
     calls: dict[str, Callable[[], Any]]
     cosines = {}
@@ -229,7 +252,10 @@ def _speed(
         sessions = {kind: OnnxModel(path, threads=threads) for kind, path in files.items()}
         calls = {kind: partial(session, **batch) for kind, session in sessions.items()}
     else:
-        if shapes == "dynamic" and nncf_file.is_installed():  # it calibrates by other sizes
+        if (coverage, shapes) == (
+            "linear",
+            "dynamic",
+        ) and nncf_file.is_installed():  # it calibrates by other sizes
             files["nncf"] = nncf_file.write(files["float"], data)
         compiled = {kind: OpenVinoFile(path, threads) for kind, path in files.items()}
         compiled["float, no hint"] = OpenVinoFile(files["float"], threads, accurate=False)

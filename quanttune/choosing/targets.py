@@ -43,7 +43,7 @@ _EVERYTHING = {"coverage": "full_no_softmax", "weights": "channel", "symmetric":
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         # ONNX Runtime on x86: integer products, zero points for nothing, sums in float
-        "onnx-cpu": Target({**_LINEAR, "symmetric": False}, export={"target": "onnxruntime"}),
+        "onnx-cpu": Target({**_LINEAR, "symmetric": False}, export={"target": "onnxruntime-cpu"}),
         # everything but what softmax returns, symmetric: what integer hardware executes
         "onnx-npu": Target(_EVERYTHING, export={"act_dtype": "int8"}),
         "openvino": Target({**_LINEAR, "symmetric": True}, export={"target": "openvino"}),

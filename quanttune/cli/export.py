@@ -20,7 +20,10 @@ def run(
     ] = ONNX,
     task: options.Task = None,
     target: Annotated[
-        str, typer.Option(help="The runtime: onnxruntime[-web], opencv, openvino, tensorrt, tract.")
+        str,
+        typer.Option(
+            help="The runtime: onnxruntime[-cpu,-web], opencv, openvino, tensorrt, tract."
+        ),
     ] = "onnxruntime",
     act_dtype: Annotated[
         str | None,

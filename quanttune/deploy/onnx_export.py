@@ -55,7 +55,8 @@ def export_onnx(
         path: the file; it is there whole or not at all. Above 2 GB the tensors lie beside it, in
             a file that is named after it and them (.onnx.<digest>.data), and replaced with it. Of
             an encoder-decoder with_past it is a folder, which is made if there is none.
-        target: the runtime: "onnxruntime", "onnxruntime-web", "opencv", "openvino", "tensorrt" or
+        target: the runtime: "onnxruntime", "onnxruntime-cpu" (products add their bias, by an
+            operator of its own), "onnxruntime-web", "opencv", "openvino", "tensorrt" or
             "tract".
         act_dtype: type of the codes, of activations and of the weights that they meet; by default
             the target's own. "uint8" (zero point 128) is ONNX Runtime's, whose products of two

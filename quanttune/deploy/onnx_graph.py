@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_biases import fuse_biases
+from .onnx_factors import round_before_factors
 from .onnx_floats import keep_floats, keep_from_others, keep_whole
 from .onnx_limits import drop_limits
 from .onnx_moves import move_codes
@@ -45,7 +47,11 @@ def finish(model: ir.Model, dimensions: Mapping[str, str], target: str, act_dtyp
         keep_from_others(model.graph)
         if target.startswith("onnxruntime"):  # OpenVINO moves the codes, and would be slower
             keep_whole(model.graph)
+    if target.startswith("onnxruntime"):  # the others have not been seen to gain by it
+        round_before_factors(model.graph)
     keep_floats(model.graph)
+    if target == "onnxruntime-cpu":
+        fuse_biases(model)
 
 
 def name_codes(graph: ir.Graph) -> None:

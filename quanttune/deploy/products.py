@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from .external_data import LARGEST
+from .onnx_biases import FUSED
 from .onnx_model import OnnxModel, has_vnni, read
 from .onnx_values import PRODUCTS
 from .operands import FLOAT, PROBABILITIES, WIDE, Operand, Operands
@@ -67,7 +68,9 @@ def explain(path: str | Path) -> Explanation:
     model = read(path)
     if model.ByteSize() > LARGEST:
         raise ValueError(f"{path} is larger than 2 GB: explain a model of fewer layers")
-    products = {str(i): n for i, n in enumerate(model.graph.node) if n.op_type in PRODUCTS}
+    products = {
+        str(i): n for i, n in enumerate(model.graph.node) if n.op_type in (*PRODUCTS, FUSED)
+    }
     if not products:
         raise ValueError(f"{path} has no product: no {', '.join(PRODUCTS)}")
     names = {key: node.name or node.output[0] for key, node in products.items()}

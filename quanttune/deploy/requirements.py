@@ -22,6 +22,7 @@ OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.
 # who runs ONNX files of which types of codes, its own first: docs/deployment.md has what was seen
 RUNTIMES = {
     "onnxruntime": ("uint8", "int8"),
+    "onnxruntime-cpu": ("uint8", "int8"),
     "onnxruntime-web": ("uint8", "int8"),
     "opencv": ("uint8",),
     "openvino": ("int8",),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of ExecuTorch and of torcha
 def lowered(monkeypatch):
     """Return what lowers a program, and counts its products."""
     monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.deploy.executorch_run").Lowered
+    return importlib.import_module("benchmarks.deploy.edge_programs").ExecuTorch
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])

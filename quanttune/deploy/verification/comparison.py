@@ -6,14 +6,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from ...batches import arguments_of
 from ...quantization.state import quantizers
-from ..integer_weights import CENTERS, MAX_INTEGER_BITS
+from ..integer_weights import MAX_INTEGER_BITS
 from ..onnx_model import OnnxModel
 from ..past import has_past
 from ..tracing import outputs_by_name
@@ -22,7 +21,7 @@ from .graph_cut import CODES, Rounding, cut, input_for, parsed, roundings, store
 from .identity import check_shapes, tensors_of
 from .problems import wrong_grids, wrong_layers, wrong_output, wrong_tensors
 from .result import Output
-from .simulated_codes import perturbed, recording
+from .simulated_codes import perturbed, recording, shifted
 from .steps import PRESENTS, compared
 
 
@@ -40,17 +39,17 @@ def compare(
         raise ValueError("data is empty: verify needs at least one batch of inputs")
     stored = stored_tensors(file)
     sites = list(roundings(file, stored))
-    kinds = {site.dtype for site in sites}
-    kinds |= {codes.dtype for name, codes in stored.items() if name.endswith(CODES)}
-    dtype = "uint8" if np.dtype(np.uint8) in kinds else "int8"
-    wanted, center = tensors_of(model, dtype), CENTERS[dtype]
+    kinds = {codes.dtype.name for name, codes in stored.items() if name.endswith(CODES)}
+    wanted = tensors_of(model, "uint8" if "uint8" in kinds else "int8")
     check_shapes(wanted, stored, path)
-    problems = [*wrong_grids(sites, model, center), *wrong_tensors(stored, wanted)]
+    problems = [*wrong_grids(sites, model), *wrong_tensors(stored, wanted)]
     cut(file, sites)
-    codes, simulated = _simulate(model, first, sites, center)
+    codes, simulated = _simulate(model, first, sites)
     threads = torch.get_num_threads()
-    parts, codes_fed = OnnxModel(file, threads=threads), {input_for(n): x for n, x in codes.items()}
-    found = _call(parts, first, model, codes_fed)
+    parts = OnnxModel(file, threads=threads)
+    fed = {input_for(s.codes): shifted(codes[s.codes], s.center, s.dtype.name) for s in sites}
+    found = _call(parts, first, model, fed)
+    found |= {s.codes: shifted(found[s.codes], -s.center, "int8") for s in sites}
     for name, values in codes.items():
         _check_shape(name, found.get(name, values), values)
     layers = [compare_codes(*parsed(s.codes), found[s.codes], codes[s.codes]) for s in sites]
@@ -76,11 +75,10 @@ def compare(
 
 
 def _simulate(
-    model: nn.Module, batch: Any, sites: Sequence[Rounding], center: int
+    model: nn.Module, batch: Any, sites: Sequence[Rounding]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the codes of all calls of a simulated forward, and its outputs."""
-    dtype = torch.int8 if center == 0 else torch.uint8
-    with recording(model, dtype, center) as codes:
+    with recording(model) as codes:
         outputs = _call(model, batch, model)
     if strange := [site.codes for site in sites if site.codes not in codes]:
         raise ValueError(f"the file makes {strange[0]}, which the model does not of these data")

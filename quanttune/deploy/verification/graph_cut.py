@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ..integer_weights import CENTERS
 from ..onnx_readers import original
 
 CODES = ".codes"
@@ -24,6 +25,12 @@ class Rounding:
     dtype: np.dtype[Any]  # of the codes
     grids: tuple[Grid, ...]  # its own, its copies', and those of what makes floats of the codes
     shape: tuple[int, ...]  # as the file declares it; 0 where any size may be
+
+    @property
+    def center(self) -> int:
+        if self.dtype.name not in CENTERS:
+            raise ValueError(f"{self.codes} must be int8 or uint8, got {self.dtype.name}")
+        return CENTERS[self.dtype.name]
 
     @property
     def site(self) -> str:
@@ -51,9 +58,10 @@ def roundings(
     """Yield where a graph rounds, in the order in which it computes."""
     readers = _readers(model)
     declared = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
+    divided = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Div"}
     for codes, nodes in _makers(model).items():
         read = [n for n in readers[codes] if n.op_type == "DequantizeLinear"]
-        grids = tuple(_grid(n, tensors) for n in (*nodes, *read))
+        grids = tuple(_grid(n, tensors, divided) for n in (*nodes, *read))
         zero_point = tensors.get("".join(nodes[0].input[2:]), np.uint8(0))
         shape = tuple(size.dim_value for size in declared.get(codes, ()))
         yield Rounding(codes, zero_point.dtype, grids, shape)
@@ -99,7 +107,11 @@ def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return readers
 
 
-def _grid(node: onnx.NodeProto, tensors: dict[str, np.ndarray[Any, Any]]) -> Grid:
-    scale = tensors.get(node.input[1], np.float32(math.nan))
+def _grid(
+    node: onnx.NodeProto, tensors: dict[str, np.ndarray[Any, Any]], divided: dict[str, str]
+) -> Grid:
+    """Return a node's grid; where the scale is divided by a factor, that of what was multiplied."""
+    name = divided.get(node.input[1], node.input[1])
+    scale = tensors.get(name, np.float32(math.nan))
     zero_point = tensors.get("".join(node.input[2:]), np.uint8(0))
     return scale.item(), zero_point.item()

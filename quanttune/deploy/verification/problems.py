@@ -17,14 +17,14 @@ SAME_CODES = 1e-3
 ROUNDING = 1e-5
 
 
-def wrong_grids(sites: Sequence[Rounding], model: nn.Module, center: int) -> Iterator[str]:
+def wrong_grids(sites: Sequence[Rounding], model: nn.Module) -> Iterator[str]:
     """Name the scales and zero points that are not the model's."""
     grids = quantizers(model)
     for site in sites:
         if site.site not in grids:
             raise ValueError(f"the file rounds at {site.site}, where the model has no site")
         quantizer = grids[site.site]
-        scale, zero_point = quantizer.step.item(), center + quantizer.zero
+        scale, zero_point = quantizer.step.item(), site.center + quantizer.zero
         for found_scale, found_zero_point in dict.fromkeys(site.grids):
             if found_scale != scale:
                 yield (

@@ -16,13 +16,10 @@ NOISE = 1e-5  # of what a grid covers; a hundred times what sums of 32-bit float
 
 
 @contextmanager
-def recording(model: nn.Module, dtype: torch.dtype, center: int) -> Iterator[dict[str, Tensor]]:
+def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield the codes of each site and call, filled by the next forward, as a file names them.
 
-    What is rounded to more than 8 bits has none. They take a byte per value.
-
-    Args:
-        dtype, center: of the file's codes, uint8 and 128 or int8 and 0.
+    They are int8, whatever type the file has. What is rounded to more than 8 bits has none.
     """
     found: dict[str, Tensor] = {}
     calls: dict[str, int] = defaultdict(int)
@@ -31,8 +28,8 @@ def recording(model: nn.Module, dtype: torch.dtype, center: int) -> Iterator[dic
         number = f"_{calls[site]}" if calls[site] else ""
         calls[site] += 1
         # exact: what is returned is a code times the scale
-        codes = (output / quantizer.step).round() + (quantizer.zero + center)
-        found[f"{site}.codes{number}"] = codes.to(dtype).cpu()
+        codes = (output / quantizer.step).round() + quantizer.zero
+        found[f"{site}.codes{number}"] = codes.to(torch.int8).cpu()
 
     with ExitStack() as undo:
         for site, quantizer in quantizers(model).items():
@@ -71,3 +68,8 @@ def perturbed(model: nn.Module, seed: int, layers: Iterable[Layer] = ()) -> Iter
             )
             undo.callback(handle.remove)
         yield
+
+
+def shifted(codes: Tensor, by: int, dtype: str) -> Tensor:
+    """Return codes of another type, whose zero is elsewhere: those of uint8 are shifted by 128."""
+    return (codes.int() + by).to(getattr(torch, dtype))
