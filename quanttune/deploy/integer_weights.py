@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quantization.modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule
+from ..quantization.other_grids import NoisyQuantizer
 from ..quantization.quantizer import WeightQuantizer
 from ..quantization.row_quantizers import StackQuantizer
 from ..quantization.state import weight_quantizers
@@ -27,6 +28,7 @@ class IntegerWeight(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    of_noise: Tensor | None  # what noise in the input adds to the outputs
 
     def __init__(self, module: Any, quantizer: WeightQuantizer, dtype: str) -> None:
         super().__init__()
@@ -36,6 +38,10 @@ class IntegerWeight(nn.Module):
         rounded = quantizer(weight).movedim(outputs, -1)
         self.is_integer = quantizer.bits <= MAX_INTEGER_BITS
         inputs = getattr(module, "input_quantizer", None)
+        of_noise = None
+        if isinstance(inputs, NoisyQuantizer):
+            of_noise = (inputs.noise.double() @ rounded.double()).float()
+        self.register_buffer("of_noise", of_noise)
         self.meets_integers = getattr(inputs, "bits", MAX_INTEGER_BITS + 1) <= MAX_INTEGER_BITS
         kind = dtype if self.meets_integers else "int8"
         codes = _codes(rounded / scale, kind) if self.is_integer else rounded
@@ -93,12 +99,15 @@ class IntegerLinear(QuantizedModule, nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Do what `forward` does, with a bias that is not the module's own."""
-        x, weight = self.input_quantizer(x), self.weight_quantizer()
+        held: Any = self.weight_quantizer
+        x, weight = self.input_quantizer(x), held()
         # not @, which would be a functional site where torch.export stands in for a shared module
         product = torch.ops.aten.matmul.default
         # ONNX Runtime makes a float Gemm of the product of two matrices and a bias
         flat = x.dim() < 3
         y = product(x.unsqueeze(0) if flat else x, weight)
+        if (noise := getattr(held, "of_noise", None)) is not None:
+            bias = -noise if bias is None else bias - noise
         # inside: else OpenVINO 2026.4 fuses small products of a fixed batch, and answers nonsense
         y = y if bias is None else y + bias
         return self.output_quantizer(y.squeeze(0) if flat else y)
@@ -144,6 +153,8 @@ def integer_weights(model: nn.Module, dtype: str = "int8", layout: Layout = ONNX
                 continue
             undo.callback(setattr, module, "__class__", type(module))
             held: Any = layout.weight(module, quantizer, dtype)
+            if getattr(held, "of_noise", None) is not None:
+                undo.enter_context(module.input_quantizer.keeping())  # type: ignore[operator]
             module.weight_quantizer = held
             module.__class__ = _integer_class(type(module), layout)
         yield

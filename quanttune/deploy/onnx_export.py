@@ -16,7 +16,7 @@ from ..quantization.saving.safetensors_file import KEY
 from .dimensions import Dynamic, names_of
 from .external_data import write
 from .parts import parts_of, traceable
-from .requirements import check_example, check_model, check_path, codes_for
+from .requirements import IN_ONNX, check_example, check_model, check_path, codes_for
 from .tracing import BATCH, outputs_by_name, traced
 
 _CHECK = torch.ops.aten._assert_scalar.default  # such as that texts hold a token for each patch
@@ -87,7 +87,7 @@ def export_onnx(
     """
     path = Path(path)
     codes = codes_for(target, act_dtype, opset)
-    check_model(model)
+    check_model(model, IN_ONNX)
     if with_past and dynamic is not BATCH:
         raise ValueError(f"dynamic says nothing of a file with_past, got {dict(dynamic)}: leave it")
     parts = parts_of(model) if with_past else (None,)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batches import arguments_of
 from ..quantization.correction import corrections
-from ..quantization.other_grids import refuse_other_grids
+from ..quantization.other_grids import NoisyQuantizer, OtherGrid, refuse_other_grids
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
@@ -17,6 +17,7 @@ from ..tuning.hooks import is_attached
 from .dimensions import Dynamic, axes_of
 from .integer_weights import MAX_INTEGER_BITS
 
+IN_ONNX = (NoisyQuantizer,)  # grids that a file has as one scale, with what is around it
 TARGETS = ("inductor", "executorch", "litert")
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
 # who runs ONNX files of which types of codes, its own first: docs/deployment.md has what was seen
@@ -110,9 +111,12 @@ def check_target(
         )
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse a model without constant scales, not in float32, or with groups of weights."""
-    check_constant(model)
+def check_model(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) -> None:
+    """Refuse a model without constant scales, not in float32, or with groups of weights.
+
+    grids: those of other_grids.py that a file has.
+    """
+    check_constant(model, grids)
     for site, (_, quantizer) in weight_quantizers(model).items():
         if isinstance(quantizer, GroupQuantizer):
             raise ValueError(
@@ -121,13 +125,13 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_constant(model: nn.Module) -> None:
+def check_constant(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) -> None:
     """Refuse a model without constant scales, with grids of others, or not in float32."""
     state_of(model)
     name = type(model).__name__
     if is_attached(model):
         raise ValueError(f"{name} is being tuned: detach() its tuner first")
-    refuse_other_grids(model, "writes uniform integers only")
+    refuse_other_grids(model, "writes uniform integers only", grids)
     sites = quantizers(model)
     weights = {site: weight for site, (_, weight) in weight_quantizers(model).items()}
     if any(quantizer.factor is not None for quantizer in (*sites.values(), *weights.values())):

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from .modules import QuantizedEmbedding
-from .other_grids import refuse_other_grids
+from .other_grids import NoisyQuantizer, refuse_other_grids
 from .saving.hf_config import update_hf_config
 from .state import quantizers, state_of, weight_quantizers
 
@@ -31,7 +31,7 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     """
     if state_of(model).scheme.dynamic:
         raise ValueError("a dynamic model has no scales to learn: quantize it with data")
-    refuse_other_grids(model, "learns no scale of it")
+    refuse_other_grids(model, "learns no scale of it", (NoisyQuantizer,))
     with _or_as_before(model):
         learned = [q.learn() for q in quantizers(model).values() if q.calibrated]
         for module, quantizer in weight_quantizers(model).values():

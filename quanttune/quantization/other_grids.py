@@ -1,8 +1,9 @@
-"""Grids of activations that no runtime has as one scale and integers: twin ranges, powers of two,
-and factors of channels. They take the place of what calibration made.
+"""Grids of activations that are more than one scale and integers: twin ranges, powers of two,
+factors of channels, and a noise beneath. They take the place of what calibration made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -147,8 +148,59 @@ class ChannelShiftQuantizer(OtherGrid):
         return self.scale * torch.exp2(self.exponents).max()
 
 
+class NoisyQuantizer(OtherGrid):
+    """Add a constant to each channel, along the last dimension, round, and take it away again.
+
+    What is rounded is a uniform grid of one scale. A product with a weight W takes W @ noise out of
+    its bias instead, so that it multiplies the codes as they are: see `keeping`.
+
+    Source: Liu et al., NoisyQuant, arXiv 2211.16056.
+    """
+
+    grid = "noisy"
+    made_by = "noisyquant"
+    needs = "a vector that is added before rounding, and taken out of the bias behind the product"
+    keeps = False
+    noise: Tensor  # float32 (channels,)
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        noise = torch.zeros(channels, dtype=torch.float32, device=device)
+        self.register_buffer("noise", noise)
+
+    def round(self, x: Tensor) -> Tensor:
+        noise = self.noise.to(x.dtype)
+        rounded = self._round(x + noise)
+        return rounded if self.keeps else rounded - noise
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Leave the noise in what is rounded, for a product whose bias makes up for it."""
+        self.keeps = True
+        try:
+            yield
+        finally:
+            self.keeps = False
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        if not self.noise.isfinite().all():
+            raise ValueError(f"{site}.noise must be finite")
+
+    @property
+    def channels(self) -> int:
+        return len(self.noise)
+
+    @property
+    def largest_step(self) -> Tensor:
+        return self.step
+
+
 GRIDS: Mapping[str, type[OtherGrid]] = MappingProxyType(
-    {grid.grid: grid for grid in (TwinQuantizer, LogQuantizer, ChannelShiftQuantizer)}
+    {
+        grid.grid: grid
+        for grid in (TwinQuantizer, LogQuantizer, ChannelShiftQuantizer, NoisyQuantizer)
+    }
 )
 
 
@@ -158,13 +210,15 @@ def put(model: nn.Module, site: str, quantizer: nn.Module) -> None:
     children_of(model.get_submodule(owner))[name] = quantizer
 
 
-def refuse_other_grids(model: nn.Module, but: str) -> None:
+def refuse_other_grids(
+    model: nn.Module, but: str, allowed: tuple[type[OtherGrid], ...] = ()
+) -> None:
     """Raise a ValueError if a tensor of a model is rounded to one of these grids.
 
-    but: what whoever calls does not do with them.
+    but: what whoever calls does not do with them. allowed: those that it does it with.
     """
     for site, one in model.named_modules():
-        if isinstance(one, OtherGrid):
+        if isinstance(one, OtherGrid) and not isinstance(one, allowed):
             raise ValueError(
                 f"{one.made_by} rounds {site} to a {one.grid} grid, which needs {one.needs}: what "
                 f"is called here {but}. Quantize the float model without {one.made_by}"

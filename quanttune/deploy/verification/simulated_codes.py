@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...quantization.other_grids import NoisyQuantizer
 from ...quantization.state import quantizers
 from ..integer_weights import MAX_INTEGER_BITS
 from .agreement import Layer
@@ -27,6 +28,8 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def record(site: str, quantizer: Any, output: Tensor) -> None:
         number = f"_{calls[site]}" if calls[site] else ""
         calls[site] += 1
+        if isinstance(quantizer, NoisyQuantizer):
+            output = output + quantizer.noise
         # exact: what is returned is a code times the scale
         codes = (output / quantizer.step).round() + quantizer.zero
         found[f"{site}.codes{number}"] = codes.to(torch.int8).cpu()

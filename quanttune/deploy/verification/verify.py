@@ -15,7 +15,7 @@ from ..encoder_decoder import has_two_parts
 from ..onnx_model import read
 from ..parts import DECODER_ONLY, Part, part_files
 from ..past import has_past
-from ..requirements import check_model
+from ..requirements import IN_ONNX, check_model
 from .identity import check_description
 from .result import Verification, joined
 from .steps import calls_of
@@ -50,7 +50,7 @@ def verify(path: str | Path, model: nn.Module, data: Iterable[Any]) -> Verificat
         FileNotFoundError: there is no file.
     """
     path = Path(path)
-    check_model(model)
+    check_model(model, IN_ONNX)
     if path.is_dir() and has_two_parts(model):
         copies = tee(data, 2)
         files = part_files(path).items()

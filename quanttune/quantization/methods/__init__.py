@@ -16,6 +16,7 @@ from .method import Equalization as Equalization
 from .method import Method as Method
 from .method import Regridding as Regridding
 from .method import Rounding as Rounding
+from .noisyquant import NoisyQuant as NoisyQuant
 from .oac import OAC as OAC
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
 from .ptq4vit import BasePTQ as BasePTQ
@@ -40,6 +41,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             SmoothInputs,
             Rotate,
             FQViT,
+            NoisyQuant,
             BiasCorrection,
             WeightClipping,
             AdaRound,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from .metrics import METRICS, Metric
 from .products import Attention, Linears, Searched, attentions_of, record
 from .sources import sources_of
 
+Kind = TypeVar("Kind", bound=Searched)
 BYTES = 2**30  # of what one pass over the data records
 CANDIDATES = 100
 
@@ -75,14 +76,14 @@ class ScaleSearch(Rounding):
         return lambda searched: False
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        few = replace(data, batches=list(_first(model, data, self.samples)))
+        few = replace(data, batches=list(first_batches(model, data, self.samples)))
         with in_float(model):
             groups = groups_of(model, few, f"{self.name}: finding layers")
         searched: list[Searched] = [Linears(group) for group in groups]
         searched += [one for one in attentions_of(model) if any(map(one.quantizer, (0, 1)))]
-        is_twin, norms = self.twins_of(model, few), sources_of(model, few, _is_rounded_norm)
+        is_twin, norms = self.twins_of(model, few), sources_of(model, few, is_rounded_norm)
         found: list[LinearSearch | AttentionSearch] = []
-        for chosen in _passes(model, searched, few):
+        for chosen in passes_of(model, searched, few):
             needed = any(self.metric_of(one).needs_gradient for one in chosen)
             for one, records in zip(chosen, record(model, chosen, few, needed), strict=True):
                 data.progress(self.name, len(found), len(searched))
@@ -104,13 +105,13 @@ class ScaleSearch(Rounding):
         return LinearSearch(one, metric, self.factors, before)
 
 
-def _is_rounded_norm(module: Any) -> bool:
+def is_rounded_norm(module: Any) -> bool:
     quantizer = getattr(module, "output_quantizer", None)
     is_constant = isinstance(quantizer, ActivationQuantizer) and not quantizer.dynamic
     return is_constant and isinstance(module, nn.LayerNorm)
 
 
-def _first(model: nn.Module, data: Data, samples: int) -> Iterator[Any]:
+def first_batches(model: nn.Module, data: Data, samples: int) -> Iterator[Any]:
     """Yield the first batches that hold so many samples."""
     held = 0
     for batch in data.batches:
@@ -121,11 +122,11 @@ def _first(model: nn.Module, data: Data, samples: int) -> Iterator[Any]:
         held += next(len(x) for x in tensors_in((args, kwargs)))
 
 
-def _passes(model: nn.Module, searched: Sequence[Searched], data: Data) -> Iterator[list[Searched]]:
+def passes_of(model: nn.Module, searched: Sequence[Kind], data: Data) -> Iterator[list[Kind]]:
     """Cut products into those whose records fit into BYTES."""
     first, *others = data.batches
     found = record(model, searched, replace(data, batches=[first]), False)
-    chosen: list[Searched] = []
+    chosen: list[Kind] = []
     held = 0
     for one, records in zip(searched, found, strict=True):
         if not records.is_product:
