@@ -19,8 +19,8 @@ from .deploy.verification.verify import verify as verify
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
-from .quantization.lsq import freeze_scales as freeze_scales
-from .quantization.lsq import learn_scales as learn_scales
+from .quantization.learned_ranges import freeze_scales as freeze_scales
+from .quantization.learned_ranges import learn_scales as learn_scales
 from .quantization.prefixes.prefix import prefix as prefix
 from .quantization.rotation import rotate as rotate
 from .quantization.saving.safetensors_file import load as load

@@ -15,10 +15,10 @@ from quanttune import cpu, fake_quant, quantize, reference
 from quanttune.analysis.errors import split_error
 from quanttune.analysis.probes import watch
 from quanttune.fake_quantizer import integer_range
+from quanttune.quantization.affine_quantizer import AffineQuantizer
 from quanttune.quantization.calibrators import AFFINE, AffineOMSE, MinMax, Range
 from quanttune.quantization.calibrators.search import affine_qparams
-from quanttune.quantization.learned_scale import LearnedFakeQuant
-from quanttune.quantization.quantizer import AffineQuantizer
+from quanttune.quantization.learning.lsq import LearnedFakeQuant
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.simulation import quantizers, requantize
 from quanttune.triton_kernels import fake_quantization as triton

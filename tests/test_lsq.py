@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import quanttune as qt
 from quanttune.fake_quantizer import grid_of
-from quanttune.quantization.learned_scale import LearnedFakeQuant
+from quanttune.quantization.learning.lsq import LearnedFakeQuant
 from quanttune.quantization.simulation import quantizers, requantize
 from quanttune.quantization.state import weight_quantizers
 

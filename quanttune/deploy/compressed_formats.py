@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..fake_quantizer import integer_range
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.modules import QuantizedLinear
-from ..quantization.quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
+from ..quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 
 WORD = 32  # bits of an int32, into which codes are packed

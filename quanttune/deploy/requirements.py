@@ -134,7 +134,7 @@ def check_constant(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) ->
     refuse_other_grids(model, "writes uniform integers only", grids)
     sites = quantizers(model)
     weights = {site: weight for site, (_, weight) in weight_quantizers(model).items()}
-    if any(quantizer.factor is not None for quantizer in (*sites.values(), *weights.values())):
+    if any(quantizer.learned_by is not None for quantizer in (*sites.values(), *weights.values())):
         raise ValueError(f"the scales of {name} are being learned: call freeze_scales first")
     if corrected := corrections(model):
         raise ValueError(

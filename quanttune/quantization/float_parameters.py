@@ -3,6 +3,7 @@
 from torch import nn
 
 from .correction import Correction
+from .grid import Grid
 from .modules import CORRECTION, QuantizedModule, float_class_of
 from .parameters import Parameter, RoundsParameters
 from .state import state_of, weight_quantizers
@@ -23,7 +24,7 @@ def float_parameters(model: nn.Module) -> dict[str, str]:
     """
     state_of(model)
     rounded = _rounded(model)
-    ours = {id(q.factor) for q in model.modules() if getattr(q, "factor", None) is not None}
+    ours = {id(p) for q in model.modules() if isinstance(q, Grid) for p in q.parameters(False)}
     found = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     found = {n: p for n, p in found.items() if id(p) not in ours}
     total = sum(p.numel() for p in found.values())

@@ -1,13 +1,15 @@
 """What the quantizers of activations and of weights share: a grid, and how it is rounded to."""
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..fake_quantizer import FakeQuant, grid_of
-from .learned_scale import LearnedFakeQuant, positive
+from .learning.lsq import LearnedFakeQuant, positive
+from .learning.pact import ClippedFakeQuant
 from .rounded_linear import Rounding
 
 
@@ -22,6 +24,10 @@ class KeepsFloat32(nn.Module):
         return super()._apply(moved, recurse)
 
 
+# how a scale may be learned: what rounds meanwhile
+LEARNED: Mapping[str, Any] = MappingProxyType({"lsq": LearnedFakeQuant, "pact": ClippedFakeQuant})
+
+
 class Grid(KeepsFloat32):
     """A grid of constant scale; or of one that is learned, as a factor of where it began.
 
@@ -33,6 +39,7 @@ class Grid(KeepsFloat32):
     bits: int
     scale: Tensor  # of a weight: None while it follows the weight
     factor: nn.Parameter | None
+    learned_by: str | None = None  # how it is learned, by a name that learned_ranges.py has
     symmetric = True
     zero = 0  # the code of 0
 
@@ -43,19 +50,19 @@ class Grid(KeepsFloat32):
 
     def stop_learning(self) -> None:
         """Make the scale, if it was learned, a constant."""
-        self.scale, self.factor = self.step, None
+        self.scale, self.factor, self.learned_by = self.step, None, None
 
-    def _learn(self, scale: Tensor) -> nn.Parameter:
-        self.scale = scale
+    def _learn(self, scale: Tensor, how: str) -> nn.Parameter:
+        self.scale, self.learned_by = scale, how
         self.factor = nn.Parameter(torch.ones_like(scale))
         return self.factor
 
     def _rounding(self, x: Tensor, axis: int | None = None) -> Rounding:
         """Return the function that rounds x, and what that takes beside it."""
         grid = grid_of(x, self.scale, self.bits, axis, zero_point=self.zero)
-        if self.factor is None:
+        if self.factor is None or self.learned_by is None:
             return FakeQuant, (self.scale, *grid)
-        return LearnedFakeQuant, (self.scale * self.factor, *grid)
+        return LEARNED[self.learned_by], (self.scale * self.factor, *grid)
 
     def _round(self, x: Tensor, axis: int | None = None) -> Tensor:
         function, arguments = self._rounding(x, axis)

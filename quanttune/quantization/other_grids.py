@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..fake_quantizer import fake_quant
 from .functional.iteration import children_of
@@ -36,8 +35,9 @@ class OtherGrid(ActivationQuantizer):
         made.absmax, made.scale = quantizer.absmax.clone(), quantizer.scale.clone()
         return made
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(self(x), weight, bias)  # what is faster in training is for uniform grids
+    @property
+    def keeps_input(self) -> bool:
+        return False  # what is faster in training is for uniform grids
 
     @property
     def largest_step(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Modules that round one activation, or one weight, of a model."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from ..fake_quantizer import (
     scale_of,
 )
 from ..reference import absmax
-from .calibrators import AffineCalibrator, Calibrator, Range
-from .calibrators.search import affine_qparams
-from .grid import Grid, check_scale
+from .calibrators import Calibrator
+from .grid import LEARNED, Grid, check_scale
+from .learning.dorefa import squashed, top_of
 from .rounded_linear import Rounding, rounded_linear
 from .token_mask import without_padding
 
@@ -72,12 +72,18 @@ class ActivationQuantizer(Grid):
         is_watched = self._forward_hooks or self._forward_pre_hooks or type(x) is not Tensor
         if (
             self._passes
+            or not self.keeps_input
             or is_watched
             or not torch.is_grad_enabled()
             or torch.compiler.is_compiling()
         ):
             return F.linear(self(x), weight, bias)
         return rounded_linear(x, weight, bias, self._rounding(x))
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether a product in training keeps its input as it came, to round it once more."""
+        return True
 
     @property
     def _passes(self) -> bool:
@@ -118,20 +124,33 @@ class ActivationQuantizer(Grid):
 
     def set_bits(self, bits: int) -> None:
         """Cover the same range with integers of another width."""
-        if self.factor is not None:
+        if self.learned_by is not None:
             raise ValueError("the scales are being learned: call freeze_scales(model) first")
         self.bits = bits
         if self.calibrated:
             self._set_grid()
 
-    def learn(self) -> nn.Parameter:
-        """Begin to learn the scale, and return the parameter that does."""
-        return self._learn(self.step)
+    def learn(self, how: str) -> list[nn.Parameter]:
+        """Begin to learn the range, and return the parameters that do.
+
+        Raises:
+            ValueError: such a grid has nothing to learn in this way.
+        """
+        if how not in LEARNED:
+            raise ValueError(
+                f"{how} learns an offset, which symmetric grids have none of: quantize with "
+                "symmetric=False"
+            )
+        return [self._learn(self.step, how)]
 
     def stop_learning(self) -> None:
-        if self.factor is not None:
+        if self.learned_by is not None:
             super().stop_learning()
             self._set_range()
+
+    def code_of_zero(self) -> int:
+        """Return the code of 0 at present; on a GPU one that is learned is waited for."""
+        return self.zero
 
     def _observed(self, calibrator: Calibrator) -> Iterable[Tensor]:
         """Return the ends of the range that is to be covered."""
@@ -149,58 +168,14 @@ class ActivationQuantizer(Grid):
         return f"bits={self.bits}, " + ("dynamic" if self.dynamic else f"scale={self.step:.4g}")
 
 
-class AffineQuantizer(ActivationQuantizer):
-    """Round an activation to a grid with a zero point, which covers from `low` to `high`.
-
-    Zero lies between them.
-    """
-
-    range_names = ("low", "high")
-    symmetric = False
-    low: Tensor
-    high: Tensor
-    zero_point: Tensor  # `zero`, where a state_dict finds it: reading a tensor may wait for a GPU
-
-    def __init__(
-        self, bits: int, kind: str, calibrator: Calibrator | None, device: torch.device
-    ) -> None:
-        super().__init__(bits, kind, calibrator, device)
-        zero_point = torch.zeros((), dtype=torch.int32, device=device)
-        self.register_buffer("zero_point", zero_point)
-
-    def check_loaded(self, site: str) -> None:
-        super().check_loaded(site)
-        self.zero = int(self.zero_point)
-        qmin, qmax = integer_range(self.bits)
-        if not qmin <= self.zero <= qmax:
-            raise ValueError(f"{site}.zero_point must be from {qmin} to {qmax}, got {self.zero}")
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.zero = int(self.zero_point)
-
-    def _observed(self, calibrator: Calibrator) -> Iterable[Tensor]:
-        return cast(AffineCalibrator, calibrator).range().with_zero()
-
-    def _set_grid(self) -> None:
-        self.scale, zero_point = affine_qparams(Range(self.low, self.high), self.bits)
-        self.zero_point = zero_point.to(torch.int32)
-        self.zero = int(zero_point)
-
-    def _set_range(self) -> None:
-        qmin, qmax = integer_range(self.bits)
-        self.low = self.scale * (qmin - self.zero)
-        self.high = self.scale * (qmax - self.zero)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, zero_point={self.zero}"
-
-
 class WeightQuantizer(Grid):
     """Round a weight to grids: one per index of `axis`, or (None) one for the tensor.
 
-    Without a `scale` the grids are min-max, and follow the weight when it is trained.
+    Without a `scale` the grids are min-max, and follow the weight when it is trained. With a `top`
+    it is squashed before that.
     """
+
+    top: Tensor | None
 
     def __init__(self, bits: int, axis: int | None) -> None:
         super().__init__()
@@ -208,6 +183,7 @@ class WeightQuantizer(Grid):
         self._held: tuple[Any, ...] | None = None  # a version of a parameter, and what came of it
         self.register_buffer("scale", None)
         self.register_parameter("factor", None)
+        self.register_buffer("top", None)
 
     @property
     def granularity(self) -> str:
@@ -219,7 +195,11 @@ class WeightQuantizer(Grid):
 
     def round(self, weight: Tensor) -> Tensor:
         """Round a weight to its grids."""
-        return self._round(weight, self.axis)
+        return self._round(self.squashed(weight), self.axis)
+
+    def squashed(self, weight: Tensor) -> Tensor:
+        """Return a weight as it is rounded: itself, or the tanh of DoReFa."""
+        return weight if self.top is None else squashed(weight, self.top)
 
     def hold(self) -> None:
         """From now on round a parameter once, as long as it is not changed, until the next call.
@@ -251,15 +231,26 @@ class WeightQuantizer(Grid):
         """Return the scales of a weight, of shape () or (channels,)."""
         if self.scale is not None:
             return self.step
-        return scale_of(absmax(weight.detach(), self.axis).float(), self.bits)
+        weight = self.squashed(weight.detach())
+        return scale_of(absmax(weight, self.axis).float(), self.bits)
 
     def scales_in(self, weight: Tensor) -> torch.Size:
         """Return the shape of the scales of a weight."""
         return torch.Size(() if self.axis is None else weight.shape[self.axis : self.axis + 1])
 
-    def learn(self, weight: Tensor) -> nn.Parameter:
-        """Begin to learn the scales, which no longer follow the weight."""
-        return self._learn(self.scale_of(weight))
+    def learn(self, scale: Tensor) -> nn.Parameter:
+        """Begin to learn the scales from those given; they no longer follow the weight."""
+        return self._learn(scale, "lsq")
+
+    def squash(self, weight: Tensor) -> None:
+        """Begin to squash a weight before it is rounded."""
+        self.top, self.learned_by = top_of(weight), "dorefa"
+
+    def stop_learning(self) -> None:
+        """Make learned scales constants; a weight that was squashed has to become what it was."""
+        if self.top is None:
+            super().stop_learning()
+        self.top, self.learned_by = None, None
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, axis={self.axis}"

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..fake_quantizer import integer_range
 from . import coverage as coverages
+from .affine_quantizer import AffineQuantizer
 from .calibrators import AFFINE, CALIBRATORS, Calibrator, make_calibrator
-from .quantizer import ActivationQuantizer, AffineQuantizer, WeightQuantizer
+from .quantizer import ActivationQuantizer, WeightQuantizer
 from .row_quantizers import GroupQuantizer
 
 DYNAMIC = "dynamic"  # no calibration: the range of each activation is taken from itself

@@ -134,6 +134,9 @@ def requantize(model: nn.Module, bits: int, weights: str | int) -> None:
                 f"{one.made_by} chose the grid of {name} for {one.bits} bits: quantize the float "
                 "model again"
             )
+    for name, (_, weight) in weight_quantizers(model).items():
+        if weight.learned_by is not None:
+            raise ValueError(f"{name} is being learned: call freeze_scales(model) first")
     for name in roundings_in(state.scheme.methods):
         raise ValueError(f"{name} rounded the weights: quantize the float model again")
     if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:

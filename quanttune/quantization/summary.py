@@ -154,7 +154,7 @@ def _range(quantizer: ActivationQuantizer) -> tuple[float | None, float | None, 
     qmin, qmax = integer_range(quantizer.bits)
     if quantizer.symmetric:
         return scale, scale * qmax, None
-    zero = quantizer.zero
+    zero = quantizer.code_of_zero()
     return scale, scale * max(zero - qmin, qmax - zero), zero
 
 

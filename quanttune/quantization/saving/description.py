@@ -21,7 +21,7 @@ from ..restoration import add_described, described_restorations, drop_restoratio
 from ..row_quantizers import GroupQuantizer
 from ..scheme import DYNAMIC, Scheme
 from ..state import quantizers, state_of, weight_quantizers
-from .schema import ARGUMENTS, FIXED, GROUP_SIZE, LEARNED, OPERATION, PARTS, SCHEME, check
+from .schema import ARGUMENTS, FIXED, GROUP_SIZE, LEARNED, OPERATION, PARTS, SCHEME, SQUASHED, check
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -96,17 +96,19 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
         quantizer.calibrator = None
         quantizer.bits, quantizer.observer = sites[name]["num_bits"], sites[name]["observer"]
         quantizer.dynamic = sites[name]["dynamic"]
-        if quantizer.observer == LEARNED:
-            quantizer.observer = None
-            quantizer.learn()
+        if quantizer.observer in LEARNED:
+            how, quantizer.observer = quantizer.observer, None
+            quantizer.learn(how)
     for name, (module, weight) in weight_quantizers(model).items():
         weight.bits = sites[name]["num_bits"]
         _set_granularity(name, weight, sites[name], module.output_axis)
-        if sites[name]["observer"] != "minmax":  # it has scales of its own
+        if sites[name]["observer"] == SQUASHED:
+            weight.squash(module.weight)
+        elif sites[name]["observer"] != "minmax":  # it has scales of its own
             shape = weight.scales_in(module.weight)
             weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
-        if sites[name]["observer"] == LEARNED:
-            weight.learn(module.weight)
+        if sites[name]["observer"] in LEARNED:
+            weight.learn(weight.scale)
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -121,6 +123,8 @@ def check_loaded(model: nn.Module) -> None:
         if weight.scale is not None:
             check_scale(name, weight.scale)
             check_scale(name, weight.step)
+        if weight.top is not None and not (weight.top.isfinite() and weight.top >= 0):
+            raise ValueError(f"{name}.top must be a magnitude, got {weight.top}")
     for name, restoration in restorations(model).items():
         check_scale(f"{name}.restoration", restoration.scale)
         if not restoration.shift.isfinite().all():
@@ -133,13 +137,12 @@ def _arguments(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     weights = weight_quantizers(model)
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
-            observer = module.observer if module.factor is None else LEARNED
+            observer = module.learned_by or module.observer
             grid = module.bits, module.symmetric, "tensor"
             found[name] = _values(*grid, module.dynamic, observer)
         elif name in weights:
             _, weight = weights[name]
-            observer = LEARNED if weight.factor is not None else None
-            observer = "minmax" if weight.scale is None else observer
+            observer = weight.learned_by or ("minmax" if weight.scale is None else None)
             found[name] = _values(weight.bits, True, weight.granularity, False, observer)
             if isinstance(weight, GroupQuantizer):
                 found[name][GROUP_SIZE] = weight.size

@@ -38,10 +38,11 @@ GROUP_SIZE = "group_size"  # beside them where the strategy is "group"
 _VALUES: dict[str, list[Any]] = {
     "type": ["int"], "symmetric": [True, False], "strategy": ["tensor"], "dynamic": [True, False],
 }  # fmt: skip
-LEARNED = "lsq"  # an observer: the scale is being learned
+LEARNED = ("lsq", "lsq+", "pact")  # observers: the range is being learned
+SQUASHED = "dorefa"  # an observer of weights: they go through a tanh
 _VALUES_OF_WEIGHTS = {
     **_VALUES, "symmetric": [True], "strategy": ["tensor", "channel", "group"], "dynamic": [False],
-    "observer": ["minmax", LEARNED, None],  # None: a constant scale
+    "observer": ["minmax", LEARNED[0], SQUASHED, None],  # None: a constant scale
 }  # fmt: skip
 _GROUPS = {
     "config_groups": tuple(PARTS.values()), "parameter_groups": ("weights",),

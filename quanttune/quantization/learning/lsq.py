@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops
+from ... import ops
 
 SMALLEST = torch.finfo(torch.float32).eps  # of a scale; a step of an optimizer may leave it below 0
 
@@ -42,15 +42,16 @@ class LearnedFakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         grad_x, grad_scale = ops.learned_fake_quant_backward(grad, x, scale, *ctx.grid)
-        return grad_x, grad_scale / _norm(x, scale, *ctx.grid), None, None, None
+        return grad_x, grad_scale / norm_of(x, scale, *ctx.grid), None, None, None
 
     @staticmethod
     def again(grad: Tensor, x: Tensor, scale: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
         """Round x, change grad to that of x, and return the former and the scale's gradient."""
         y, total = ops.round_again(grad, x, positive(scale), *grid[:2], True)
-        return y, torch.zeros_like(scale) + total / _norm(x, scale, *grid)
+        return y, torch.zeros_like(scale) + total / norm_of(x, scale, *grid)
 
 
-def _norm(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> float:
+def norm_of(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> float:
+    """Return what LSQ divides the gradient of a scale by."""
     levels = max(qmax, -qmin - 1)  # a zero point at the top leaves only codes below 0
     return math.sqrt(max(x.numel(), 1) / scale.numel() * levels)

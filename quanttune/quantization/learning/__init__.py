@@ -1,0 +1,1 @@
+"""How ranges are learned with the weights of a quantized model, a file per method."""
