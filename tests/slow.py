@@ -114,6 +114,7 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
             *(f"{model}-{method}" for method in ("ranking", "base_ptq")
               for model in ("vit", "swin", "bert", "opt", "deit", "gpt2")),
             "swin-ptq4vit", "deit-ptq4vit", "gpt2-ptq4vit",
+            "swin-apq_vit", "deit-apq_vit", "opt-apq_vit", "gpt2-apq_vit",
         ],
         "test_tied_weights_embeddings_and_convolutions_are_rounded_to_nearest": [
             *(f"{model}-{method}" for method in ("ranking", "base_ptq")

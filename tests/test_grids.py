@@ -234,7 +234,7 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": "log3"}, "must be of twin, log2, channel_shift, noisy, got 'log3'"),
+        ({"grid": "log3"}, "must be of twin, log2, channel_shift, noisy, unsigned, got 'log3'"),
         ({"channels": 0}, "must be a whole number of channels, got 0"),
         ({"channels": 2**40}, "must be a whole number of channels"),
         ({"targets": ["nothing"]}, "the model does not round 'nothing'"),

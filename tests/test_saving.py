@@ -393,7 +393,10 @@ ABSMAX = "blocks.0.norm1.input_quantizer.absmax"
         (put(*WEIGHTS, "symmetric", value=False), "symmetric must be one of [True], got False"),
         (put(*WEIGHTS, "type", value="float"), "type must be one of ['int'], got 'float'"),
         (put(*ACTIVATIONS, "observer", value=[]), "observer must be a name or null, got []"),
-        (put(*WEIGHTS, "observer", value="ema"), "observer must be one of ['minmax', 'lsq', 'dorefa', None]"),
+        (
+            put(*WEIGHTS, "observer", value="ema"),
+            "observer must be one of ['minmax', 'lsq', 'dorefa', None]",
+        ),
         (put(*OPERATIONS, "kind", value=["x"]), "score, weight, got ['x']"),
         (put(*OPERATIONS, "kind", value=None), "is of the kind None, and of '"),
         (put(*OPERATIONS, "targets", value=["forward"]), "'forward' is no name of a functional"),

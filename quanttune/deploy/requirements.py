@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from ..batches import arguments_of
 from ..quantization.correction import corrections
-from ..quantization.other_grids import NoisyQuantizer, OtherGrid, refuse_other_grids
+from ..quantization.other_grids import (
+    NoisyQuantizer,
+    OtherGrid,
+    UnsignedQuantizer,
+    refuse_other_grids,
+)
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
@@ -17,7 +22,9 @@ from ..tuning.hooks import is_attached
 from .dimensions import Dynamic, axes_of
 from .integer_weights import MAX_INTEGER_BITS
 
-IN_ONNX = (NoisyQuantizer,)  # grids that a file has as one scale, with what is around it
+# grids that a file has as one scale, with a zero point or what is around it
+IN_ONNX = (NoisyQuantizer, UnsignedQuantizer)
+IN_PROGRAMS = (UnsignedQuantizer,)
 TARGETS = ("inductor", "executorch", "litert")
 OPSETS = {"uint8": range(18, 22), "int8": range(18, 21)}  # that ONNX Runtime 1.31 loads
 # who runs ONNX files of which types of codes, its own first: docs/deployment.md has what was seen

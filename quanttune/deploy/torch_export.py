@@ -15,7 +15,7 @@ from .constant_weights import CONSTANTS, REROUNDED
 from .edge_products import check_products
 from .edge_tokens import keep_tokens
 from .integer_weights import MAX_INTEGER_BITS
-from .requirements import check_example, check_model, check_target
+from .requirements import IN_PROGRAMS, check_example, check_model, check_target
 from .tracing import BATCH, traced
 
 _ops = torch.ops.quantized_decomposed
@@ -53,7 +53,7 @@ def export_torch(
             not fit, or the target would not multiply integers.
     """
     import_module("torch.ao.quantization.fx._decomposed")  # registers the ops; takes time
-    check_model(model)
+    check_model(model, IN_PROGRAMS)
     check_target(target, dynamic, quantizers(model))
     compiled = target == "inductor"
     sizes = (BATCH if compiled else {}) if dynamic is None else dynamic

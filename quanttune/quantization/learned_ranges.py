@@ -10,7 +10,7 @@ from torch import nn
 
 from .learning.lsq_plus import three_sigma_scale
 from .modules import QuantizedEmbedding, holds
-from .other_grids import NoisyQuantizer, refuse_other_grids
+from .other_grids import WITH_SCALES, refuse_other_grids
 from .quantizer import WeightQuantizer
 from .row_quantizers import RowQuantizer
 from .saving.hf_config import update_hf_config
@@ -59,7 +59,7 @@ def learn_scales(model: nn.Module, how: str = "lsq") -> list[nn.Parameter]:
         raise ValueError(f"how must be one of {', '.join(LEARNERS)}, got {how!r}")
     if state_of(model).scheme.dynamic:
         raise ValueError("a dynamic model has no scales to learn: quantize it with data")
-    refuse_other_grids(model, "learns no scale of it", (NoisyQuantizer,))
+    refuse_other_grids(model, "learns no scale of it", WITH_SCALES)
     learner, sites = LEARNERS[how], quantizers(model)
     weights = _weights(model)
     for site, one in (*sites.items(), *((site, quantizer) for site, _, quantizer in weights)):

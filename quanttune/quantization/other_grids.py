@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..fake_quantizer import fake_quant
+from .. import reference
+from ..fake_quantizer import fake_quant, integer_range
 from .functional.iteration import children_of
 from .quantizer import ActivationQuantizer, check_scale
 
@@ -196,12 +197,52 @@ class NoisyQuantizer(OtherGrid):
         return self.step
 
 
+class UnsignedQuantizer(OtherGrid):
+    """Round what is not negative in steps from 0 to the largest value: 2^bits - 1 of them.
+
+    It is a grid with a zero point, of a model whose others are symmetric: the lowest code is 0.
+
+    Source: Ding et al., APQ-ViT, arXiv 2303.14341 (what softmax returns).
+    """
+
+    grid = "unsigned"
+    made_by = "apq_vit"
+    needs = "a zero point"
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        self.zero = integer_range(bits)[0]
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        self.zero = integer_range(self.bits)[0]
+
+    def _set_grid(self) -> None:
+        self.scale = reference.scale_of(self.absmax, 2**self.bits - 1)
+
+    def _set_range(self) -> None:
+        self.absmax = self.scale * (2**self.bits - 1)
+
+    @property
+    def largest_step(self) -> Tensor:
+        return self.step
+
+
 GRIDS: Mapping[str, type[OtherGrid]] = MappingProxyType(
     {
         grid.grid: grid
-        for grid in (TwinQuantizer, LogQuantizer, ChannelShiftQuantizer, NoisyQuantizer)
+        for grid in (
+            TwinQuantizer,
+            LogQuantizer,
+            ChannelShiftQuantizer,
+            NoisyQuantizer,
+            UnsignedQuantizer,
+        )
     }
 )
+
+
+WITH_SCALES = (NoisyQuantizer, UnsignedQuantizer)  # one each, which can be learned
 
 
 def put(model: nn.Module, site: str, quantizer: nn.Module) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from .adaround import AdaRound as AdaRound
+from .apq_vit import APQViT as APQViT
 from .aweq import AWEQ as AWEQ
 from .awq import AWQ as AWQ
 from .bias_correction import BiasCorrection as BiasCorrection
@@ -51,6 +52,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             QERA,
             BasePTQ,
             PTQ4ViT,
+            APQViT,
             Ranking,
         )
     }

@@ -92,7 +92,7 @@ class Weight:
 
     def rounded(self, choice: int | None = None) -> Tensor:
         """Round the rows with one factor for all, by default each with its own."""
-        return fake_quant(self.rows, self._scale(choice), self.layer.quantizer.bits, self.axis)
+        return fake_quant(self.rows, self.scale_of(choice), self.layer.quantizer.bits, self.axis)
 
     def choose(self, loss_of: Callable[[Tensor], Tensor]) -> bool:
         """Take the choices of the least loss, for each row or for all, and tell if one changes."""
@@ -107,9 +107,10 @@ class Weight:
 
     def install(self) -> None:
         """Round the layer's weight, and let its scales be constant."""
-        self.layer.write(self.layer.rows, Grid(self._scale(), self.layer.quantizer.bits))
+        self.layer.write(self.layer.rows, Grid(self.scale_of(), self.layer.quantizer.bits))
 
-    def _scale(self, choice: int | None = None) -> Tensor:
+    def scale_of(self, choice: int | None = None) -> Tensor:
+        """Return the scales with one factor for all, by default each with its own."""
         if choice is not None:
             return self.scale * self.choices[choice]
         return self.scale * self.scale.new_tensor(self.choices)[self.chosen]

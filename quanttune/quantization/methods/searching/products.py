@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class Records:
     """What each batch gave a product: its factors, and of its results the gradients."""
 
     left: list[Tensor] = field(default_factory=list)
-    right: list[Tensor] = field(default_factory=list)  # of attention
+    right: list[Tensor] = field(default_factory=list)  # of attention; of a block, what it returns
+    calls: list[tuple[Any, Any]] = field(default_factory=list)  # of a block: its arguments
     counted: list[Tensor | None] = field(default_factory=list)
     gradients: dict[nn.Module, list[Tensor]] = field(default_factory=dict)  # by what computes it
     results: int = 0  # bytes of what came of them
@@ -168,8 +169,15 @@ def attentions_of(model: nn.Module) -> list[Attention]:
     return found
 
 
+class Watched(Protocol):
+    """What records what it is given while a model runs."""
+
+    def watch(self, records: Any, see: See) -> Iterator[Callable[[], None]]:
+        """Fill records while the model runs, show results, and yield what ends it."""
+
+
 def record(
-    model: nn.Module, searched: Sequence[Searched], data: Data, with_gradients: bool
+    model: nn.Module, searched: Sequence[Watched], data: Data, with_gradients: bool
 ) -> list[Records]:
     """Run the float model over data, and return what each product was given.
 

@@ -77,23 +77,25 @@ class ScaleSearch(Rounding):
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         few = replace(data, batches=list(first_batches(model, data, self.samples)))
-        with in_float(model):
-            groups = groups_of(model, few, f"{self.name}: finding layers")
-        searched: list[Searched] = [Linears(group) for group in groups]
-        searched += [one for one in attentions_of(model) if any(map(one.quantizer, (0, 1)))]
-        is_twin, norms = self.twins_of(model, few), sources_of(model, few, is_rounded_norm)
+        # all at the end: the passes are of the float model
+        for search in self.searches(model, searched_in(model, few, self.name), few):
+            search.install(self.corrects_biases)
+
+    def searches(
+        self, model: nn.Module, searched: Sequence[Searched], data: Data
+    ) -> list[LinearSearch | AttentionSearch]:
+        """Return the searches of products, which are done."""
+        is_twin, norms = self.twins_of(model, data), sources_of(model, data, is_rounded_norm)
         found: list[LinearSearch | AttentionSearch] = []
-        for chosen in passes_of(model, searched, few):
+        for chosen in passes_of(model, searched, data):
             needed = any(self.metric_of(one).needs_gradient for one in chosen)
-            for one, records in zip(chosen, record(model, chosen, few, needed), strict=True):
+            for one, records in zip(chosen, record(model, chosen, data, needed), strict=True):
                 data.progress(self.name, len(found), len(searched))
                 search = self._search(one, norms)
                 search.run(records, self.rounds, is_twin(one))
                 found.append(search)
         data.progress(self.name, len(found), len(searched))
-        # all at the end: the passes above are of the float model
-        for search in found:
-            search.install(self.corrects_biases)
+        return found
 
     def _search(
         self, one: Searched, norms: Mapping[nn.Module, Any]
@@ -103,6 +105,14 @@ class ScaleSearch(Rounding):
             return AttentionSearch(one, metric, self.factors)
         before = norms[one.leader].output_quantizer if one.leader in norms else None
         return LinearSearch(one, metric, self.factors, before)
+
+
+def searched_in(model: nn.Module, data: Data, what: str) -> list[Searched]:
+    """Return the products of a quantized model whose factors are rounded."""
+    with in_float(model):
+        groups = groups_of(model, data, f"{what}: finding layers")
+    searched: list[Searched] = [Linears(group) for group in groups]
+    return searched + [one for one in attentions_of(model) if any(map(one.quantizer, (0, 1)))]
 
 
 def is_rounded_norm(module: Any) -> bool:
