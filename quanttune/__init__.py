@@ -28,6 +28,7 @@ from .quantization.saving.safetensors_file import save as save
 from .quantization.simulation import quantize as quantize
 from .quantization.summary import summary as summary
 from .refitting.refit import refit as refit
+from .synthesis.images import synthesize_images as synthesize_images
 from .tuning.attach import attach as attach
 from .tuning.quiet_attention import clip_softmax as clip_softmax
 from .tuning.quiet_attention import gate_attention as gate_attention

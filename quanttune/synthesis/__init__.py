@@ -1,0 +1,1 @@
+"""Inputs for calibration that are made from a model alone, where there are no data."""
