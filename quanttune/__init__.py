@@ -16,6 +16,8 @@ from .deploy.compressed_tensors import (
 from .deploy.onnx_export import export_onnx as export_onnx
 from .deploy.torch_export import export_torch as export_torch
 from .deploy.verification.verify import verify as verify
+from .distillation.distiller import distill as distill
+from .distillation.rectification import rectify_attention as rectify_attention
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
