@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from functools import partial
 
 import attacks_on_work
 import pytest
@@ -72,15 +73,18 @@ def test_modules_that_are_swapped():
     assert step > 60
 
 
-@pytest.mark.parametrize("change", [qt.learn_scales, qt.freeze_scales])
-def test_scales_that_are_learned_or_frozen(change):
+@pytest.mark.parametrize("how", ["lsq", "lsq+", "dorefa"])
+@pytest.mark.parametrize("call", ["learn", "freeze"])
+def test_scales_that_are_learned_or_frozen(call, how):
     """Each place to interrupt it at: all scales are as before, or all are changed."""
+    change = partial(qt.learn_scales, how=how) if call == "learn" else qt.freeze_scales
 
     def fresh():
         torch.manual_seed(0)
-        model = qt.quantize(Residual().eval(), 4, data=[torch.randn(2, 5, 16)])
-        if change is qt.freeze_scales:
-            qt.learn_scales(model)
+        options = {"data": [torch.randn(2, 5, 16)], "symmetric": how != "lsq+"}
+        model = qt.quantize(Residual().eval(), 4, **options)
+        if call == "freeze":
+            qt.learn_scales(model, how)
         return model
 
     before, whole = fresh(), fresh()

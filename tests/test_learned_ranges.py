@@ -7,7 +7,6 @@ import pytest
 import torch
 from models import MODELS, gpt2, shallow
 from oracle import assert_same_bits
-from test_interrupts import Residual
 from torch import nn
 
 import quanttune as qt
@@ -364,42 +363,6 @@ def test_tied_and_computed_weights_are_followed_but_not_squashed():
     qt.quantize(model, 4, data=[torch.randn(5, 4)])
     qt.learn_scales(model, "dorefa")
     assert [q.top is None for _, q in weight_quantizers(model).values()] == [True, False]
-
-
-@each_how
-def test_an_interrupt_leaves_nothing_or_all(how, monkeypatch):
-    """What fails in the middle leaves the model as it was."""
-    from quanttune.quantization import learned_ranges
-
-    model = qt.quantize(Residual().eval(), 4, data=[torch.randn(2, 5, 16)], **options_of(how))
-
-    def state():
-        return {k: v.clone() for k, v in model.state_dict().items()}
-
-    before, described = state(), describe(model)
-    calls = []
-
-    def fail(_):
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(learned_ranges, "update_hf_config", fail)
-        with pytest.raises(KeyboardInterrupt):
-            qt.learn_scales(model, how)
-    assert_same_bits(state(), before)
-    assert describe(model) == described
-    for parameter in qt.learn_scales(model, how):
-        parameter.data.add_(0.3)
-    learned, described = state(), describe(model)
-    calls.clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(learned_ranges, "update_hf_config", fail)
-        with pytest.raises(KeyboardInterrupt):
-            qt.freeze_scales(model)
-    assert_same_bits(state(), learned)
-    assert describe(model) == described
 
 
 # ------------------------------------------------------------------ refused

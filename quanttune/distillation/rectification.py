@@ -48,8 +48,12 @@ def rectify_attention(model: nn.Module, data: Iterable[Any]) -> nn.Module:
                 undo.callback(handle.remove)
         if not forward_batches(model, data):
             raise ValueError("data is empty: rectify_attention needs at least one batch of inputs")
-    for (name, norm), fit in fits.items():
-        setattr(attentions[name], norm, fit.norm())
+    made = {place: fit.norm() for place, fit in fits.items()}
+    with ExitStack() as undo:  # all, or none
+        for (name, norm), module in made.items():
+            undo.callback(setattr, attentions[name], norm, getattr(attentions[name], norm))
+            setattr(attentions[name], norm, module)
+        undo.pop_all()
     return model
 
 
