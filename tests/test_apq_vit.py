@@ -281,6 +281,37 @@ def test_where_it_does_not_apply(options, message):
         quantized(**options)
 
 
+def test_a_decoder_that_caches_is_searched_as_one_that_does_not():
+    """A block that is run again must not find the keys that its last run left behind."""
+    found = []
+    for use_cache in (True, False):
+        example = made("gpt2")
+        example.model.config.use_cache = use_cache
+        options = {"coverage": "linear", "methods": [FEW], "data": [example.inputs]}
+        model = qt.quantize(example.model.eval(), 4, **options)
+        assert model.config.use_cache == use_cache
+        found.append(model.state_dict())
+    assert_same_bits(*found)
+
+
+class Changing(nn.Module):
+    """A block that adds to its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x.add_(self.proj(nn.functional.scaled_dot_product_attention(q, k, v)))
+
+
+def test_a_block_that_changes_its_input_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), Changing())
+    with pytest.raises(ValueError, match="changes what it is given in place"):
+        qt.quantize(model, coverage="linear", methods=["apq_vit"], data=[torch.randn(4, 5, 8)])
+
+
 def test_models_without_blocks_are_refused():
     assert "apq_vit" in METHODS
     with pytest.raises(ValueError, match="apq_vit is for models of blocks"):

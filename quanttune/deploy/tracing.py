@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..quantization.caches import without_caches
 from ..quantization.running import evaluating
-from .caches import without_caches
 from .dimensions import Dynamic, axes_of, check_free
 from .integer_weights import ONNX, Layout, integer_weights
 

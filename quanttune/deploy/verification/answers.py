@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..caches import without_caches
+from ...quantization.caches import without_caches
 from ..onnx_model import OnnxModel
 from ..parts import Part
 from ..tracing import outputs_by_name

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...quantization.caches import without_caches
 from ...quantization.running import evaluating
-from ..caches import without_caches
 from ..encoder_decoder import has_two_parts
 from ..onnx_model import read
 from ..parts import DECODER_ONLY, Part, part_files

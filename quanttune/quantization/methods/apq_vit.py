@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..caches import without_caches
 from ..other_grids import UnsignedQuantizer
 from ..quantizer import ActivationQuantizer
 from ..running import Data, evaluating
@@ -61,6 +62,10 @@ class APQViT(ScaleSearch):
         return steps.tolist()
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
+        with without_caches(model):  # a block that is run again would go on with its cache
+            self._apply(model, data)
+
+    def _apply(self, model: nn.Module, data: Data) -> None:
         few = replace(data, batches=list(first_batches(model, data, self.samples)))
         blocks, others = blocks_of(model, searched_in(model, few, self.name))
         if not blocks:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...functional.iteration import children_of
 from ...running import main_output
@@ -28,15 +29,32 @@ class Block:
         yield what ends it.
         """
 
-        def follow(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        given: list[tuple[Any, Any, list[int]]] = []  # of the call under way
+
+        def take(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append((args, kwargs, _versions((args, kwargs))))
+
+        def follow(module: nn.Module, _: Any, __: Any, output: Any) -> Any:
+            args, kwargs, versions = given.pop()
+            if _versions((args, kwargs)) != versions:
+                raise ValueError(
+                    f"{type(module).__name__} changes what it is given in place, so that it cannot "
+                    "be run again: take another method, such as ptq4vit"
+                )
             value = main_output(output)
             records.calls.append((args, kwargs))
-            records.right.append(value.detach().float())
+            records.right.append(value.detach().float().clone())
             records.counted.append(inside(value, "output"))
             see(Result(module, value, False, None))
             return output.clone() if isinstance(output, Tensor) else output
 
+        yield self.module.register_forward_pre_hook(take, with_kwargs=True).remove
         yield self.module.register_forward_hook(follow, with_kwargs=True).remove
+
+
+def _versions(given: Any) -> list[int]:
+    """Return how often each tensor was changed in place."""
+    return [leaf._version for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 def blocks_of(model: nn.Module, searched: Sequence[Searched]) -> tuple[list[Block], list[Searched]]:
