@@ -24,6 +24,7 @@ from .ops import backends as backends
 from .quantization.learned_ranges import freeze_scales as freeze_scales
 from .quantization.learned_ranges import learn_scales as learn_scales
 from .quantization.prefixes.prefix import prefix as prefix
+from .quantization.requantization import requantize as requantize
 from .quantization.rotation import rotate as rotate
 from .quantization.saving.safetensors_file import load as load
 from .quantization.saving.safetensors_file import save as save

@@ -19,8 +19,9 @@ from quanttune.quantization.affine_quantizer import AffineQuantizer
 from quanttune.quantization.calibrators import AFFINE, AffineOMSE, MinMax, Range
 from quanttune.quantization.calibrators.search import affine_qparams
 from quanttune.quantization.learning.lsq import LearnedFakeQuant
+from quanttune.quantization.requantization import requantize
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.simulation import quantizers
 from quanttune.triton_kernels import fake_quantization as triton
 
 BACKENDS = {"reference": reference, "C++": cpu, "Triton": triton}

@@ -16,8 +16,8 @@ from quanttune.quantization.other_grids import (
     put,
 )
 from quanttune.quantization.quantizer import ActivationQuantizer
+from quanttune.quantization.requantization import requantize
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import requantize
 from quanttune.quantization.state import quantizers
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import quanttune as qt
-from quanttune.quantization.simulation import requantize
+from quanttune.quantization.requantization import requantize
 
 SIZE = 8
 

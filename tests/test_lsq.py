@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 import quanttune as qt
 from quanttune.fake_quantizer import grid_of
 from quanttune.quantization.learning.lsq import LearnedFakeQuant
-from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.requantization import requantize
+from quanttune.quantization.simulation import quantizers
 from quanttune.quantization.state import weight_quantizers
 
 

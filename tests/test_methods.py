@@ -24,7 +24,7 @@ from quanttune.quantization.methods import (
 )
 from quanttune.quantization.running import forward_batches
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.simulation import quantizers
 from quanttune.quantization.state import is_quantized, weight_quantizers
 
 EXAMPLES = {**MODELS, "deit": deit, "gpt2": gpt2}
@@ -281,13 +281,6 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(methods, options,
     assert_same_bits(model.state_dict(), before)
     assert [type(m) for m in model.modules()] == classes
     assert torch.equal(example.logits(), logits)
-
-
-def test_weights_that_were_rounded_take_no_other_width():
-    example, data = prepared("vit")
-    model = rounded(example.model, data, "gptq")
-    with pytest.raises(ValueError, match="gptq rounded the weights: quantize the float model"):
-        requantize(model, 8, "channel")
 
 
 def test_a_training_model_stays_one_and_keeps_no_hooks():

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import quanttune as qt
 from quanttune import fake_quant, quantize
 from quanttune.fake_quantizer import scale_of
+from quanttune.quantization.requantization import requantize
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import quantizers, requantize, weight_quantizers
+from quanttune.quantization.state import quantizers, weight_quantizers
 
 
 class Attention(nn.Module):

@@ -15,9 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import quanttune as qt
+from quanttune.quantization.requantization import requantize
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.saving.hf_config import update_hf_config
-from quanttune.quantization.simulation import quantizers, requantize
+from quanttune.quantization.simulation import quantizers
 
 OPTIONS = {
     "default": {},

@@ -17,7 +17,8 @@ from quanttune.demo import recipe
 from quanttune.demo.experiment import Arm
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.simulation import quantize, requantize
+from quanttune.quantization.requantization import requantize
+from quanttune.quantization.simulation import quantize
 
 RATES = {"minilm": (1e-4, 3e-4, 5e-4), "digits": (3e-4, 1e-3, 2e-3)}
 

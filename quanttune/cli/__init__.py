@@ -19,6 +19,7 @@ from . import (
     export,
     refit,
     report,
+    requantize,
     tune,
     verify,
 )
@@ -40,6 +41,7 @@ app.command("refit")(refit.run)
 app.command("tune")(tune.run)
 app.command("calibrate")(calibrate.run)
 app.command("evaluate")(evaluate.run)
+app.command("requantize")(requantize.run)
 app.command("export")(export.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)

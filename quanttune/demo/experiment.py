@@ -12,8 +12,9 @@ from torch import nn
 from ..environment import environment
 from ..losses import OutlierLoss
 from ..quantization.calibrators import SEARCHES
+from ..quantization.requantization import requantize
 from ..quantization.scheme import Scheme
-from ..quantization.simulation import quantize, requantize
+from ..quantization.simulation import quantize
 from ..tuning.finishing import BITS
 from . import rival
 from .residual_ranges import residual_ranges

@@ -81,6 +81,12 @@ class AffineQuantizer(ActivationQuantizer):
         super()._load_from_state_dict(*args, **kwargs)
         self.zero = int(self.zero_point)
 
+    def set_scale(self, scale: Tensor) -> None:
+        """Do so with the zero point from which the grid reaches down to `low`."""
+        qmin, qmax = integer_range(self.bits)
+        self._set_zero_point(int((qmin - torch.round(self.low / scale)).clamp(qmin, qmax)))
+        super().set_scale(scale)
+
     def _observed(self, calibrator: Calibrator) -> Iterable[Tensor]:
         return cast(AffineCalibrator, calibrator).range().with_zero()
 

@@ -94,8 +94,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         rows = F.embedding(indices, self.weight, *options)
         # only what is looked up needs rounding, and a gradient that is sparse stays so
         if isinstance(self.weight_quantizer, WeightQuantizer):
-            rounded = self.weight_quantizer.round_rows(rows.flatten(0, -2), self.weight)
-            return rounded.view_as(rows)
+            flat = rows.flatten(0, -2), self.weight, indices.flatten()
+            return self.weight_quantizer.round_rows(*flat).view_as(rows)
         return rows
 
 

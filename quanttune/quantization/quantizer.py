@@ -130,6 +130,11 @@ class ActivationQuantizer(Grid):
         if self.calibrated:
             self._set_grid()
 
+    def set_scale(self, scale: Tensor) -> None:
+        """Round in steps of this scale, a constant, and cover what its grid does."""
+        self.scale = scale
+        self._set_range()
+
     def learn(self, how: str) -> list[nn.Parameter]:
         """Begin to learn the range, and return the parameters that do.
 
@@ -219,13 +224,15 @@ class WeightQuantizer(Grid):
             self._held = version, dynamic_fake_quant(x.detach(), self.bits, axis)
         return DynamicFakeQuant, (*arguments, self._held[1])
 
-    def round_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+    def round_rows(self, rows: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
         """Round rows that were taken from a weight, without rounding all of it."""
         if not self.enabled:
             return rows
-        if self.axis is not None:  # rows have scales of their own
+        if self.axis is None:
+            return fake_quant(rows, self.scale_of(weight), self.bits)
+        if self.scale is None:  # rows have scales of their own
             return dynamic_fake_quant(rows, self.bits, self.axis, self.range_gradient)
-        return fake_quant(rows, self.scale_of(weight), self.bits)
+        return fake_quant(rows, self.step[indices], self.bits, self.axis)
 
     def scale_of(self, weight: Tensor) -> Tensor:
         """Return the scales of a weight, of shape () or (channels,)."""

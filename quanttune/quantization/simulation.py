@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,11 +10,10 @@ from torch import nn
 
 from ..masks import Mask
 from ..progress import Progress, silent
-from .calibrators import SEARCHES, Calibrator
-from .convert import convert, new_weight_quantizer
+from .calibrators import Calibrator
+from .convert import convert
 from .correction import drop_corrections
-from .methods import Method, methods_of, roundings_in
-from .other_grids import OtherGrid
+from .methods import Method, methods_of
 from .placement import check_devices
 from .prefixes.decoder import renew_prefix
 from .product_counts import counting_products
@@ -23,7 +21,7 @@ from .restoration import drop_restorations
 from .running import Data, forward_batches, rounding_only
 from .saving.hf_config import update_hf_config
 from .scheme import Overrides, Scheme, matches
-from .state import quantizers, refuse_quantized, state_of, weight_quantizers
+from .state import quantizers, refuse_quantized, state_of
 from .summary import warn_of_floats
 from .ties import snapshot
 
@@ -115,45 +113,6 @@ def quantize(
         update_hf_config(model)
         undo.pop_all()
     return model
-
-
-def requantize(model: nn.Module, bits: int, weights: str | int) -> None:
-    """Give a quantized model another width and granularity of weights, but keep its ranges.
-
-    What minmax and percentile cover does not depend on the width, so one calibration serves all.
-    Overrides of the width are forgotten; what they left in float stays in float.
-
-    Raises:
-        ValueError: the ranges were searched for grids of another width, or a method chose the codes
-            of the weights, or grids that are not uniform.
-    """
-    state = state_of(model)
-    for name, one in quantizers(model).items():
-        if isinstance(one, OtherGrid):
-            raise ValueError(
-                f"{one.made_by} chose the grid of {name} for {one.bits} bits: quantize the float "
-                "model again"
-            )
-    for name, (_, weight) in weight_quantizers(model).items():
-        if weight.learned_by is not None:
-            raise ValueError(f"{name} is being learned: call freeze_scales(model) first")
-    for name in roundings_in(state.scheme.methods):
-        raise ValueError(f"{name} rounded the weights: quantize the float model again")
-    if state.scheme.calibrator in SEARCHES and bits != state.scheme.bits:
-        raise ValueError(
-            f"{state.scheme.calibrator} searched its ranges for {state.scheme.bits} bits: quantize "
-            f"the float model again for {bits}"
-        )
-    only_float = {p: override for p, override in state.scheme.overrides.items() if not override}
-    scheme = replace(
-        state.scheme, bits=bits, weight_bits=None, weights=weights, overrides=only_float
-    )
-    for quantizer in quantizers(model).values():
-        quantizer.set_bits(bits)
-    for name, (module, _) in weight_quantizers(model).items():
-        module.weight_quantizer = new_weight_quantizer(module, scheme, name)
-    state.scheme = scheme
-    update_hf_config(model)
 
 
 def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:

@@ -1,15 +1,19 @@
 """What a quantized model rounds, and with which grids."""
 
+import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..fake_quantizer import integer_range
 from .float_parameters import float_parameters, is_asked_for, rounded_parameters
 from .functional.modes import class_of
 from .other_grids import OtherGrid
+from .powers_of_two import is_power_of_two
 from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer
 from .state import quantizers, state_of, weight_quantizers
@@ -57,6 +61,7 @@ class Summary:
     # none, as in a model that was loaded
     integer_products: float | None = None
     floats: tuple[Float, ...] = ()  # what is above 1 % of either, largest first
+    power_of_two: bool = False  # all scales of constant grids, of which there are some
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -81,6 +86,7 @@ class Summary:
         shares = f"{self.integer_parameters:.1%} of the parameters are integers"
         if self.integer_products is not None:
             shares += f", and {self.integer_products:.1%} of what is multiplied"
+        shares += "\nall scales are powers of two" if self.power_of_two else ""
         floats = [f"  {one}" for one in self.floats]
         head = f"{self.model}, coverage {self.coverage}"
         return "\n".join([head, *lines, shares, *(["in float:"] if floats else []), *floats])
@@ -112,7 +118,20 @@ def summary(model: nn.Module) -> Summary:
     scheme = state.scheme
     coverage = scheme.coverage + ("" if scheme.residual else " without residual")
     sites = tuple(rows[name] for name in order)
-    return Summary(class_of(model).__name__, coverage, sites, *_shares(model))
+    shifts = all(is_power_of_two(scale) for scale in _scales(model)) and bool(sites)
+    return Summary(class_of(model).__name__, coverage, sites, *_shares(model), shifts)
+
+
+def _scales(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the scales of a model; NaN where they are not constant."""
+    for one in quantizers(model).values():
+        yield (
+            one.step
+            if one.calibrated and not isinstance(one, OtherGrid)
+            else torch.tensor(math.nan)
+        )
+    for module, weight in weight_quantizers(model).values():
+        yield weight.scale_of(module.weight)
 
 
 def warn_of_floats(model: nn.Module) -> None:

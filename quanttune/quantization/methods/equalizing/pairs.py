@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...modules import quantized_class_of
+from ...modules import QuantizedModule, quantized_class_of
 from ...restoration import NAME, add_restoration, add_smoothing
 from .norms import Norm
 
@@ -104,4 +104,5 @@ def _divide_offset(weight: Tensor, scale: Tensor, offset: float) -> Tensor:
 
 def columns_of(module: Any) -> Tensor:
     """Return the weight of a Linear or Conv1D as (outputs, inputs), a view."""
-    return module.weight.movedim(quantized_class_of(module).output_axis, 0)
+    holder = module if isinstance(module, QuantizedModule) else quantized_class_of(module)
+    return module.weight.movedim(holder.output_axis, 0)  # type: ignore[no-any-return]

@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...modules import QuantizedConvolution, QuantizedEmbedding, holds, quantized_class_of
+from ...modules import (
+    QuantizedConvolution,
+    QuantizedEmbedding,
+    QuantizedModule,
+    holds,
+    quantized_class_of,
+)
 from ...restoration import NAME
 from ...running import Data, forward_batches
 from .norms import Norm, may_normalize, norm_of
@@ -37,13 +43,21 @@ def find_pairs(model: nn.Module, data: Data) -> list[Pair]:
     Raises:
         ValueError: there is no batch, or no pair.
     """
-    pairs = watched(model, data, _Watch(model)).pairs()
+    pairs = pairs_in(model, data)
     if not pairs:
         raise ValueError(
             f"{type(model).__name__} has no norm whose output a Linear module reads, so there is "
             "nothing to equalize"
         )
     return pairs
+
+
+def pairs_in(model: nn.Module, data: Data) -> list[Pair]:
+    """Do what `find_pairs` does, and return none where there are none; the model may be quantized.
+
+    That of a quantized model has to compute in float meanwhile.
+    """
+    return watched(model, data, _Watch(model)).pairs()
 
 
 def find_other_readers(model: nn.Module, data: Data) -> dict[str, Any]:
@@ -200,7 +214,8 @@ class _Watch(TorchFunctionMode):
 
 def can_read(module: nn.Module) -> bool:
     """Tell whether a module multiplies its input with a weight of (outputs, channels)."""
-    quantized = quantized_class_of(module)
+    is_quantized = isinstance(module, QuantizedModule)
+    quantized = type(module) if is_quantized else quantized_class_of(module)
     if quantized is None or not holds(module):
         return False
     return not issubclass(quantized, (QuantizedConvolution, QuantizedEmbedding))
