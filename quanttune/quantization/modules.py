@@ -37,7 +37,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Do what `forward` does, with a bias that is not the module's own."""
-        return self.output_quantizer(_product(self, x, self.weight_quantizer(self.weight), bias))
+        weight = self.weight
+        return self.output_quantizer(_product(self, x, self.weight_quantizer(weight), bias, weight))
 
 
 class QuantizedTransposed(QuantizedModule):
@@ -48,15 +49,15 @@ class QuantizedTransposed(QuantizedModule):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_quantizer(self.weight).t()
-        return self.output_quantizer(_product(self, x, weight, self.bias))
+        weight, exact = self.weight_quantizer(self.weight).t(), self.weight.t()
+        return self.output_quantizer(_product(self, x, weight, self.bias, exact))
 
 
-def _product(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> Tensor:
     """Multiply a rounded input, and add what a method added to the module."""
     quantizer, correction = module.input_quantizer, module._modules.get(CORRECTION)
     if correction is None and isinstance(quantizer, ActivationQuantizer):
-        return quantizer.linear(x, weight, bias)
+        return quantizer.linear(x, weight, bias, exact)
     x = quantizer(x)
     y = F.linear(x, weight, bias)
     return y if correction is None else correction(x, y)  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """Grids of activations that are more than one scale and integers: twin ranges, powers of two,
-factors of channels, and a noise beneath. They take the place of what calibration made.
+factors and groups of channels, a noise beneath, columns in float. They take the place of what
+calibration made.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import reference
-from ..fake_quantizer import fake_quant, integer_range
+from ..fake_quantizer import dynamic_fake_quant, fake_quant, integer_range
 from .functional.iteration import children_of
 from .quantizer import ActivationQuantizer, check_scale
 
@@ -228,6 +230,85 @@ class UnsignedQuantizer(OtherGrid):
         return self.step
 
 
+class ChannelGroupQuantizer(OtherGrid):
+    """Round each channel, along the last dimension, in the steps of its group.
+
+    Source: Bondarenko et al., arXiv 2109.12948, section 4 (per-embedding-group quantization).
+    """
+
+    grid = "channel_groups"
+    made_by = "peg"
+    needs = "a scale for each group of channels"
+    steps: Tensor  # float32 (channels,), of which those of a group are equal
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        self.register_buffer("steps", torch.ones(channels, dtype=torch.float32, device=device))
+
+    def round(self, x: Tensor) -> Tensor:
+        return fake_quant(x, self.steps, self.bits, x.dim() - 1)
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        check_scale(f"{site}.steps", self.steps)
+
+    @property
+    def channels(self) -> int:
+        return len(self.steps)
+
+    @property
+    def largest_step(self) -> Tensor:
+        return self.steps.max()
+
+
+class OutlierColumnQuantizer(OtherGrid):
+    """Leave channels in float that reach `threshold` anywhere in a call; round the others by row.
+
+    A row, the last dimension, takes its range from itself, without those channels. They multiply
+    with the weight as it was before it was rounded.
+
+    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 3.
+    """
+
+    grid = "outlier_columns"
+    made_by = "llm_int8"
+    needs = "columns in float beside integers, and a scale for each row"
+    threshold: Tensor
+
+    def __init__(self, bits: int, kind: str, device: torch.device, channels: int = 1) -> None:
+        super().__init__(bits, kind, device)
+        threshold = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("threshold", threshold)
+
+    def round(self, x: Tensor) -> Tensor:
+        outliers = self._outliers(x)
+        return torch.where(outliers, x, self._others(x, outliers))
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor | None = None
+    ) -> Tensor:
+        if self._passes or exact is None:
+            return F.linear(self(x), weight, bias)
+        outliers = self._outliers(x)
+        y = F.linear(self._others(x, outliers), weight, bias)
+        # not F.linear and +, which the functional sites look at
+        kept = torch.ops.aten.linear.default(torch.where(outliers, x, 0.0), exact)
+        return torch.ops.aten.add.Tensor(y, kept)  # type: ignore[no-any-return]
+
+    def _outliers(self, x: Tensor) -> Tensor:
+        """Tell which channels of a call hold an outlier."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        return (rows.abs() >= self.threshold).any(0)
+
+    def _others(self, x: Tensor, outliers: Tensor) -> Tensor:
+        rows = torch.where(outliers, 0.0, x).reshape(-1, x.shape[-1])
+        return dynamic_fake_quant(rows, self.bits, 0).view_as(x)
+
+    def check_loaded(self, site: str) -> None:
+        super().check_loaded(site)
+        check_scale(f"{site}.threshold", self.threshold)
+
+
 GRIDS: Mapping[str, type[OtherGrid]] = MappingProxyType(
     {
         grid.grid: grid
@@ -237,6 +318,8 @@ GRIDS: Mapping[str, type[OtherGrid]] = MappingProxyType(
             ChannelShiftQuantizer,
             NoisyQuantizer,
             UnsignedQuantizer,
+            ChannelGroupQuantizer,
+            OutlierColumnQuantizer,
         )
     }
 )

@@ -67,8 +67,13 @@ class ActivationQuantizer(Grid):
         """
         return self._round(x)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return F.linear of what x becomes here."""
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor | None = None
+    ) -> Tensor:
+        """Return F.linear of what x becomes here.
+
+        exact: the weight before it was rounded, for grids that leave some of x in float.
+        """
         is_watched = self._forward_hooks or self._forward_pre_hooks or type(x) is not Tensor
         if (
             self._passes

@@ -89,7 +89,8 @@ def quantize(
     names = tuple(method.name for method in (*equalizations, *roundings))
     options = weight_bits, calibrator, coverage, weights, residual, overrides or {}, symmetric
     scheme = Scheme(bits, *options, names)
-    given = Data(_check_data(data, scheme), mask, progress)
+    reads = any(method.reads_data for method in (*equalizations, *roundings))
+    given = Data(_check_data(data, scheme, reads), mask, progress)
     refuse_quantized(model)
     check_devices(model)
     with ExitStack() as undo:  # an error leaves the model as it was
@@ -115,12 +116,12 @@ def quantize(
     return model
 
 
-def _check_data(data: Iterable[Any] | None, scheme: Scheme) -> Iterable[Any]:
+def _check_data(data: Iterable[Any] | None, scheme: Scheme, methods_read: bool) -> Iterable[Any]:
     """Return the batches of data; none if a dynamic model is not given any."""
     if data is None and not scheme.dynamic:
         wanted = f"calibrator={scheme.calibrator!r} needs data"
         raise ValueError(f"{wanted}, an iterable of input batches")
-    if scheme.methods and (data is None or iter(data) is data):
+    if methods_read and (data is None or iter(data) is data):
         raise ValueError(
             "methods read data several times: they need a list or a DataLoader of input batches, "
             f"got {type(data).__name__}"

@@ -13,6 +13,7 @@ from .bias_correction import BiasCorrection as BiasCorrection
 from .erq import ERQ as ERQ
 from .fq_vit import FQViT as FQViT
 from .gptq import GPTQ as GPTQ
+from .llm_int8 import LLMInt8 as LLMInt8
 from .method import Equalization as Equalization
 from .method import Method as Method
 from .method import Regridding as Regridding
@@ -20,6 +21,7 @@ from .method import Rounding as Rounding
 from .noisyquant import NoisyQuant as NoisyQuant
 from .oac import OAC as OAC
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
+from .peg import PEG as PEG
 from .ptq4vit import BasePTQ as BasePTQ
 from .ptq4vit import PTQ4ViT as PTQ4ViT
 from .qera import QERA as QERA
@@ -43,6 +45,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Rotate,
             FQViT,
             NoisyQuant,
+            PEG,
+            LLMInt8,
             BiasCorrection,
             WeightClipping,
             AdaRound,
@@ -79,6 +83,11 @@ def methods_of(
     if len(roundings) > 1:
         names = " and ".join(method.name for method in roundings)
         raise ValueError(f"{names} both choose the codes of the weights: take one of them")
+    if (keeping := [m.name for m in regriddings if m.keeps_weights]) and roundings:
+        raise ValueError(
+            f"{keeping[0]} multiplies with weights as they were, which {roundings[0].name} rounds "
+            "for good: take one of them"
+        )
     return equalizations, [*regriddings, *roundings]
 
 

@@ -13,6 +13,7 @@ class Method(ABC):
     """Changes a model so that rounding costs less; see Equalization, Regridding and Rounding."""
 
     name: ClassVar[str]
+    reads_data: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
@@ -33,6 +34,10 @@ class Regridding(Method):
     """Gives activations of the calibrated model other grids than uniform ones, before weights are
     rounded; what that computes in float stays the same.
     """
+
+    keeps_weights: ClassVar[bool] = (
+        False  # in float beside the codes, so that nothing may round them
+    )
 
 
 class Rounding(Method):
