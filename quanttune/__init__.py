@@ -23,6 +23,7 @@ from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
 from .quantization.learned_ranges import freeze_scales as freeze_scales
 from .quantization.learned_ranges import learn_scales as learn_scales
+from .quantization.outliers import learn_outliers as learn_outliers
 from .quantization.prefixes.prefix import prefix as prefix
 from .quantization.requantization import requantize as requantize
 from .quantization.rotation import rotate as rotate

@@ -81,6 +81,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "qera-approx": {"methods": [QERA(weighting="diagonal")]},
     "lqer": {"methods": [QERA(weighting="magnitude")]},
     "zeroquant-v2": {"methods": [QERA(weighting="none")]},
+    "gwq": {"methods": ["gwq"]},
     "peg": {"methods": ["peg"]},
     "llm_int8": {"methods": ["llm_int8"], "calibrator": "dynamic"},
     "dynamic, a scale per tensor": {"calibrator": "dynamic"},

@@ -15,6 +15,7 @@ from ..quantization.other_grids import (
     UnsignedQuantizer,
     refuse_other_grids,
 )
+from ..quantization.outliers import outliers_in
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
@@ -147,6 +148,11 @@ def check_constant(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) ->
         raise ValueError(
             f"{next(iter(corrected))} adds a product of floats to its own (qera), which no file "
             "says: quantize with another method"
+        )
+    if kept := outliers_in(model):
+        raise ValueError(
+            f"{next(iter(kept))} keeps weights in float among its codes (gwq, prequant), which no "
+            "file says: quantize with another method"
         )
     if any(quantizer.dynamic for quantizer in sites.values()):
         raise ValueError(

@@ -5,6 +5,7 @@ from torch import nn
 from .correction import Correction
 from .grid import Grid
 from .modules import CORRECTION, QuantizedModule, float_class_of
+from .outliers import Outliers
 from .parameters import Parameter, RoundsParameters
 from .state import state_of, weight_quantizers
 
@@ -74,6 +75,8 @@ def _reason(name: str, model: nn.Module) -> str:
         return NEVER
     if isinstance(module, Correction):
         return "a method adds it in float"
+    if isinstance(module, Outliers):
+        return "a method keeps these weights in float"
     if isinstance(module, (QuantizedModule, RoundsParameters)):
         own = f"{parameter}_quantizer"
         return OVERRIDE if hasattr(module, own) else f"{kind} adds it"

@@ -191,6 +191,7 @@ class WeightQuantizer(Grid):
         super().__init__()
         self.bits, self.axis = bits, axis
         self._held: tuple[Any, ...] | None = None  # a version of a parameter, and what came of it
+        self.outliers: Any = None  # what stays in float: outliers.py
         self.register_buffer("scale", None)
         self.register_parameter("factor", None)
         self.register_buffer("top", None)
@@ -201,10 +202,11 @@ class WeightQuantizer(Grid):
         return "tensor" if self.axis is None else "channel"
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.round(weight) if self.enabled else weight
+        rounded = self.round(weight) if self.enabled else weight
+        return rounded if self.outliers is None else self.outliers.put_into(rounded)
 
     def round(self, weight: Tensor) -> Tensor:
-        """Round a weight to its grids."""
+        """Round a weight to its grids, all of it."""
         return self._round(self.squashed(weight), self.axis)
 
     def squashed(self, weight: Tensor) -> Tensor:

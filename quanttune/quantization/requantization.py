@@ -151,7 +151,11 @@ def _check(
                 f"{name} rounds a parameter that no Linear holds, whose scale follows it: leave it "
                 "in float, by overrides"
             )
-    for name, (holder, _) in known.items():
+    for name, (holder, weight) in known.items():
+        if weight.outliers is not None:
+            raise ValueError(
+                f"{name} keeps weights in float among its codes: quantize the float model again"
+            )
         new_weight_quantizer(holder, scheme, name)  # of groups it says what fits
 
 

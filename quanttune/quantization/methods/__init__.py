@@ -13,6 +13,7 @@ from .bias_correction import BiasCorrection as BiasCorrection
 from .erq import ERQ as ERQ
 from .fq_vit import FQViT as FQViT
 from .gptq import GPTQ as GPTQ
+from .gwq import GWQ as GWQ
 from .llm_int8 import LLMInt8 as LLMInt8
 from .method import Equalization as Equalization
 from .method import Method as Method
@@ -22,6 +23,7 @@ from .noisyquant import NoisyQuant as NoisyQuant
 from .oac import OAC as OAC
 from .outlier_suppression import OutlierSuppression as OutlierSuppression
 from .peg import PEG as PEG
+from .prequant import PreQuant as PreQuant
 from .ptq4vit import BasePTQ as BasePTQ
 from .ptq4vit import PTQ4ViT as PTQ4ViT
 from .qera import QERA as QERA
@@ -54,6 +56,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             OAC,
             ERQ,
             QERA,
+            GWQ,
+            PreQuant,
             BasePTQ,
             PTQ4ViT,
             APQViT,

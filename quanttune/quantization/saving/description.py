@@ -15,6 +15,7 @@ from ..functional.operations import Operation
 from ..grid import check_scale
 from ..modules import QuantizedLinear
 from ..other_grids import add_described_grids, described_grids
+from ..outliers import add_described_outliers, check_outliers, described_outliers
 from ..prefixes.decoder import add_described_prefix, described_prefix
 from ..quantizer import ActivationQuantizer, WeightQuantizer
 from ..restoration import add_described, described_restorations, drop_restorations, restorations
@@ -55,6 +56,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         **_described_grids(model),
         **described_prefix(model),
         **described_corrections(model),
+        **described_outliers(model),
     }
 
 
@@ -109,6 +111,7 @@ def from_description(model: nn.Module, data: Any, undo: ExitStack) -> None:
             weight.scale = module.weight.new_ones(shape, dtype=torch.float32)
         if sites[name]["observer"] in LEARNED:
             weight.learn(weight.scale)
+    add_described_outliers(model, data.get("outliers", {}))
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -125,6 +128,7 @@ def check_loaded(model: nn.Module) -> None:
             check_scale(name, weight.step)
         if weight.top is not None and not (weight.top.isfinite() and weight.top >= 0):
             raise ValueError(f"{name}.top must be a magnitude, got {weight.top}")
+    check_outliers(model)
     for name, restoration in restorations(model).items():
         check_scale(f"{name}.restoration", restoration.scale)
         if not restoration.shift.isfinite().all():

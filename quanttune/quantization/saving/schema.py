@@ -3,13 +3,13 @@
 The names are those of compressed-tensors. `config_groups` are modules that have the same grids. It
 has no name for `parameter_groups`, parameters of modules that multiply with several (experts,
 MultiheadAttention), for `operation_groups`, functional sites, for `call_groups`, the places in
-modules' code that these stand at (places.py) or that stay in float, for `restorations`,
-LayerNorms that were equalized for the modules they are listed with, for `prefix`, the tokens whose
-keys and values a decoder keeps, for `corrections`, ranks of what Linear modules add in float, and
-for `grid_groups`, sites whose grids are not uniform (other_grids.py); only models that have such
-have the last three. `scheme` is what `quantize` was asked for. What is not `symmetric` has its zero
-point among the tensors, beside its scale. Weights are stored in float ("dense"), so that a loaded
-model can be trained on.
+modules' code that these stand at (places.py) or that stay in float, for `restorations`, LayerNorms
+that were equalized for the modules they are listed with, for `prefix`, the tokens whose keys and
+values a decoder keeps, for `corrections`, ranks of what Linear modules add in float, for
+`outliers`, how many weights stay in float among codes, and for `grid_groups`, sites whose grids are
+not uniform (other_grids.py); only models that have such have the last four. `scheme` is what
+`quantize` was asked for. What is not `symmetric` has its zero point among the tensors, beside its
+scale. Weights are stored in float ("dense"), so that a loaded model can be trained on.
 """
 
 import re
@@ -73,7 +73,10 @@ def check(data: Any) -> None:
         _check_prefix(data["prefix"])
     if isinstance(data, dict) and "corrections" in data:
         names.append("corrections")
-        _check_ranks(data["corrections"])
+        _check_counts(data["corrections"], "corrections", "a rank from 1")
+    if isinstance(data, dict) and "outliers" in data:
+        names.append("outliers")
+        _check_counts(data["outliers"], "outliers", "a number from 1")
     if isinstance(data, dict) and "grid_groups" in data:
         names.append("grid_groups")
         _check_grids(data["grid_groups"])
@@ -102,11 +105,11 @@ def _check_prefix(data: Any) -> None:
         raise ValueError(f"prefix.tokens must be a list of token ids, got {tokens!r}")
 
 
-def _check_ranks(data: Any) -> None:
-    _check_fields(data, data, "corrections")  # any names
-    for name, rank in data.items():
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"corrections.{name} must be a rank from 1, got {rank!r}")
+def _check_counts(data: Any, where: str, wanted: str) -> None:
+    _check_fields(data, data, where)  # any names
+    for name, count in data.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{where}.{name} must be {wanted}, got {count!r}")
 
 
 def _check_grids(data: Any) -> None:

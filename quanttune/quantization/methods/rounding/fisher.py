@@ -11,6 +11,7 @@ from ...running import Data, evaluating, in_float, main_output
 from ...token_mask import counting, inside
 from .layers import Layer, rounded_input
 
+NO_GRADIENT = "what the model returns has no gradient: does it compute under no_grad?"
 Call = tuple[nn.Module, Tensor, Tensor]  # of a layer, what it multiplies and what it returns
 
 
@@ -40,6 +41,36 @@ def fishers_of(
     return list(sums.values())
 
 
+def squared_gradients_of(
+    model: nn.Module, layers: Sequence[Layer], data: Data, what: str | None = None
+) -> list[Tensor]:
+    """Return for each layer the sum over batches of the squared gradient of its weight, float32.
+
+    It is the gradient of what the model answers in float, each element with a random sign.
+
+    Raises:
+        ValueError: the answer has no gradient.
+    """
+    weights = [layer.module.weight for layer in layers]
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    signs = torch.Generator().manual_seed(0)
+    with ExitStack() as undo:
+        for weight in weights:
+            undo.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
+        for context in (in_float(model), evaluating(model), torch.enable_grad()):
+            undo.enter_context(context)
+        for batch in data.track(what):
+            with counting(model, batch, data.mask) as (args, kwargs):
+                answer = signed_sum(main_output(model(*args, **kwargs)), signs)
+            if not answer.requires_grad:
+                raise ValueError(NO_GRADIENT)
+            found = torch.autograd.grad(answer, weights, materialize_grads=True)
+            for total, gradient in zip(sums, found, strict=True):
+                total += gradient.float().square()
+    return sums
+
+
 def _zeros(layer: Layer) -> Tensor:
     return torch.zeros(2 * [layer.inputs], dtype=torch.float64, device=layer.module.weight.device)
 
@@ -54,7 +85,7 @@ def signed_sum(answer: Tensor, generator: torch.Generator) -> Tensor:
 def _add(sums: dict[nn.Module, Tensor], calls: Sequence[Call], answer: Tensor) -> None:
     """Add G^T G of each sample of a batch, where G sums over the calls of a layer."""
     if not (calls and answer.requires_grad):
-        raise ValueError("what the model returns has no gradient: does it compute under no_grad?")
+        raise ValueError(NO_GRADIENT)
     found = torch.autograd.grad(answer, [y for *_, y in calls], materialize_grads=True)
     pairs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for (module, x, _), gradient in zip(calls, found, strict=True):
