@@ -15,6 +15,7 @@ from .deploy.compressed_tensors import (
 )
 from .deploy.onnx_export import export_onnx as export_onnx
 from .deploy.torch_export import export_torch as export_torch
+from .deploy.torchao_folder import export_torchao as export_torchao
 from .deploy.verification.verify import verify as verify
 from .distillation.distiller import distill as distill
 from .distillation.rectification import rectify_attention as rectify_attention

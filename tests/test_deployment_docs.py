@@ -15,7 +15,7 @@ START, EXPORT, *SNIPPETS = snippets_of(PAGE)
 
 
 def test_the_page_has_all_snippets():
-    assert len(SNIPPETS) == 11
+    assert len(SNIPPETS) == 12
 
 
 @pytest.fixture(scope="module")

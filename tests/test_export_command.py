@@ -64,7 +64,7 @@ def test_a_folder_of_compressed_tensors_is_whole(tmp_path):
         run("export", tmp_path / "model", "--out", tmp_path / "b", *options, "--opset", 20)
     with pytest.raises(ValueError, match="--with-past has an effect with --format onnx only"):
         run("export", tmp_path / "model", "--out", tmp_path / "b", *options, "--with-past")
-    with pytest.raises(ValueError, match="--format must be one of onnx, compressed-tensors, got"):
+    with pytest.raises(ValueError, match=r"--format must be one of .*, torchao, got"):
         run("export", tmp_path / "model", "--out", tmp_path / "b", "--format", "gguf")
 
 

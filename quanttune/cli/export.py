@@ -8,7 +8,7 @@ import typer
 from . import options
 from .terminal import Json, say, writable, write_numbers
 
-ONNX, COMPRESSED = FORMATS = ("onnx", "compressed-tensors")
+ONNX, *FOLDERS = FORMATS = ("onnx", "compressed-tensors", "torchao")
 
 
 def run(
@@ -16,7 +16,7 @@ def run(
     model: Annotated[str, typer.Argument(help="A folder of quanttune calibrate.")],
     out: Annotated[Path, typer.Option(help="The file, or folder.", callback=writable)],
     format: Annotated[
-        str, typer.Option(help=f"{ONNX}, or {COMPRESSED} for vLLM and transformers.")
+        str, typer.Option(help=f"{ONNX}, or for transformers {' or '.join(FOLDERS)}.")
     ] = ONNX,
     task: options.Task = None,
     target: Annotated[
@@ -36,7 +36,7 @@ def run(
     ] = False,
     json: Json = None,
 ) -> None:
-    """Write a quantized model to an ONNX file of integers, or a folder for vLLM.
+    """Write a quantized model to an ONNX file of integers, or a folder for vLLM or torchao.
 
     Example: quanttune export sst2-w8a8 --out sst2.onnx
 
@@ -47,15 +47,15 @@ def run(
     Example: quanttune export t5-w8a8 --out t5-onnx  (an encoder and a decoder: a folder)
     """
     options.one_of("--format", format, FORMATS)
-    if format == COMPRESSED:
+    if format in FOLDERS:
         of_onnx = ("target", "act_dtype", "opset", "with_past")
         options.refuse_given(context, of_onnx, f"with --format {ONNX}")
     settings = options.dataset(model, "", task)
     with options.of_extra("deploy"):
         from ..jobs import export
 
-        if format == COMPRESSED:
-            outcome = export.export_compressed(settings, out)
+        if format in FOLDERS:
+            outcome = export.export_folder(settings, out, format)
         else:
             outcome = export.export(
                 settings,

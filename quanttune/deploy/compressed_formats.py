@@ -42,7 +42,7 @@ class IntQuantized(Format):
     content = "the format has the inputs and weights of Linear modules alone, at 8 bits"
 
     def tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
-        codes, scale = _codes_and_scale(linear)
+        codes, scale = codes_and_scale(linear)
         inputs = linear.input_quantizer
         assert isinstance(inputs, ActivationQuantizer)
         found = {"weight": codes, "weight_scale": scale, "input_scale": inputs.scale.reshape(1)}
@@ -65,7 +65,7 @@ class PackQuantized(Format):
     content = "the format has the weights of Linear modules alone, at 2 to 8 bits"
 
     def tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
-        codes, scale = _codes_and_scale(linear)
+        codes, scale = codes_and_scale(linear)
         bits: Any = linear.weight_quantizer.bits
         packed = packed_codes(codes, bits)
         return {
@@ -95,7 +95,7 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(words.astype(np.int32))
 
 
-def _codes_and_scale(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
+def codes_and_scale(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
     """Return a weight as int8, and its scales: of the tensor, or (outputs, 1 or groups)."""
     quantizer = linear.weight_quantizer
     assert isinstance(quantizer, WeightQuantizer)

@@ -44,14 +44,14 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
         raise ValueError(f"model must be one of transformers, got {type(model).__name__}")
     check_constant(model)
     form: Format = IntQuantized() if quantizers(model) else PackQuantized()
-    linears = dict(_quantized_linears(model, form))
+    linears = dict(quantized_linears(model, form))
     if not linears:
         raise ValueError(f"no Linear module of {type(model).__name__} is rounded: {form.content}")
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already: choose another folder")
-    tensors = _float_tensors(model)
+    tensors = float_tensors(model)
     for name, linear in linears.items():
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in form.tensors(linear).items()}
@@ -64,7 +64,7 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
     config.save_pretrained(folder)
 
 
-def _quantized_linears(model: nn.Module, form: Format) -> Iterator[tuple[str, QuantizedLinear]]:
+def quantized_linears(model: nn.Module, form: Format) -> Iterator[tuple[str, QuantizedLinear]]:
     """Yield the Linear modules that are rounded in whole; refuse what else is rounded."""
     if prefix_of(model):
         raise ValueError(f"{type(model).__name__} keeps a prefix, which the format cannot say")
@@ -88,7 +88,8 @@ def _quantized_linears(model: nn.Module, form: Format) -> Iterator[tuple[str, Qu
             quantizer = found.pop(site)
             if quantizer.bits not in form.widths:
                 raise ValueError(f"{site} has {quantizer.bits} bits: {form.content}")
-            if isinstance(quantizer, ActivationQuantizer) and not quantizer.calibrated:
+            is_unknown = isinstance(quantizer, ActivationQuantizer) and not quantizer.dynamic
+            if is_unknown and not quantizer.calibrated:
                 raise ValueError(
                     f"{site} was never reached during calibration: give quantize other data, or "
                     f"leave the module in float, by overrides={{{name!r}: None}}"
@@ -111,7 +112,7 @@ def _check_untied(name: str, linear: QuantizedLinear, model: nn.Module) -> None:
             )
 
 
-def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
+def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what stays as it is; of tensors that are tied the first, as from_pretrained wants."""
     tensors: dict[str, Tensor] = {}
     known: set[tuple[Any, ...]] = set()

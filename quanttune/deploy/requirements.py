@@ -41,6 +41,7 @@ RUNTIMES = {
 _ON_PHONES = "for phones there are ONNX Runtime, and export_torch for executorch and litert"
 _OTHERS = {
     **dict.fromkeys(TARGETS, "it takes a program of PyTorch: call export_torch (Python)"),
+    "torchao": "it takes a folder: call export_torchao (--format torchao)",
     "vllm": "it takes a folder: call export_compressed_tensors (--format compressed-tensors)",
     "ncnn": f"its converter, pnnx 20261020, crashes on such files; {_ON_PHONES}",
     "mnn": f"version 3.6.1 makes a file without outputs of them; {_ON_PHONES}",
@@ -133,8 +134,13 @@ def check_model(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) -> No
             )
 
 
-def check_constant(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) -> None:
-    """Refuse a model without constant scales, with grids of others, or not in float32."""
+def check_constant(
+    model: nn.Module, grids: tuple[type[OtherGrid], ...] = (), or_dynamic: bool = False
+) -> None:
+    """Refuse a model without constant scales, with grids of others, or not in float32.
+
+    or_dynamic: let ranges pass that are taken from each tensor.
+    """
     state_of(model)
     name = type(model).__name__
     if is_attached(model):
@@ -154,7 +160,7 @@ def check_constant(model: nn.Module, grids: tuple[type[OtherGrid], ...] = ()) ->
             f"{next(iter(kept))} keeps weights in float among its codes (gwq, prequant), which no "
             "file says: quantize with another method"
         )
-    if any(quantizer.dynamic for quantizer in sites.values()):
+    if not or_dynamic and any(quantizer.dynamic for quantizer in sites.values()):
         raise ValueError(
             f"{name} takes ranges from each tensor: quantize it with data, and a calibrator "
             'other than "dynamic"'

@@ -1,9 +1,10 @@
-"""Write a quantized model's folder as an ONNX file, or as one of compressed-tensors. What
-`quanttune export` does.
+"""Write a quantized model's folder as an ONNX file, or as one of compressed-tensors or torchao.
+What `quanttune export` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -15,6 +16,7 @@ from ..deploy.external_data import size_of
 from ..deploy.onnx_export import export_onnx
 from ..deploy.parts import part_files
 from ..deploy.past import prompt
+from ..deploy.torchao_folder import export_torchao
 from ..deploy.tracing import BATCH
 from . import models
 from .models import ModelSource, find_model
@@ -22,6 +24,9 @@ from .settings import Settings
 
 TEXTS = ("one two", "one two three four five six")
 TEXT = {**BATCH, 1: "tokens"}
+FOLDERS: Mapping[str, Callable[..., None]] = MappingProxyType(
+    {"compressed-tensors": export_compressed_tensors, "torchao": export_torchao}
+)
 
 
 def export(
@@ -62,8 +67,8 @@ def export(
     }
 
 
-def export_compressed(settings: Settings, out: Path) -> dict[str, Any]:
-    """Write a quantized model to a folder of compressed-tensors, its tokenizer too.
+def export_folder(settings: Settings, out: Path, format: str) -> dict[str, Any]:
+    """Write a quantized model to a folder of one of FOLDERS, its tokenizer too.
 
     Raises:
         ValueError: the model is not quantized, or otherwise than the format can say.
@@ -72,7 +77,7 @@ def export_compressed(settings: Settings, out: Path) -> dict[str, Any]:
     source, model = load_calibrated(settings)
     if has_two_parts(model):
         raise ValueError(f"{settings.model} has an encoder and a decoder: export it as onnx")
-    export_compressed_tensors(model, out)
+    FOLDERS[format](model, out)
     models.load_processor(source.name, source.task).save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir())
     return {"out": str(out), "task": source.task, "model": source.origin, "bytes": size}
