@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import MODELS, shallow
 from torch import Tensor, nn
 
 import quanttune as qt
@@ -116,6 +117,34 @@ def test_saved_loaded_copied_and_told(tmp_path):
     assert [one.reason for one in told.floats if "correction" in one.name][:1] == [
         "a method adds it in float"
     ]
+
+
+@pytest.mark.parametrize("weights", [8, "channel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loaded_models_compute_the_same_bits_where_nothing_is_rounded_behind(
+    name, weights, tmp_path
+):
+    example = shallow(name)
+    fresh = copy.deepcopy(example.model)
+    options = {"coverage": "weight_only", "weight_bits": 4, "weights": weights}
+    if name == "swin":
+        options["overrides"] = {"layers*": None}  # of 12 channels
+    model = qt.quantize(example.model, methods=["qera"], data=[example.inputs], **options)
+    qt.save(model, tmp_path / "model.safetensors")
+    again = qt.load(fresh, tmp_path / "model.safetensors")
+    for found, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        assert found.stride() == wanted.stride()
+    assert torch.equal(example.logits(again), example.logits())
+
+
+def test_half_precision_holds_what_is_added():
+    x = torch.randn(200, 16)
+    x[:, 3] = 1e-6  # of which the inverse of its moments is large
+    model = quantized(x, QERA(rank=16))
+    exact = model(x).detach()
+    for one in (model[0].correction, model[2].correction):
+        assert max(p.abs().max().item() for p in one.parameters()) < 100
+    assert (model.half()(x.half()).float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_other_descriptions_and_exports_are_refused(tmp_path):

@@ -24,7 +24,9 @@ class Correction(nn.Module):
 
 def add_correction(module: Any, down: Tensor, up: Tensor) -> None:
     """Let a quantized Linear or Conv1D add a product with up @ down, (outputs, inputs)."""
-    module.add_module(CORRECTION, Correction(down.to(module.weight), up.to(module.weight)))
+    # in rows, as a file holds them: of other strides a product may differ in its last bits
+    held = (part.to(module.weight).contiguous() for part in (down, up))
+    module.add_module(CORRECTION, Correction(*held))
 
 
 def drop_corrections(model: nn.Module) -> None:

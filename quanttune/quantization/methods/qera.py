@@ -78,9 +78,16 @@ class QERA(LayerByLayer):
 def low_rank(errors: Tensor, root: Tensor, inverse: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (rank, inputs) and (outputs, rank), whose product is nearest to errors @ root, times
     its inverse; float64.
+
+    Both factors of a rank reach as far, so that half precision holds them: the inverse has large
+    numbers where inputs have little.
     """
     left, values, right = torch.linalg.svd(errors @ root, full_matrices=False)
-    return right[:rank] @ inverse, left[:, :rank] * values[:rank]
+    down, up = right[:rank] @ inverse, left[:, :rank] * values[:rank]
+    ends = down.abs().amax(1), up.abs().amax(0)
+    balance = (ends[1] / ends[0]).sqrt()
+    balance = torch.where((balance > 0) & balance.isfinite(), balance, 1.0)
+    return down * balance[:, None], up / balance
 
 
 def _exact(sums: InputSums) -> tuple[Tensor, Tensor]:
