@@ -285,6 +285,14 @@ def test_what_takes_uniform_grids_only_refuses_others_by_name(what, methods, mes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["ptq4vit", "peg", "llm_int8"])
+def test_models_with_other_grids_are_compiled_in_one_graph(method):
+    example = shallow("vit")
+    model = qt.quantize(example.model, coverage="linear", methods=[method], data=[IMAGES])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+
+
 def test_other_widths_are_refused():
     model = qt.quantize(Sums(), 8, methods=["fq_vit"], data=[torch.randn(9, 4)])
     with pytest.raises(ValueError, match=r"fq_vit chose the grid of norm\.input_\w+ for 8"):

@@ -8,6 +8,7 @@ import torch
 from models import MODELS
 from onnx import numpy_helper
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import quanttune as qt
 from quanttune.deploy.onnx_model import OnnxModel
@@ -73,6 +74,23 @@ def test_narrower_weights_are_those_of_the_same_codes_quantized_anew():
     for name, (holder, one) in weight_quantizers(model).items():
         other, grid = weight_quantizers(fresh)[name]
         assert torch.equal(one(holder.weight), grid(other.weight))
+
+
+def test_experts_and_what_no_module_holds_get_the_width():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    torch.manual_seed(0)
+    exact = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    ids = torch.randint(2, 60, (2, 7))
+    model, fresh = (
+        qt.quantize(copy.deepcopy(exact), bits, weights=weights, data=[ids])
+        for bits, weights in ((8, "channel"), (5, "tensor"))
+    )
+    qt.requantize(model, 5, "tensor")
+    assert torch.equal(model(ids).logits, fresh(ids).logits)
+    assert describe(model) == describe(fresh)
+    with pytest.raises(ValueError, match="rounds a parameter that no Linear holds"):
+        qt.requantize(model, power_of_two=True)
 
 
 # ------------------------------------------------------------------ powers of two

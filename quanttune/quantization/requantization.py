@@ -85,6 +85,8 @@ def requantize(
             _renew(holder, weight, new_weight_quantizer(holder, scheme, name))
         if power_of_two:
             _round_scales(holder)
+    if renewed:
+        _renew_others(model, scheme)
     if correct_weights:
         for layer in layers_of(model):
             _keep_sums(layer)
@@ -228,6 +230,16 @@ def _renew(holder: Any, one: WeightQuantizer, made: nn.Module) -> None:
         if one.axis == made.axis and size[0] == size[1] and made.bits >= one.bits:
             made.scale = one.scale
     holder.weight_quantizer = made
+
+
+def _renew_others(model: nn.Module, scheme: Scheme) -> None:
+    """Give weights that no module holds, whose grids follow them, other ones."""
+    known = weight_quantizers(model)
+    for name, one in model.named_modules():
+        if isinstance(one, WeightQuantizer) and name not in known:
+            made = scheme.weight_quantizer(name, 0)
+            if isinstance(made, WeightQuantizer):
+                one.bits, one.axis = made.bits, made.axis
 
 
 @torch.no_grad()
