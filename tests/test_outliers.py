@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -206,6 +207,45 @@ def test_trainers_move_outliers_alone_and_the_model_is_saved(kind, tmp_path):
     example.model.eval().save_pretrained(tmp_path / "model")
     again = BertForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(example.logits(again), example.logits())
+
+
+def marked_vit():
+    example = MODELS["vit"]()
+    qt.quantize(example.model.eval(), weight_bits=4, methods=["prequant"], data=[example.inputs])
+    qt.learn_outliers(example.model.train())
+    return example, {name: value.clone() for name, value in example.model.state_dict().items()}
+
+
+def moved(model, before):
+    return {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+
+
+def test_lightning_moves_outliers_alone(tmp_path):
+    from test_lightning_callback import Classifier, loader, make_trainer
+
+    from quanttune.trainer import QuantTuneCallback
+
+    example, before = marked_vit()
+    data = loader([(example.inputs[i : i + 2], example.labels[i : i + 2]) for i in (0, 2)] * 2)
+    callback = QuantTuneCallback({"alpha": 0.1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Lightning says of loaders, and asks of torch
+        make_trainer(tmp_path, callback).fit(Classifier(example.model), data)
+    found = moved(example.model, before)
+    assert found
+    assert all(name.endswith(".outliers.values") for name in found)
+
+
+def test_tasks_of_timm_move_outliers_alone():
+    from test_timm_task import begin, train
+
+    example, before = marked_vit()
+    task, _ = begin(example.model, alpha=0.1)
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    train(task, optimizer, [(example.inputs, example.labels)] * 2)
+    found = moved(example.model, before)
+    assert found
+    assert all(name.endswith(".outliers.values") for name in found)
 
 
 # ------------------------------------------------------------------ files of others

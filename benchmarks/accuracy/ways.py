@@ -179,6 +179,10 @@ def _bytes(model: nn.Module) -> int:
         weight = holder.weight
         size += weight.numel() * quantizer.bits // 8 - 4 * weight.numel()
         size += 4 * quantizer.scale_of(weight).numel()
+        if quantizer.outliers is not None:  # 16 bits and a place, not 32 bits
+            size += 2 * len(quantizer.outliers.positions)
+        if getattr(getattr(holder, "input_quantizer", None), "grid", "") == "outlier_columns":
+            size += 2 * weight.numel()  # kept in 16 bits beside the codes
     return size
 
 
