@@ -72,7 +72,7 @@ def test_every_verb_has_help_with_an_example():
 
 
 def test_the_help_of_calibrate_names_every_method():
-    output = runner.invoke(cli.app, ["calibrate", "--help"], env={"COLUMNS": "400"}).output
+    output = runner.invoke(cli.app, ["calibrate", "--help"], env={"COLUMNS": "800"}).output
     assert f"{', '.join(METHODS)}. Repeat for several." in output
 
 
