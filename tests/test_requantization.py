@@ -126,6 +126,38 @@ def test_all_scales_become_powers_of_two_and_nothing_is_clipped(name, symmetric,
     assert torch.equal(example.logits(fine), example.logits(model))
 
 
+def test_rows_of_a_table_are_rounded_in_their_own_steps():
+    example = prepared("opt")
+    model = qt.requantize(quantized(example), power_of_two=True)
+    table = model.model.decoder.embed_tokens
+    rounded = table.weight_quantizer(table.weight)
+    assert torch.equal(table(example.inputs), rounded[example.inputs])
+    codes = rounded / table.weight_quantizer.scale[:, None]
+    assert torch.equal(codes, codes.round())
+
+
+def test_codes_of_a_method_follow_what_norms_return():
+    example = prepared("vit")
+    norm, first = example.model.blocks[0].norm1, quantized(example, coverage="linear")
+    scale = first.blocks[0].attn.qkv.input_quantizer.scale
+    norm.weight.data *= 1.3 * nearest_power_of_two(scale) / scale
+    model = quantized(example, coverage="linear", methods=["gptq"])
+    layer = model.blocks[0].attn.qkv
+    scale = layer.weight_quantizer.scale.clone()
+    factor = layer.input_quantizer.scale / nearest_power_of_two(layer.input_quantizer.scale)
+    qt.requantize(model, power_of_two=True, example=example.inputs)
+    assert factor.item() == pytest.approx(1.3, rel=1e-3)
+    wide = power_of_two_above(scale * factor)
+    rows = layer.weight.detach().double()
+    loss = [
+        ((rows / s[:, None]).round().clamp(-128, 127) * s[:, None] - rows).square().sum(1)
+        for s in (wide.double(), wide.double() / 2)
+    ]
+    best = torch.where(loss[1] < loss[0], wide / 2, wide)
+    assert torch.equal(layer.weight_quantizer.scale, best)
+    assert (power_of_two_above(scale) != wide).any()
+
+
 def test_a_weight_takes_the_scale_that_loses_less():
     layer = nn.Linear(64, 2, bias=False)
     with torch.no_grad():
