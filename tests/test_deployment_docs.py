@@ -31,6 +31,8 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_a_snippet(index, exported, monkeypatch):
+    if "export_torchao" in SNIPPETS[index]:
+        pytest.importorskip("torchao", "0.18")
     folder, names = exported[0], dict(exported[1])
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # which reports the import

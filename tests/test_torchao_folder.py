@@ -14,7 +14,7 @@ from torch import nn
 
 import quanttune as qt
 
-pytest.importorskip("torchao.quantization.quantize_.workflows.int8.int8_tensor")
+pytest.importorskip("torchao", "0.18")
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore::FutureWarning")]
 DYNAMIC = {"calibrator": "dynamic", "coverage": "linear_inputs"}
 
