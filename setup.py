@@ -102,7 +102,11 @@ setup(
     # package.
     packages=["quanttune.triton_kernels", *find_packages(include=["quanttune", "quanttune.*"])],
     package_dir={"quanttune": "quanttune", "quanttune.triton_kernels": "triton_kernels"},
-    package_data={"quanttune": ["py.typed", "*.pyi"], "quanttune.report": ["*.jinja"]},
+    package_data={
+        "quanttune": ["py.typed", "*.pyi"],
+        "quanttune.report": ["*.jinja"],
+        "quanttune.jobs.reproduction": ["*.csv"],
+    },
     include_package_data=False,
     ext_modules=[
         Extension("quanttune._C", sorted(map(str, Path("csrc").glob("*.cpp"))), optional=True)

@@ -20,6 +20,7 @@ from . import (
     refit,
     report,
     requantize,
+    reproduce,
     tune,
     verify,
 )
@@ -47,6 +48,7 @@ app.command("verify")(verify.run)
 app.command("bench")(bench.run)
 app.command("auto")(auto.run)
 app.command("analyze")(analyze.run)
+app.command("reproduce")(reproduce.run)
 app.command("report")(report.run)
 app.command("doctor")(doctor.run)
 learn(app)

@@ -1,7 +1,5 @@
 """`quanttune auto`."""
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from ..choosing.judge import allowed_drop
 from ..choosing.targets import TARGETS
 from ..progress import Progress
 from . import options
-from .stopping import stopping
+from .stopping import say_how_to_go_on, stopping
 from .terminal import Json, say, showing, write_numbers
 
 NOT_MET = 3  # the status of a drop that could not be met
@@ -97,7 +95,7 @@ def run(
                     resume=resume, dry_run=dry_run, say=say, progress=advance,
                 )  # fmt: skip
     except KeyboardInterrupt:
-        _say_how_to_go_on(out, resume)
+        say_how_to_go_on(out, resume)
         raise typer.Exit(130) from None
     write_numbers(json, found)
     if not dry_run:
@@ -139,14 +137,6 @@ def _searching(progress: Progress) -> Iterator[Progress]:
                     raise
 
         yield advance
-
-
-def _say_how_to_go_on(out: Path, resume: bool) -> None:
-    if not (out / "config.json").exists():
-        say("interrupted: nothing was written")
-        return
-    again = ["quanttune", *sys.argv[1:], *([] if resume else ["--resume"])]
-    say(f"interrupted. To go on: {shlex.join(again)}")
 
 
 def _print(found: dict[str, Any], out: Path) -> None:

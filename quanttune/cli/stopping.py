@@ -1,9 +1,12 @@
 """Ctrl-C between steps, not in the middle of one."""
 
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from .terminal import say
@@ -43,3 +46,12 @@ def stopping(said: str = STEP) -> Iterator[Callable[[], None]]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def say_how_to_go_on(out: Path, resume: bool) -> None:
+    """Say with which command an interrupted run in a folder goes on."""
+    if not (out / "config.json").exists():
+        say("interrupted: nothing was written")
+        return
+    again = ["quanttune", *sys.argv[1:], *([] if resume else ["--resume"])]
+    say(f"interrupted. To go on: {shlex.join(again)}")

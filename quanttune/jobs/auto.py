@@ -1,6 +1,5 @@
 """Choose how to quantize a model for a target, and deliver it. What `quanttune auto` does."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..choosing.judge import mean_of, parts_of
 from ..choosing.recipe import Builder, Recipe
 from ..choosing.search import Trial
 from ..choosing.targets import target_of
-from ..files import write_json, write_text
+from ..files import write_json
 from ..progress import Progress, silent
 from .auto_rows import Request, Rows, evaluation, first_rows, load_parts
 from .checkpoints import read_object
@@ -61,7 +60,7 @@ def auto(
         return parts.facts
     with held(out):
         folder.check(config, resume)  # another process may have been at work in between
-        known = _known(folder) if folder.is_begun else []
+        known = [Trial(**line) for line in folder.lines()] if folder.is_begun else []
         if not folder.is_begun:
             folder.begin(config)
         facts = {**config, **parts.facts}
@@ -170,11 +169,3 @@ def _facts(choice: Choice, parts: Sequence[range]) -> dict[str, Any]:
             for recipe, trial in choice.tried
         ],
     }
-
-
-def _known(folder: RunFolder) -> list[Trial]:
-    """Return the trials of a run; a line that was being written is left out, also of the file."""
-    *lines, torn = folder.metrics.read_text(encoding="utf-8").split("\n")
-    if torn:
-        write_text(folder.metrics, "".join(f"{line}\n" for line in lines))
-    return [Trial(**json.loads(line)) for line in lines]

@@ -45,13 +45,15 @@ class Dataset(ModelSource):
     facts: dict[str, Any]
     said: list[str]
 
-    def batches(self, settings: Settings, model: nn.Module, limit: int | None = None) -> Batches:
+    def batches(
+        self, settings: Settings, model: nn.Module, limit: int | None = None, workers: int = 0
+    ) -> Batches:
         """Return the rows on the model's device, `settings.batch_size` at a time.
 
-        limit: take so many, drawn by the seed.
+        limit: take so many, drawn by the seed. workers: processes that make them ready.
         """
         rows = drawn(self.rows, limit, settings.seed)
-        loader = DataLoader(rows, settings.batch_size, collate_fn=self.collate)
+        loader = DataLoader(rows, settings.batch_size, collate_fn=self.collate, num_workers=workers)
         return Batches(loader, next(model.parameters()).device)
 
 
@@ -62,6 +64,7 @@ def load_dataset(
     limit: int | None = None,
     part: tuple[float, float] | None = None,
     last_words: bool = False,
+    scores: bool = False,
 ) -> Dataset:
     """Read the data of a run and make them inputs of its model, which is not loaded yet.
 
@@ -70,6 +73,7 @@ def load_dataset(
         limit: take so many rows, drawn by `settings.seed`.
         part: take those from one share of all to another, in the order that it draws.
         last_words: for generation, a row for the last word of each text.
+        scores: the labels are numbers that the model is to come near, such as those of stsb.
 
     Raises:
         ValueError: the data do not fit the task or the model; it says what would.
@@ -83,7 +87,10 @@ def load_dataset(
     }
     said: list[str] = []
     classes: dict[Any, int] = {}
-    if task not in ("text-generation", "text2text-generation"):
+    if scores:
+        models.expect_score(config)
+        classes = {score: score for score in rows.unique(rows.column_names[-1])}
+    elif task not in ("text-generation", "text2text-generation"):
         labels = labels_of(rows)
         if new_head and len(labels.names) < 2:
             raise ValueError(

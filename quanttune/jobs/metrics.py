@@ -41,6 +41,18 @@ def _matthews(found: Tensor, labels: Tensor) -> float:
     return 100 * float(matthews_corrcoef(labels, found))
 
 
+def _scores(model: nn.Module, batch: dict[str, Tensor]) -> Kept:
+    """Return the number that each row gets, and its label."""
+    labels = batch.pop("labels")
+    return model(**batch).logits.squeeze(-1).double(), labels.double()
+
+
+def _pearson(found: Tensor, labels: Tensor) -> float:
+    if not (found.std() and labels.std()):
+        return 0.0  # who always says the same says nothing
+    return 100 * float(torch.corrcoef(torch.stack([found, labels]))[0, 1])
+
+
 def _losses(model: nn.Module, batch: dict[str, Tensor]) -> Kept:
     """Return the sum of the losses of a batch, and how many tokens they are of."""
     labels = batch.pop("labels")[:, 1:]
@@ -102,7 +114,7 @@ class Metric:
     """A number that a model gets for many rows.
 
     Args:
-        kind: of the task, classification, generation or text2text.
+        kind: of the task, classification, regression, generation or text2text.
         keep: takes a model and a batch; returns two tensors, or lists of tokens, that are joined
             over the batches.
         score: makes the number of both; of tokens it gets the texts.
@@ -120,6 +132,7 @@ METRICS = {
     "accuracy": Metric("classification", _labels, _accuracy),
     "f1": Metric("classification", _labels, _f1),
     "matthews_correlation": Metric("classification", _labels, _matthews),
+    "pearson": Metric("regression", _scores, _pearson),
     "perplexity": Metric("generation", _losses, _perplexity, less_is_better=True),
     "last_word": Metric("generation", _last_words, _last_word),
     "last_token": Metric("generation", _last_words, _last_token),

@@ -161,6 +161,12 @@ def replace_labels(config: Any, names: list[str]) -> list[int]:
     return list(range(len(names)))
 
 
+def expect_score(config: Any) -> None:
+    """Give the model a head of one number, which is trained by its squared error."""
+    config.num_labels = 1
+    config.problem_type = "regression"
+
+
 def load_model(model: str, config: Any, task: str) -> tuple[nn.Module, list[str]]:
     """Return the model for a task in float32, and which of its weights are drawn at random.
 

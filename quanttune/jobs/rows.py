@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,21 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def splits_of(settings: Settings) -> list[str]:
+    """Return the names of a dataset's splits; a file has one."""
+    with _telling_what_is_missing(settings):
+        return list(_loader(settings)())
+
+
 def _read(settings: Settings) -> Dataset:
+    with _telling_what_is_missing(settings):
+        rows = _split(_loader(settings), settings)
+    is_text = Path(settings.data).suffix.lower() == ".txt"
+    return rows.filter(_is_no_blank, batched=True) if is_text else rows
+
+
+def _loader(settings: Settings) -> Callable[..., Any]:
+    """Return what loads a dataset: all splits, or the one that it is told."""
     path = Path(settings.data).expanduser()
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in _READERS:
@@ -120,15 +135,22 @@ def _read(settings: Settings) -> Dataset:
         raise ValueError(f"a data file has no subsets, got {settings.subset!r}")
     if path.is_file():
         reader, options = _READERS[suffix]
-        rows = _split(partial(load_dataset, reader, data_files=str(path), **options), settings)
-        return rows.filter(_is_no_blank, batched=True) if reader == "text" else rows
+        return partial(load_dataset, reader, data_files=str(path), **options)
     if path.is_dir():
-        return _split(partial(load_dataset, str(path), settings.subset), settings)
+        return partial(load_dataset, str(path), settings.subset)
     if suffix in _READERS or settings.data.startswith((".", "~", os.sep)):
         raise FileNotFoundError(f"there is no file or folder {settings.data}")
+    return partial(load_dataset, settings.data, settings.subset)
+
+
+@contextmanager
+def _telling_what_is_missing(settings: Settings) -> Iterator[None]:
+    """Say of a name that it is neither a file nor a dataset of the Hub."""
     try:
-        return _split(partial(load_dataset, settings.data, settings.subset), settings)
+        yield
     except (FileNotFoundError, ConnectionError) as error:
+        if Path(settings.data).expanduser().exists() or "there is no file" in str(error):
+            raise
         raise FileNotFoundError(
             f"there is no file or folder {settings.data}, and no dataset of that name can be had "
             "from the Hugging Face Hub"

@@ -54,9 +54,10 @@ class RunFolder:
             before["settings"]["steps"] = new
         changed = list(_differences({key: before.get(key) for key in config}, config))
         if changed:
+            more = " (--steps may be more)" if isinstance(new, int) else ""
             raise ValueError(
                 f"{self.path} was begun otherwise: {'; '.join(changed)}. Resume with the same "
-                "arguments (--steps may be more), or choose another --out"
+                f"arguments{more}, or choose another --out"
             )
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -106,6 +107,13 @@ class RunFolder:
         partial.rename(self.model)
         sync(self.path)
         self._sweep()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; one that was being written goes, also in the file."""
+        *lines, torn = self.metrics.read_text(encoding="utf-8").split("\n")
+        if torn:
+            write_text(self.metrics, "".join(f"{line}\n" for line in lines))
+        return [json.loads(line) for line in lines]
 
     def last(self) -> dict[str, Any]:
         """Return the newest line of metrics.jsonl, empty if there is none."""

@@ -47,6 +47,8 @@ def tune(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    inputs: Dataset | None = None,
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> dict[str, Any]:
     """Tune a model and write all of the run to the folder `out`; return what came of it.
 
@@ -62,6 +64,8 @@ def tune(
     Args:
         dry_run: load and check everything, and stop before anything is written to `out`.
         progress: called with the step and its loss.
+        inputs: the rows, if they are read already; `settings` then only names them.
+        change: what is done to the model before it is tuned, such as `clip_softmax`.
 
     Raises:
         ValueError: an argument, the data or the folder does not fit; it says what would.
@@ -76,7 +80,7 @@ def tune(
         if folder.is_finished(settings.steps):
             say(f"{out} is finished: nothing is left to do")
             return _outcome(folder, settings)
-        job = _prepare(settings, arguments)
+        job = _prepare(settings, arguments, inputs, change)
         config = {"settings": settings.as_json(), **job.inputs.facts}
         if arguments.world_size > 1:
             config["processes"] = arguments.world_size
@@ -110,11 +114,17 @@ def _begin(folder: RunFolder, config: dict[str, Any], say: Callable[[str], None]
     return checkpoint
 
 
-def _prepare(settings: Settings, arguments: TrainingArguments) -> _Job:
+def _prepare(
+    settings: Settings,
+    arguments: TrainingArguments,
+    inputs: Dataset | None,
+    change: Callable[[nn.Module], nn.Module],
+) -> _Job:
     with arguments.main_process_first():  # the others find what it made in the cache
-        inputs = load_dataset(settings, new_head=True)
+        inputs = inputs or load_dataset(settings, new_head=True)
     set_seed(settings.seed)  # a new head is drawn
     model, drawn = models.load_model(inputs.name, inputs.config, inputs.task)
+    model = change(model)
     name = type(model).__name__
     if drawn:
         more = f" and {len(drawn) - 4} more" if len(drawn) > 4 else ""

@@ -11,6 +11,7 @@ from .auto_sections import auto_sections
 from .demo_sections import demo_sections, mean_ranges
 from .page import Section, render
 from .plots import draw_ranges
+from .reproduction_sections import reproduction_sections
 from .results_table import DIGITS as DIGITS
 
 
@@ -36,7 +37,7 @@ def write_report(data: Mapping[str, Any], folder: Path, name: str) -> list[Path]
 
 
 def build(files: Sequence[Mapping[str, Any]]) -> str:
-    """Return one page for what demos, analyses and choices have written, in the order given.
+    """Return one page for what demos, analyses, choices and tables have written, in order.
 
     Raises:
         ValueError: a file holds none of them.
@@ -70,7 +71,9 @@ def _subject(data: Any) -> str:
         for subject, (_, others) in _KINDS.items():
             if {subject, *others} <= data.keys():
                 return subject
-    raise ValueError("wanted results.json of a demo, analysis.json of an analysis, or auto.json")
+    raise ValueError(
+        "wanted results.json of a demo or a table, analysis.json of an analysis, or auto.json"
+    )
 
 
 # where a file says what it is of: its sections, and what else it holds
@@ -86,5 +89,9 @@ _KINDS: dict[str, tuple[Callable[[Mapping[str, Any]], list[Section]], set[str]]]
     "auto": (
         auto_sections,
         {"target", "metric", "values", "verdict", "file", "recipe", "steps", "tried"},
+    ),
+    "reproduction": (
+        reproduction_sections,
+        {"title", "panels", "notes", "request", "rows", "environment"},
     ),
 }
