@@ -150,6 +150,9 @@ def run(
     if dry_run:
         say(f"{found['cells']} cells; nothing was measured")
         return
+    if what == "figures":
+        say(f"{folder}: results.json, report.html")
+        return
     say((folder / "table.md").read_text(encoding="utf-8"))
     say(f"{folder}: results.json, table.md, report.html")
 

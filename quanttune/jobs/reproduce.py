@@ -14,12 +14,14 @@ from ..report.report import write_report
 from ..report.reproduction_sections import markdown
 from .publication import held
 from .reproduction.cells import Bench, Cell, keys_of
+from .reproduction.figures import reproduce_figures
 from .reproduction.panels import legend, panels_of, place_of
 from .reproduction.request import Request, Selection, bench_of
 from .reproduction.tables import TABLES, Model, Table, Task
 from .reproduction.ways import Way
 from .run_folder import RunFolder
 
+FIGURES = "figures"
 RESULTS, PAGE = "results.json", "table.md"
 RANDOM = "The weights are random: the figures say that the command runs, and nothing else."
 TRIAL = (
@@ -42,6 +44,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Measure cells of a table of the paper, put them beside the published ones, and return all.
 
+    Of "figures" it is what `quanttune.jobs.reproduction.figures` has.
+
     A cell that is done is a line of metrics.jsonl, so that a run that was killed goes on with the
     next. results.json, table.md and report.html are of all cells that the folder has, which may be
     of several selections.
@@ -53,6 +57,10 @@ def reproduce(
     Raises:
         ValueError: an argument, the data or the folder does not fit; it says what would.
     """
+    if request.table == FIGURES:
+        return reproduce_figures(
+            request, selection, out, resume=resume, dry_run=dry_run, say=say, progress=progress
+        )
     table, folder = TABLES[request.table], RunFolder(out)
     config = {"settings": {"verb": "reproduce", "steps": None}, "request": asdict(request)}
     places = list(product(selection.models_of(table), selection.tasks_of(table)))

@@ -21,6 +21,7 @@ from .tables import Task
 HELD_OUT = 0.1  # of the training rows: the paper's share
 BATCHES = 10  # of calibration, as in the paper
 TRAIN = "train"
+SPLITS, IMAGES = ("train", "val", "validation"), {".jpeg", ".jpg", ".png"}
 
 Batch = dict[str, Tensor]
 
@@ -117,6 +118,8 @@ def measured_split(settings: Settings, task: Task) -> Settings:
         ValueError: the data have no such split.
     """
     settings = replace(settings, subset=task.subset)
+    if settings.task == "image-classification":
+        _check_classes(Path(settings.data).expanduser())
     names = _splits(settings)
     split = next((name for name in task.splits if name in names), None)
     if split is None and len(names) > 1:
@@ -167,6 +170,16 @@ def _at(settings: Settings, split: str) -> Settings:
     if len(found) != 1:
         raise ValueError(f"{folder} must have one file {split}, such as {split}.jsonl")
     return replace(settings, data=str(found[0]), subset=None, split=None)
+
+
+def _check_classes(data: Path) -> None:
+    """Refuse a split of images that lie beside one another, as some copies of ImageNet have it."""
+    for split in (path for name in SPLITS for path in data.glob(name)):
+        if found := sorted(path for path in split.iterdir() if path.suffix.lower() in IMAGES):
+            raise ValueError(
+                f"{split} must have a folder for each class with its images, such as "
+                f"{split.name}/n01440764/*.JPEG, found {found[0].name}"
+            )
 
 
 def _subset_folder(settings: Settings) -> Path | None:

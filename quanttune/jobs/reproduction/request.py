@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...quantization.scheme import Scheme
+from ...tuning import schedule
 from ..models import find_model, resolve
 from ..settings import Settings
 from .arms import Budget
@@ -56,10 +58,16 @@ class Selection:
     tasks: Sequence[str] = ()
     methods: Sequence[str] = ()
     bits: Sequence[int] = BITS
-    alphas: Sequence[float] = ALPHAS
+    alphas: Sequence[float] = ()
     seeds: int = 1
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        for bits in self.bits:
+            Scheme(bits)  # checks it
+        for alpha in self.alphas:
+            schedule.check(alpha, "constant", None)
 
     def models_of(self, table: Table) -> list[Model]:
         _check("--checkpoint", self.checkpoints, table.models)
@@ -69,7 +77,7 @@ class Selection:
         return [table.tasks[name] for name in _chosen("--tasks", self.tasks, table.tasks)]
 
     def ways_of(self, table: Table) -> list[Way]:
-        return ways_of(_chosen("--methods", self.methods, table.ways), self.alphas)
+        return ways_of(_chosen("--methods", self.methods, table.ways), self.alphas or ALPHAS)
 
 
 def bench_of(
