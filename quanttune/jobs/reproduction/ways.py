@@ -8,6 +8,11 @@ from ...quantization.methods import FQViT, Method, PTQ4ViT, Ranking
 from ...quantization.methods.searching.scale_search import ScaleSearch
 
 BASE, CONTROL, QUANTTUNE = "base", "control", "quanttune"
+SHORT: dict[str, Any] = {
+    "candidates": 10,
+    "rounds": 1,
+    "samples": 1,
+}  # of a search: one turn, on one batch
 TUNED = f"{QUANTTUNE}_"  # before an alpha
 
 
@@ -39,12 +44,12 @@ class Way:
         return [*bits] if self.arm == BASE else [32, *bits]
 
     def options(self, short: bool) -> dict[str, Any]:
-        """Return arguments of `quantize`; short takes a search through one turn on one batch."""
+        """Return arguments of `quantize`; short cuts a search, which else takes minutes."""
         given = dict(self.scheme or {})
         methods: Sequence[Method] = given.pop("methods", ())
         if short:
             methods = [
-                replace(method, rounds=1, samples=1) if isinstance(method, ScaleSearch) else method
+                replace(method, **SHORT) if isinstance(method, ScaleSearch) else method
                 for method in methods
             ]
         return {**given, "methods": methods}

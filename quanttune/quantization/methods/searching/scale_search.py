@@ -21,7 +21,6 @@ from .sources import sources_of
 
 Kind = TypeVar("Kind", bound=Searched)
 BYTES = 2**30  # of what one pass over the data records
-CANDIDATES = 100
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ScaleSearch(Rounding):
 
     Args:
         metric: a name in METRICS of searching/metrics.py.
-        low, high: the factors go from one to the other.
+        low, high: the factors go from one to the other; candidates: how many are tried.
         rounds: of turns, at most; it ends where nothing changes.
         samples: of `data`, as many batches as hold these. Ranges are those of all data.
 
@@ -48,6 +47,7 @@ class ScaleSearch(Rounding):
     metric: str = "mse"
     low: float = 0.5
     high: float = 1.2
+    candidates: int = 100
     rounds: int = 3
     samples: int = 32
     corrects_biases: ClassVar[bool] = False  # by the mean error of what layers return
@@ -57,6 +57,8 @@ class ScaleSearch(Rounding):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if not 0 < self.low < self.high:
             raise ValueError(f"factors must go from above 0 to more, got {self.low} to {self.high}")
+        if self.candidates < 2:
+            raise ValueError(f"candidates must be 2 or more, got {self.candidates}")
         if self.rounds < 1 or self.samples < 1:
             raise ValueError(
                 f"rounds and samples must be 1 or more, got {self.rounds} and {self.samples}"
@@ -65,7 +67,7 @@ class ScaleSearch(Rounding):
     @property
     def factors(self) -> list[float]:
         """The factors of ranges that are tried, beside 1."""
-        return torch.linspace(self.low, self.high, CANDIDATES, dtype=torch.float64).tolist()
+        return torch.linspace(self.low, self.high, self.candidates, dtype=torch.float64).tolist()
 
     def metric_of(self, searched: Searched) -> Metric:
         """Return the metric of a product."""
