@@ -139,6 +139,10 @@ SLOW: dict[str, dict[str, list[str] | None]] = {
     "test_ops": {"test_a_missing_backend_is_said_once_and_replaced": ["triton without a GPU"]},
     "test_products": {"test_products_in_float_have_their_reason": ["coverage", "probabilities"]},
     "test_quantization_docs": {"test_a_snippet": ["8"]},  # torch.compile: test_compiled_quantized
+    "test_reproduce_command": {
+        "test_a_killed_process_goes_on": None,  # one that is interrupted does
+        "test_random_weights_are_drawn_once": ["table3-opt_350m-options1"],
+    },
     "test_resumed_runs": {
         "test_a_checkpoint_that_changed_is_skipped": [
             "{", "[]", "nested", "no list of files", "no file", "state",

@@ -304,6 +304,20 @@ def test_without_weights_it_says_where_to_get_them(photos):
     assert "--random-weights" in str(e.value)
 
 
+def test_a_command_that_failed_at_once_leaves_its_folder_free(photos):
+    with pytest.raises(ValueError, match="there is no model x"):
+        table1(photos, "--methods", "minmax", "--checkpoint", "deit_tiny=x")
+    out, _ = table1(photos, "--methods", "minmax", "--bits", 8, "--calibration", 9)
+    assert len(cells_of(out)) == 1
+    with pytest.raises(ValueError, match="holds a run"):  # it has a figure now
+        table1(photos, "--methods", "minmax", "--bits", 8)
+    (photos.parent / "tuned").mkdir()
+    (photos.parent / "tuned" / "config.json").write_text('{"settings": {"steps": 3}}')
+    (photos.parent / "tuned" / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a run"):  # of another verb
+        table1(photos, "--methods", "minmax", out="tuned")
+
+
 def test_an_empty_folder(tmp_path, photos):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty doesn't contain any data files"):
@@ -444,7 +458,7 @@ def test_lambada_is_counted_both_ways(tmp_path):
     model, texts = write_last_words(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "lambada.jsonl").rename(tmp_path / "texts" / "test.jsonl")
-    lines = [json.dumps({"text": " ".join(LETTERS[i:])}) for i in range(20)]
+    lines = [json.dumps({"text": " ".join(LETTERS[i:]), "domain": "Other"}) for i in range(20)]
     (tmp_path / "texts" / "train.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
     run(

@@ -12,14 +12,13 @@ from ..files import write_text
 from ..progress import Progress, silent
 from ..report.report import write_report
 from ..report.reproduction_sections import markdown
-from .publication import held
 from .reproduction.cells import Bench, Cell, keys_of
 from .reproduction.figures import reproduce_figures
+from .reproduction.folder import check_folder, opened
 from .reproduction.panels import legend, panels_of, place_of
 from .reproduction.request import Request, Selection, bench_of
 from .reproduction.tables import TABLES, Model, Table, Task
 from .reproduction.ways import Way
-from .run_folder import RunFolder
 
 FIGURES = "figures"
 RESULTS, PAGE = "results.json", "table.md"
@@ -61,17 +60,13 @@ def reproduce(
         return reproduce_figures(
             request, selection, out, resume=resume, dry_run=dry_run, say=say, progress=progress
         )
-    table, folder = TABLES[request.table], RunFolder(out)
-    config = {"settings": {"verb": "reproduce", "steps": None}, "request": asdict(request)}
+    table = TABLES[request.table]
     places = list(product(selection.models_of(table), selection.tasks_of(table)))
     ways = selection.ways_of(table)
-    folder.check(config, resume)
     if dry_run:
+        check_folder(out, request, resume)
         return _tried(request, selection, table, places, ways, say)
-    with held(out):
-        folder.check(config, resume)  # another process may have been at work in between
-        if not folder.is_begun:
-            folder.begin(config)
+    with opened(out, request, resume) as folder:
         known = [Cell.from_dict(line) for line in folder.lines()]
         for model, task in places:
             done = {cell.key for cell in known}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from ...analysis.subject import Subject
 from ...files import write_json, write_text
 from ...progress import Progress
 from ...report.report import build
-from ..publication import held
 from ..rows import drawn
-from ..run_folder import RunFolder
 from .arms import load_arm
 from .cells import Bench
+from .folder import ANALYSES, check_folder, opened
 from .request import Request, Selection, bench_of, table_with
 from .tables import Model, Table, Task
 from .ways import BASE, CONTROL, QUANTTUNE, Way, ways_of
@@ -47,29 +46,23 @@ def reproduce_figures(
         ValueError: an argument, the data or the folder does not fit; it says what would.
     """
     selection = replace(selection, models=selection.models or MODELS)
-    table, folder = table_with(selection.models), RunFolder(out)
+    table = table_with(selection.models)
     task, bits = selection.tasks_of(table)[0], selection.bits[0]
     ways = [way for way in _ways(table, selection) if way.arm != BASE]
-    config = {
-        "settings": {"verb": "reproduce", "steps": None},
-        "request": asdict(request),
-        "selection": {"task": task.name, "bits": bits, "ways": [way.name for way in ways]},
-    }
-    folder.check(config, resume)
+    chosen = {"task": task.name, "bits": bits, "ways": [way.name for way in ways]}
     models = selection.models_of(table)
     if dry_run:
+        check_folder(out, request, resume, selection=chosen)
         return {"cells": len(models)}
-    with held(out):
-        folder.check(config, resume)
-        if not folder.is_begun:
-            folder.begin(config)
-        (out / "analyses").mkdir(exist_ok=True)
+    with opened(out, request, resume, selection=chosen):
         found = []
         for model in models:
-            path = out / "analyses" / f"{model.name}.json"
+            path = out / ANALYSES / f"{model.name}.json"
             if not path.exists():
                 bench = bench_of(request, selection, table, model, task, out, say)
-                write_json(path, _analysed(request, bench, model, task, ways, bits, progress))
+                analysis = _analysed(request, bench, model, task, ways, bits, progress)
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, analysis)
                 say(f"{model.label}: done")
             found.append(json.loads(path.read_text(encoding="utf-8")))
         write_text(out / PAGE, build(found))

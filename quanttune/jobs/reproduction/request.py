@@ -94,7 +94,7 @@ def bench_of(
     Raises:
         ValueError: there are no weights, or the data do not fit; it says what would.
     """
-    told: dict[str, Any] = {"data": request.data, "task": table.kind}
+    told: dict[str, Any] = {"data": request.data, "task": table.kind, "text": table.text}
     told["tokens"] = request.tokens or table.tokens
     told["batch_size"] = request.batch_size or table.batch_size
     origin = selection.checkpoints.get(model.name, model.origin)

@@ -49,6 +49,7 @@ class Table:
         tokens: longest text; for generation the length of every row.
         calibration: rows, in ten batches.
         notes: what is to be known of its figures.
+        text: columns to read; by default those that their types tell.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Table:
     tokens: int
     calibration: int
     notes: tuple[str, ...]
+    text: tuple[str, ...] = ()
 
 
 _OMSE = (
@@ -161,6 +163,7 @@ TABLES = {
             tokens=512,
             calibration=320,
             notes=(f"{_SCHEME}.", _LAMBADA, _OMSE, _ALPHA),
+            text=("text",),  # beside which LAMBADA has the book's genre
         ),
         Table(
             "table4",
