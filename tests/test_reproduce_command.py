@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import fmean
 
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 from cases import run, save_tokenizer, some_words
@@ -16,12 +18,15 @@ from models import MODELS
 from PIL import Image
 from safetensors.torch import load_file
 from test_evaluate_command import LETTERS, plain_last_words, write_last_words
+from timm.data import create_transform, resolve_data_config
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 import quanttune as qt
 from quanttune.jobs.reproduction import arms, cells, figures, random_weights
+from quanttune.jobs.reproduction.inputs import load_inputs
 from quanttune.jobs.reproduction.published import published
 from quanttune.jobs.reproduction.tables import TABLES
+from quanttune.jobs.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -109,6 +114,8 @@ def test_every_row_of_table_1(photos):
     best = max(some, key=lambda cell: cell["held_out"]["accuracy"])
     assert chosen["mean"] == best["values"]["accuracy"]
     page = (out / "report.html").read_text()
+    run("report", out / "results.json", "--out", out / "again.html")
+    assert (out / "again.html").read_text() == page
     for text in ("Quantizable: clipped softmax", "70.26", "†: from another paper", "A trial"):
         assert text in page
         assert text in (out / "table.md").read_text()
@@ -535,6 +542,20 @@ def test_random_weights_are_drawn_once(table, model, options, tmp_path, monkeypa
     assert before
     run(*given, "--bits", "8,6", "--resume")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_pixels_are_those_of_timm(photos):
+    name = "deit_tiny_patch16_224.fb_in1k"
+    settings = Settings(name, str(photos), task="image-classification", batch_size=18)
+    random_weights.write_random(replace(settings, split="validation"), photos.parent / "deit")
+    settings = replace(settings, model=str(photos.parent / "deit"))
+    inputs = load_inputs(settings, TABLES["table1"].tasks["imagenet"], "", None)
+    (batch,) = inputs.measured.batches(settings, inputs.measured.load_float(0))
+    options = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    transform = create_transform(**options, is_training=False)
+    expected = [transform(Image.open(path)) for path in sorted(photos.glob("val/*/*.png"))]
+    assert torch.equal(batch["pixel_values"], torch.stack(expected))
+    assert batch["labels"].tolist() == [0] * 6 + [1] * 6 + [2] * 6
 
 
 # ------------------------------------------------------------------ figures

@@ -11,7 +11,9 @@ from .terminal import say, writable
 def run(
     results: Annotated[
         list[Path],
-        typer.Argument(help="results.json of demos, analysis.json of analyses, auto.json."),
+        typer.Argument(
+            help="results.json of demos and tables, analysis.json of analyses, auto.json."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The page.", callback=writable)] = Path("report.html"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check all; stop.")] = False,

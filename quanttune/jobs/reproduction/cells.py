@@ -65,10 +65,7 @@ class Cell:
 def keys_of(
     model: str, task: str, ways: Sequence[Way], bits: Sequence[int], seeds: int
 ) -> list[Key]:
-    """Return the cells of a model and a task, those of an arm behind one another.
-
-    What no seed changes, the model in float as it comes, is one cell.
-    """
+    """Return the cells of a model and a task, those of an arm behind one another."""
     ordered = sorted(ways, key=lambda way: way.arm != BASE)
     return [
         Key(model, task, way.name, width, seed)

@@ -33,6 +33,7 @@ from ..settings import Settings
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 PIECES = 8000
+PIXELS = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 OPT_350M: dict[str, Any] = {
     "hidden_size": 1024,
     "word_embed_proj_dim": 512,
@@ -72,9 +73,7 @@ def _image_classifier(origin: str, rows: Dataset) -> Iterator[Any]:
         architecture=origin.partition(".")[0],
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
-        pretrained_cfg={
-            key: shape[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation")
-        },
+        pretrained_cfg={key: shape[key] for key in PIXELS},
     )
     yield _loud(TimmWrapperForImageClassification(config))
 
