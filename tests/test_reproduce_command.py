@@ -450,6 +450,7 @@ def test_what_is_unreadable_in_the_paper_stays_so(tmp_path):
 def test_a_missing_subset_says_what_is_wanted(tmp_path):
     write_glue(tmp_path)
     (tmp_path / "glue" / "rte").rename(tmp_path / "rte")
+    (tmp_path / "glue" / "README.md").write_text("How I made this.")
     with pytest.raises(ValueError, match="no folder rte: wanted are a copy of nyu-mll/glue, or a"):
         table4(tmp_path, "--tasks", "rte")
     (tmp_path / "glue" / "sst2" / "validation.jsonl").rename(tmp_path / "glue/sst2/dev.jsonl")

@@ -185,7 +185,7 @@ def _check_classes(data: Path) -> None:
 def _subset_folder(settings: Settings) -> Path | None:
     """Return the folder of a subset's files, unless a README tells `datasets` what is where."""
     data = Path(settings.data).expanduser()
-    if not settings.subset or not data.is_dir() or (data / "README.md").exists():
+    if not settings.subset or not data.is_dir() or _names_subsets(data / "README.md"):
         return None
     folder = data / settings.subset
     if not folder.is_dir():
@@ -194,6 +194,10 @@ def _subset_folder(settings: Settings) -> Path | None:
             f"folder for each subset with files such as {settings.subset}/train.jsonl"
         )
     return folder
+
+
+def _names_subsets(readme: Path) -> bool:
+    return readme.is_file() and "config_name:" in readme.read_text(encoding="utf-8")
 
 
 def _has_head(settings: Settings, config: Any) -> bool:
