@@ -132,6 +132,9 @@ def run(
     """
     options.one_of("WHAT", what, WHAT)
     _use(device)
+    with options.of_extra("demo"):
+        import jinja2 as jinja2
+        import matplotlib as matplotlib
     with options.of_extra("tune"):
         from ..jobs.reproduce import reproduce
         from ..jobs.reproduction.request import Request, Selection
