@@ -1,5 +1,6 @@
 """How the models of the rows come to be: as they are, or tuned with or without the outlier loss."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +54,19 @@ class Budget:
         return self.steps or max(1, math.ceil(self.epochs * rows / self.batch_size))
 
 
+def why_not(name: str, inputs: Inputs) -> str:
+    """Return why a model cannot have an arm's attention; "" if it can."""
+    if name not in CHANGES:
+        return ""
+    source = inputs.learning
+    model, _ = models.load_model(source.name, copy.deepcopy(source.config), source.task)
+    try:
+        CHANGES[name](model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def load_arm(
     name: str,
     settings: Settings,
@@ -64,9 +78,6 @@ def load_arm(
     """Return the model of an arm in evaluation mode; one that is tuned is kept in a folder.
 
     A model that has no head for the task is, as the base, tuned as the control is.
-
-    Raises:
-        ValueError: the model has no attention that the arm changes.
     """
     if name == BASE and inputs.has_head:
         return inputs.learning.load_float(settings.seed)

@@ -14,7 +14,7 @@ from torch import nn
 from ...progress import Progress
 from ...quantization.simulation import quantize
 from ..settings import Settings
-from .arms import CHANGES, Budget, load_arm
+from .arms import Budget, load_arm, why_not
 from .inputs import Batch, Inputs
 from .ways import BASE, TUNED, Way
 
@@ -104,13 +104,10 @@ class Bench:
         self, arm: str, seed: int, keys: list[Key], ways: dict[str, Way], progress: Progress
     ) -> Iterator[Cell]:
         settings = replace(self.settings, seed=seed)
-        try:
-            model = load_arm(arm, settings, self.inputs, self.budget, self.folder, progress)
-        except ValueError as error:
-            if arm not in CHANGES:
-                raise
-            yield from (Cell(key, self.inputs.fingerprint, refused=str(error)) for key in keys)
+        if refused := why_not(arm, self.inputs):
+            yield from (Cell(key, self.inputs.fingerprint, refused=refused) for key in keys)
             return
+        model = load_arm(arm, settings, self.inputs, self.budget, self.folder, progress)
         batches = self.inputs.calibration(settings, model, self.calibration)
         for key in keys:
             yield self._cell(key, ways[key.way], settings, model, batches, progress)
