@@ -14,11 +14,11 @@ from quanttune.quantization.methods import METHODS, APQViT
 from quanttune.quantization.methods.apq_vit import without_bottom
 from quanttune.quantization.methods.searching.blocks import blocks_of
 from quanttune.quantization.methods.searching.scale_search import searched_in
-from quanttune.quantization.other_grids import UnsignedQuantizer
 from quanttune.quantization.quantizer import ActivationQuantizer
 from quanttune.quantization.running import Data
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.state import quantizers
+from quanttune.quantization.value_grids import UnsignedQuantizer
 
 FEW = APQViT(candidates=8)
 PROBABILITIES = "blocks.0.attn.attention0_probability_quantizer"

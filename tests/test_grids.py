@@ -9,16 +9,12 @@ from torch import nn
 
 import quanttune as qt
 from quanttune.quantization.methods import FQViT, PTQ4ViT
-from quanttune.quantization.other_grids import (
-    LogQuantizer,
-    OtherGrid,
-    TwinQuantizer,
-    put,
-)
+from quanttune.quantization.other_grid import OtherGrid, put
 from quanttune.quantization.quantizer import ActivationQuantizer
 from quanttune.quantization.requantization import requantize
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.state import quantizers
+from quanttune.quantization.value_grids import LogQuantizer, TwinQuantizer
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -13,8 +13,9 @@ import quanttune as qt
 from quanttune.deploy.integer_weights import integer_weights
 from quanttune.deploy.onnx_model import read
 from quanttune.deploy.products import explain
+from quanttune.quantization.channel_grids import NoisyQuantizer
 from quanttune.quantization.methods import NoisyQuant
-from quanttune.quantization.other_grids import NoisyQuantizer, put
+from quanttune.quantization.other_grid import put
 from quanttune.quantization.running import forward_batches
 from quanttune.quantization.saving.description import describe
 from quanttune.quantization.state import quantizers

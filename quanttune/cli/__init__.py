@@ -19,8 +19,8 @@ from . import (
     export,
     refit,
     report,
-    requantize,
     reproduce,
+    requantize,
     tune,
     verify,
 )

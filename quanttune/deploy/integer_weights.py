@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..quantization.channel_grids import NoisyQuantizer
 from ..quantization.modules import QuantizedConvolution, QuantizedEmbedding, QuantizedModule
-from ..quantization.other_grids import NoisyQuantizer
 from ..quantization.quantizer import WeightQuantizer
 from ..quantization.row_quantizers import StackQuantizer
 from ..quantization.state import weight_quantizers

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import arguments_of
+from ..quantization.channel_grids import NoisyQuantizer
 from ..quantization.correction import corrections
-from ..quantization.other_grids import (
-    NoisyQuantizer,
-    OtherGrid,
-    UnsignedQuantizer,
-    refuse_other_grids,
-)
+from ..quantization.other_grid import OtherGrid
+from ..quantization.other_grids import refuse_other_grids
 from ..quantization.outliers import outliers_in
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.row_quantizers import GroupQuantizer
 from ..quantization.state import quantizers, state_of, weight_quantizers
+from ..quantization.value_grids import UnsignedQuantizer
 from ..tuning.hooks import is_attached
 from .dimensions import Dynamic, axes_of
 from .integer_weights import MAX_INTEGER_BITS

@@ -15,7 +15,7 @@ from .correction import corrections
 from .methods.equalizing.pairs import Pair
 from .methods.equalizing.readers import pairs_in
 from .methods.rounding.layers import Layer, layers_of
-from .other_grids import OtherGrid, put
+from .other_grid import OtherGrid, put
 from .powers_of_two import nearest_power_of_two, power_of_two_above
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .restoration import NAME

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fake_quantizer import integer_range
 from .float_parameters import float_parameters, is_asked_for, rounded_parameters
 from .functional.modes import class_of
-from .other_grids import OtherGrid
+from .other_grid import OtherGrid
 from .powers_of_two import is_power_of_two
 from .product_counts import UNSEEN
 from .quantizer import ActivationQuantizer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quantization.other_grids import NoisyQuantizer
+from ...quantization.channel_grids import NoisyQuantizer
 from ...quantization.state import quantizers
 from ..integer_weights import MAX_INTEGER_BITS
 from .agreement import Layer

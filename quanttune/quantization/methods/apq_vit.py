@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..caches import without_caches
-from ..other_grids import UnsignedQuantizer
 from ..quantizer import ActivationQuantizer
 from ..running import Data, evaluating
 from ..scheme import Scheme
+from ..value_grids import UnsignedQuantizer
 from .searching.blocks import BlockSearch, blocks_of
 from .searching.candidates import Activation
 from .searching.metrics import METRICS

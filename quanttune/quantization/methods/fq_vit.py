@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...fake_quantizer import fake_quant
-from ..other_grids import SHIFTS, ChannelShiftQuantizer, LogQuantizer, put
+from ..channel_grids import SHIFTS, ChannelShiftQuantizer
+from ..other_grid import put
 from ..quantizer import ActivationQuantizer
 from ..running import Data, forward_batches, rounding_only
 from ..scheme import Scheme
 from ..state import quantizers
 from ..token_mask import without_padding
+from ..value_grids import LogQuantizer
 from .method import Regridding
 
 

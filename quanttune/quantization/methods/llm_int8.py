@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..channel_grids import OutlierColumnQuantizer
 from ..modules import inputs_of
-from ..other_grids import OutlierColumnQuantizer, put
+from ..other_grid import put
 from ..quantizer import ActivationQuantizer
 from ..running import Data
 from ..scheme import Scheme

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..other_grids import NoisyQuantizer
+from ..channel_grids import NoisyQuantizer
 from ..quantizer import ActivationQuantizer
 from ..running import Data, in_float
 from ..scheme import Scheme

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...fake_quantizer import scale_of
+from ..channel_grids import ChannelGroupQuantizer
 from ..modules import QuantizedConvolution
-from ..other_grids import ChannelGroupQuantizer, put
+from ..other_grid import put
 from ..quantizer import ActivationQuantizer
 from ..running import Data, forward_batches, rounding_only
 from ..scheme import Scheme

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ....fake_quantizer import fake_quant, scale_of
 from ...functional.iteration import children_of
-from ...other_grids import TwinQuantizer
 from ...quantizer import ActivationQuantizer
+from ...value_grids import TwinQuantizer
 from ..rounding.layers import Grid, Layer
 
 SPLITS = 20  # of a softmax: 2^0 to 2^-19
