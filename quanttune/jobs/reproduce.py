@@ -24,8 +24,8 @@ FIGURES = "figures"
 RESULTS, PAGE = "results.json", "table.md"
 RANDOM = "The weights are random: the figures say that the command runs, and nothing else."
 TRIAL = (
-    "A trial: --limit {} takes no more rows of any part, a quarter of them calibrate, and searches "
-    "try 10 scales in place of 100, in one turn, on one batch."
+    "A trial: --limit {} takes no more rows of any part, an eighth of them calibrate, and searches "
+    "try 5 scales in place of 100, in one turn, on one batch."
 )
 
 Say = Callable[[str], None]

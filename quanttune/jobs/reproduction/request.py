@@ -16,7 +16,7 @@ from .random_weights import write_random
 from .tables import ALPHAS, BITS, TABLES, Model, Table, Task
 from .ways import Way, ways_of
 
-TRIAL_SHARE = 4  # of the rows of a trial one in so many is calibrated with
+TRIAL_SHARE = 8  # of the rows of a trial one in so many is calibrated with
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
     Args:
         table: a name in TABLES, or "figures".
         data: a folder, a file or the name of a dataset; training_data: other rows to learn from.
-        limit: a trial, of no more rows than so many of any part; a quarter of them calibrate, and
+        limit: a trial, of no more rows than so many of any part; an eighth of them calibrate, and
             searches are cut short.
         calibration: rows that ranges are taken from, in ten batches.
         random_weights: draw models of the table's shapes, in place of pretrained ones.
