@@ -9,7 +9,7 @@ from ...quantization.methods.searching.scale_search import ScaleSearch
 
 BASE, CONTROL, QUANTTUNE = "base", "control", "quanttune"
 SHORT: dict[str, Any] = {
-    "candidates": 10,
+    "candidates": 5,
     "rounds": 1,
     "samples": 1,
 }  # of a search: one turn, on one batch
