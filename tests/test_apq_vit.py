@@ -323,7 +323,7 @@ def test_models_without_blocks_are_refused():
     ("options", "message"),
     [
         ({"bottom": 1.0}, "bottom must be from 0 to below 1, got 1.0"),
-        ({"candidates": 0}, "candidates must be a whole number from 1, got 0"),
+        ({"candidates": 0}, "candidates must be a whole number from 2, got 0"),
         ({"metric": "x"}, "metric must be one of"),
     ],
 )

@@ -19,9 +19,9 @@ from quanttune.quantization.learning.lsq_plus import (
     zero_of,
 )
 from quanttune.quantization.learning.pact import ClippedFakeQuant
+from quanttune.quantization.requantization import requantize
 from quanttune.quantization.rounded_linear import rounded_linear
 from quanttune.quantization.saving.description import describe
-from quanttune.quantization.simulation import requantize
 from quanttune.quantization.state import quantizers, weight_quantizers
 
 HOWS = list(LEARNERS)

@@ -258,7 +258,7 @@ def test_biases_take_the_mean_error_of_a_layer():
         ({"metric": "l3"}, "metric must be one of mse, hessian, cosine, pearson, got 'l3'"),
         ({"low": 0.0}, r"factors must go from above 0 to more, got 0.0 to 1.2"),
         ({"low": 2.0}, r"factors must go from above 0 to more, got 2.0 to 1.2"),
-        ({"candidates": 1}, "candidates must be 2 or more, got 1"),
+        ({"candidates": 1}, "candidates must be a whole number from 2, got 1"),
         ({"rounds": 0}, "rounds and samples must be 1 or more, got 0 and 32"),
     ],
 )

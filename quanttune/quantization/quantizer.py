@@ -30,7 +30,7 @@ class ActivationQuantizer(Grid):
     """
 
     range_names: tuple[str, ...] = ("absmax",)  # buffers: the ends of the range; NaN while unknown
-    grid = "uniform"  # other_grids.py has others
+    grid = "uniform"  # value_grids.py and channel_grids.py have others
     absmax: Tensor
 
     def __init__(

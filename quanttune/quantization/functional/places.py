@@ -22,7 +22,9 @@ _PASSED = (
 # modules of ours that round what they multiply or add themselves
 _OURS = (
     "quanttune.quantization.modules", "quanttune.quantization.quantizer",
-    "quanttune.quantization.other_grids", "quanttune.quantization.restoration", "quanttune.deploy",
+    "quanttune.quantization.other_grid", "quanttune.quantization.value_grids",
+    "quanttune.quantization.channel_grids", "quanttune.quantization.restoration",
+    "quanttune.deploy",
 )  # fmt: skip
 _MODULE = nn.Module._call_impl.__code__  # of modules that are not watched: those begin a way
 JOIN = " -> "

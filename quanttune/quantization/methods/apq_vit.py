@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..caches import without_caches
@@ -53,13 +52,6 @@ class APQViT(ScaleSearch):
         super().__post_init__()
         if not 0 <= self.bottom < 1:
             raise ValueError(f"bottom must be from 0 to below 1, got {self.bottom}")
-        if type(self.candidates) is not int or self.candidates < 1:
-            raise ValueError(f"candidates must be a whole number from 1, got {self.candidates!r}")
-
-    @property
-    def factors(self) -> list[float]:
-        steps = torch.linspace(self.low, self.high, self.candidates, dtype=torch.float64)
-        return steps.tolist()
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         with without_caches(model):  # a block that is run again would go on with its cache

@@ -28,8 +28,8 @@ class ScaleSearch(Rounding):
     """Search the scales of weights and activations by what their products lose; round to nearest.
 
     Weight and input of each Linear or Conv1D, and both factors of attention's products, take turns:
-    each takes the one of 100 factors of its range that is best while the other is rounded as it was
-    chosen last. The range as it is, is among them, so no product is worse by `metric` than before.
+    each takes the factor of its range that is best while the other is rounded as it was chosen
+    last. The range as it is, is among them, so no product is worse by `metric` than before.
     Products are given what the float model gives them; what is no factor of one (residual sums,
     outputs, norms) keeps its range, and so do products of einsum that are no matrix product.
     Convolutions, embeddings, experts and tied weights are rounded to nearest, min-max.
@@ -57,8 +57,8 @@ class ScaleSearch(Rounding):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if not 0 < self.low < self.high:
             raise ValueError(f"factors must go from above 0 to more, got {self.low} to {self.high}")
-        if self.candidates < 2:
-            raise ValueError(f"candidates must be 2 or more, got {self.candidates}")
+        if type(self.candidates) is not int or self.candidates < 2:
+            raise ValueError(f"candidates must be a whole number from 2, got {self.candidates!r}")
         if self.rounds < 1 or self.samples < 1:
             raise ValueError(
                 f"rounds and samples must be 1 or more, got {self.rounds} and {self.samples}"
