@@ -27,7 +27,7 @@ from benchmarks.accuracy.tables import (
 )
 from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
-from benchmarks.deploy.runtime_tables import linear_table, runtimes_table
+from benchmarks.deploy.runtime_tables import edge_table, linear_table, runtimes_table
 from benchmarks.gpu.tables import cpu_instructions_table, instructions_table
 from benchmarks.kernels.finishing_step import finishing_table
 from benchmarks.markdown_table import table
@@ -57,6 +57,7 @@ MODELS, END_OF_MODELS = "<!-- models: made by benchmarks/summarize.py -->", "<!-
 SPEED, END_OF_SPEED = "<!-- speed: made by benchmarks/summarize.py -->", "<!-- end of speed -->"
 NEEDS, END_OF_NEEDS = "<!-- needs: made by benchmarks/summarize.py -->", "<!-- end of needs -->"
 PEAKS, END_OF_PEAKS = "<!-- peaks: made by benchmarks/summarize.py -->", "<!-- end of peaks -->"
+EDGE = ("executorch", "litert")
 RUNTIMES = "<!-- runtimes: made by benchmarks/summarize.py -->"
 END_OF_RUNTIMES = "<!-- end of runtimes -->"
 LINEAR, END_OF_LINEAR = "<!-- linear: made by benchmarks/summarize.py -->", "<!-- end of linear -->"
@@ -136,6 +137,12 @@ def _replace_in_docs() -> None:
     deployment = ROOT / "docs" / "deployment.md"
     _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
     _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
+    for target in EDGE:
+        mark, end = (
+            f"<!-- {target}: made by benchmarks/summarize.py -->",
+            f"<!-- end of {target} -->",
+        )
+        _replace(deployment, mark, end, edge_table(_read("edge.json"), target))
     _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
     _replace_counts(ROOT / "docs" / "kernels.md")
 

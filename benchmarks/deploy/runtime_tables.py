@@ -42,6 +42,32 @@ def linear_table(measured: Any) -> str:
     return table(LINEAR_HEADS, sorted(rows), numbers=0)
 
 
+EDGE_HEADS = (
+    "model", "products of integers", "cosine to the simulation", "its noise's", "of float",
+    "over its own float", "MB", "float's MB",
+)  # fmt: skip
+
+
+def edge_table(measured: Any, target: str) -> str:
+    """Return what XNNPACK answers for one of the runtimes: cosines in the mean, and the lowest."""
+    rows = []
+    for row in measured["rows"]:
+        if row["target"] != target:
+            continue
+        found, exact = row["integer"], row["float"]["XNNPACK"]
+        program = found["XNNPACK"]
+        count = program["products"]["integer"] + program["products"]["float"]
+        cosines = (
+            f"{found[kind]['cosine']:.4f}, {found[kind]['lowest_cosine']:.4f}"
+            for kind in ("XNNPACK", "noise", "simulation_to_float")
+        )
+        speed = exact["fastest_seconds"] / program["fastest_seconds"]
+        sizes = (f"{one['bytes'] / 1e6:.2f}" for one in (program, exact))
+        share = f"{program['products']['integer']} of {count}"
+        rows.append((row["model"], share, *cosines, f"{speed:.2f}x", *sizes))
+    return table(EDGE_HEADS, rows, numbers=0)
+
+
 def runtimes_table(measured: Any) -> str:
     """Return a row for each model, runtime and file that was measured at all widths."""
     rows = []
