@@ -49,6 +49,10 @@ def _spell(option: Any, value: str) -> str:
 
 @cache
 def _options() -> dict[str, Any]:
-    """Return the options of all verbs by the names of their arguments."""
+    """Return the options of all verbs by the names of their arguments.
+
+    Of a name that is a plain flag in one verb, and has a --no- in another, it is the latter.
+    """
     verbs = [verb for app in _apps for verb in typer.main.get_group(app).commands.values()]
-    return {x.name: x for verb in verbs for x in verb.params if x.param_type_name == "option"}
+    found = [x for verb in verbs for x in verb.params if x.param_type_name == "option"]
+    return {x.name: x for x in sorted(found, key=lambda x: bool(x.secondary_opts))}
