@@ -3,8 +3,8 @@
 python -m benchmarks.deploy.onnx_latency --minilm --out benchmarks/results/xeon-2-cores
 
 A ViT-tiny of random weights, W8A8 in three coverages; with --minilm also the demo's tuned MiniLM.
-Answers are checked before anything is timed. All files take turns. They are of the type that
-docs/deployment.md has for the processor: int8 with VNNI, else uint8.
+Answers are checked before anything is timed. All files take turns. They are for "onnxruntime-cpu",
+of the type that docs/deployment.md has for the processor: int8 with VNNI, else uint8.
 """
 
 import argparse
@@ -158,7 +158,8 @@ def _files(
     _say("exporting")
     export_float(model, batch, files["float"], dynamic=dynamic)
     for name, simulation in quantized.items():
-        qt.export_onnx(simulation, batch, files[name], act_dtype=_act_dtype(), dynamic=dynamic)
+        how = {"target": "onnxruntime-cpu", "act_dtype": _act_dtype(), "dynamic": dynamic}
+        qt.export_onnx(simulation, batch, files[name], **how)
         check_answers(files["float"], files[name], model, simulation, batch)
     return files
 
