@@ -117,6 +117,7 @@ def main() -> None:
     sections.append(caches_section(_read("caches.json")))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
+    sections.append(methods_section("digits, others", _read("some-methods-digits.json")))
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))

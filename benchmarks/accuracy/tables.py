@@ -100,7 +100,7 @@ def methods_section(name: str, measured: Any) -> str:
     floats = [f"{arm} {cell.text(digits)}" for arm, cell in cells]
     parts = [
         f"## Methods on {name}: {measured['metric']} on the test rows",
-        f"Means of {seeds} seeds, ± their standard deviation; MiniLM's base has one. Float: "
+        f"{_of_seeds(seeds)} Float: "
         f"{', '.join(floats)}. Weights per channel; methods with min-max and their default "
         "options; percentile and kl without a method. Bold: the best of a column.",
     ]
@@ -108,6 +108,13 @@ def methods_section(name: str, measured: Any) -> str:
         chosen = {tuple(key): found for (c, *key), found in values.items() if c == coverage}
         parts += [f"Coverage {coverage}:", _methods_table(chosen, digits)]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_seeds(seeds: int) -> str:
+    """Tell what stands in a table of methods."""
+    if seeds == 1:
+        return "One seed."
+    return f"Means of {seeds} seeds, ± their standard deviation; MiniLM's base has one."
 
 
 def _methods_table(values: dict[Any, list[float]], digits: int) -> str:
