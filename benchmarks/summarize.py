@@ -136,14 +136,15 @@ def _replace_in_docs() -> None:
     _replace(large, NEEDS, END_OF_NEEDS, needs_table())
     _replace(large, PEAKS, END_OF_PEAKS, peaks_table(_read("memory.json")))
     deployment = ROOT / "docs" / "deployment.md"
-    _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(_read("runtimes.json")))
-    _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(_read("runtimes.json")))
+    runtimes, edge = _read("runtimes.json"), _read("edge.json")
+    _replace(deployment, RUNTIMES, END_OF_RUNTIMES, runtimes_table(runtimes))
+    _replace(deployment, LINEAR, END_OF_LINEAR, linear_table(runtimes))
     for target in EDGE:
         mark, end = (
             f"<!-- {target}: made by benchmarks/summarize.py -->",
             f"<!-- end of {target} -->",
         )
-        _replace(deployment, mark, end, edge_table(_read("edge.json"), target))
+        _replace(deployment, mark, end, edge_table(edge, target))
     _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
     _replace_counts(ROOT / "docs" / "kernels.md")
 

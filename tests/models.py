@@ -166,6 +166,16 @@ def shallow(name: str) -> Example:
     return example
 
 
+def with_padding(ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return texts with their mask, and the same with three tokens of padding behind."""
+    mask = torch.ones_like(ids)
+    longer, of_longer = torch.cat([ids, ids[:, :3]], 1), torch.cat([mask, 0 * mask[:, :3]], 1)
+    return (
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": longer, "attention_mask": of_longer},
+    )
+
+
 def _classes() -> Tensor:
     return torch.randint(CLASSES, (BATCH,))
 

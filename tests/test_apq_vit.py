@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import gpt2, shallow
+from models import gpt2, shallow, with_padding
 from oracle import assert_same_bits
 from torch import nn
 
@@ -150,14 +150,8 @@ def test_weights_are_on_grids_of_one_factor():
 
 def test_padded_tokens_change_nothing():
     example = made("bert")
-    ids = example.inputs
-    mask = torch.ones_like(ids)
-    padded = {
-        "input_ids": torch.cat([ids, ids[:, :3]], 1),
-        "attention_mask": torch.cat([mask, 0 * mask[:, :3]], 1),
-    }
     found = []
-    for batch in ({"input_ids": ids, "attention_mask": mask}, padded):
+    for batch in with_padding(example.inputs):
         options = {"coverage": "linear", "methods": [FEW], "data": [batch]}
         model = qt.quantize(copy.deepcopy(example.model), 6, **options)
         found.append(torch.stack([q.scale for q in quantizers(model).values()]))

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models import shallow
+from models import shallow, with_padding
 from torch import nn
 
 import quanttune as qt
@@ -294,14 +294,8 @@ def test_weights_are_on_the_grid_that_was_found():
                          ids=lambda m: m.name)  # fmt: skip
 def test_padded_tokens_change_nothing(method):
     example = shallow("bert")
-    ids = example.inputs
-    mask = torch.ones_like(ids)
-    padded = {
-        "input_ids": torch.cat([ids, ids[:, :3]], 1),
-        "attention_mask": torch.cat([mask, 0 * mask[:, :3]], 1),
-    }
     found = []
-    for batch in ({"input_ids": ids, "attention_mask": mask}, padded):
+    for batch in with_padding(example.inputs):
         options = {"coverage": "linear", "methods": [method], "data": [batch]}
         model = qt.quantize(copy.deepcopy(example.model), 6, **options)
         scales = {name: q.scale for name, q in quantizers(model).items()}

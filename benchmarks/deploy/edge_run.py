@@ -25,12 +25,14 @@ from torch.nn import functional as F
 import quanttune as qt
 from benchmarks import arguments
 from benchmarks.deploy.edge_programs import ExecuTorch, LiteRT, Program
+from benchmarks.deploy.tuned import tuned
 from benchmarks.provenance import commit
 from quanttune.demo.digits import Digits
 from quanttune.demo.minilm import MiniLM
 from quanttune.deploy.verification.simulated_codes import perturbed
 from quanttune.environment import environment
 from quanttune.files import write_json
+from quanttune.quantization.running import main_output
 
 TURNS = 200
 COVERAGES = {"executorch": "full", "litert": "full_no_softmax"}
@@ -78,13 +80,13 @@ def compared(path: Path, target: str) -> dict[str, Any]:
 
 def digits() -> Case:
     job = Digits(0)
-    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    model = tuned(job)
     return Case(model.eval(), job.calibration(), job.images["test"][:64])
 
 
 def minilm() -> Case:
     job = MiniLM(0)
-    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    model = tuned(job)
     calibration = [batch["input_ids"] for batch in job.calibration()]
     return Case(model.eval(), calibration, job.rows.test[:8])
 
@@ -120,12 +122,12 @@ def measured(path: Path, target: str, kind: str) -> dict[str, Any]:
     """Measure one program beside what it is of: the simulation, or the model in float."""
     torch.set_num_threads(1)
     model, calibration, inputs = torch.load(path, weights_only=False)
-    exact = answer(model(inputs))
+    exact = main_output(model(inputs))
     coverage = COVERAGES[target]
     quantized = qt.quantize(copy.deepcopy(model), 8, coverage=coverage, data=calibration)
-    simulated = answer(quantized(inputs))
+    simulated = main_output(quantized(inputs))
     with perturbed(quantized, seed=0):
-        noise = answer(quantized(inputs))
+        noise = main_output(quantized(inputs))
     is_integer = kind == "integer"
     program = (
         qt.export_torch(quantized, inputs, target=target)
@@ -168,13 +170,6 @@ def nearness(found: Tensor, expected: Tensor) -> dict[str, float]:
         "lowest_cosine": cosine.min().item(),
         "error": (found - expected).abs().mean().item(),
     }
-
-
-def answer(output: Any) -> Tensor:
-    """Return logits, or hidden states."""
-    if isinstance(output, Tensor):
-        return output
-    return output.logits if "logits" in output else output.last_hidden_state
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import quanttune as qt
 from benchmarks import arguments
+from benchmarks.deploy.tuned import tuned
 from benchmarks.provenance import commit
 from quanttune.demo.minilm import MiniLM
 from quanttune.deploy.products import explain, has_vnni
@@ -55,7 +56,7 @@ def main() -> None:
 
 def _minilm() -> Case:
     job = MiniLM(0)
-    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    model = tuned(job)
     return model, job.calibration(), {0: "batch", 1: "tokens"}
 
 

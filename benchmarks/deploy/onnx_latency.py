@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import quanttune as qt
 from benchmarks import arguments
 from benchmarks.bars import ONNX_BARS
+from benchmarks.deploy.tuned import tuned
 from benchmarks.provenance import commit
 from quanttune.demo.minilm import MiniLM
 from quanttune.deploy.float_export import export_float
@@ -85,7 +86,7 @@ def minilm(small: bool = False) -> Facts:
     """Measure the demo's MiniLM, tuned with its deviation held constant, on the demo's texts."""
     job = MiniLM(0)
     job.steps = 1 if small else job.steps
-    model = job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    model = tuned(job)
     data = job.calibration()
     words = torch.cat([rows["input_ids"].flatten() for rows in data])
     batch = {"input_ids": words[: ROWS * TOKENS].reshape(ROWS, TOKENS)}

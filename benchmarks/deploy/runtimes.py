@@ -28,6 +28,7 @@ from benchmarks import arguments
 from benchmarks.deploy import nncf_file
 from benchmarks.deploy.onnx_agreement import WIDTHS
 from benchmarks.deploy.openvino_file import OpenVinoFile
+from benchmarks.deploy.tuned import tuned
 from benchmarks.deploy.web_file import answers
 from benchmarks.provenance import commit
 from quanttune.demo.minilm import MiniLM
@@ -119,7 +120,7 @@ def opt() -> nn.Module:
 @torch.enable_grad()
 def minilm() -> nn.Module:
     job = MiniLM(0)
-    return job.prepare(next(arm for arm in job.arms if arm.name == "detached"), lambda: None)
+    return tuned(job)
 
 
 IMAGE, TEXT = {0: "batch"}, {0: "batch", 1: "tokens"}

@@ -50,11 +50,9 @@ def _quantization(
     names = (*CALIBRATORS, DYNAMIC) if symmetric else AFFINE
     options.one_of("--calibrator", calibrator, names, "" if symmetric else " with --no-symmetric")
     options.one_of("--coverage", coverage, PRESETS)
-    if not weights.isdecimal():
-        options.one_of("--weights", weights, ("channel", "tensor", "128"))
+    granularity = options.granularity(weights)
     for name in method or ():
         options.one_of("--method", name, METHODS)
-    granularity = int(weights) if weights.isdecimal() else weights
     quantization: dict[str, Any] = {
         "bits": bits, "weight_bits": weight_bits, "calibrator": calibrator, "coverage": coverage,
         "weights": granularity, "residual": residual, "symmetric": symmetric,

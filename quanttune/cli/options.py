@@ -58,6 +58,18 @@ def one_of(option: str, value: str, names: Iterable[str], when: str = "") -> Non
         raise ValueError(f"{option} must be one of {', '.join(names)}{when}, got {value!r}")
 
 
+def granularity(weights: str) -> str | int:
+    """Return what --weights asks for: a scale for each channel, or one, or the size of groups.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if weights.isdecimal():
+        return int(weights)
+    one_of("--weights", weights, ("channel", "tensor", "128"))
+    return weights
+
+
 def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:
     """Refuse options that would have no effect.
 

@@ -36,12 +36,9 @@ def run(
 
     Example: quanttune requantize sst2-affine --symmetric --out sst2-symmetric
     """
-    if weights is not None and not weights.isdecimal():
-        options.one_of("--weights", weights, ("channel", "tensor", "128"))
-    size = int(weights) if weights and weights.isdecimal() else weights
     changes = {
         "bits": bits,
-        "weights": size,
+        "weights": None if weights is None else options.granularity(weights),
         "weight_bits": weight_bits,
         "symmetric": True if symmetric else None,
         "power_of_two": power_of_two,

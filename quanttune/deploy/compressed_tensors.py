@@ -47,21 +47,42 @@ def export_compressed_tensors(model: Any, folder: str | Path) -> None:
     linears = dict(quantized_linears(model, form))
     if not linears:
         raise ValueError(f"no Linear module of {type(model).__name__} is rounded: {form.content}")
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something already: choose another folder")
+    folder = empty_folder(folder)
     tensors = float_tensors(model)
     for name, linear in linears.items():
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in form.tensors(linear).items()}
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    save_config(model, _described(model, linears, form), folder)
+
+
+def empty_folder(path: str | Path) -> Path:
+    """Return a folder that is made if there is none.
+
+    Raises:
+        FileExistsError: it holds something.
+    """
+    folder = Path(path)
+    folder.mkdir(exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something already: choose another folder")
+    return folder
+
+
+def save_config(model: Any, quantization: dict[str, Any], folder: Path) -> None:
+    """Write what `from_pretrained` reads of a model of transformers, beside its tensors."""
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.quantization_config = _described(model, linears, form)
+    config.quantization_config = quantization
     config.save_pretrained(folder)
+
+
+def left_in_float(model: nn.Module, linears: dict[str, QuantizedLinear]) -> list[str]:
+    """Return the names of the Linear modules that are not rounded."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name not in linears]
 
 
 def quantized_linears(model: nn.Module, form: Format) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -133,7 +154,6 @@ def _described(
         arguments = form.arguments(linear)
         group = groups.setdefault(json.dumps(arguments), {"targets": [], **arguments})
         group["targets"].append(name)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]
     return {
@@ -141,5 +161,5 @@ def _described(
         "format": form.name,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
-        "ignore": [name for name in names if name not in linears],
+        "ignore": left_in_float(model, linears),
     }

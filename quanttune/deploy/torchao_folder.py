@@ -1,18 +1,23 @@
 """Write a dynamic quantized model as tensors of torchao, which compute products of integers."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..quantization.coverage import PRESETS
 from ..quantization.modules import QuantizedLinear
 from ..quantization.state import quantizers, state_of
 from .compressed_formats import IntQuantized, codes_and_scale
-from .compressed_tensors import float_tensors, quantized_linears
+from .compressed_tensors import (
+    empty_folder,
+    float_tensors,
+    left_in_float,
+    quantized_linears,
+    save_config,
+)
 from .requirements import check_constant
 
 
@@ -71,10 +76,7 @@ def export_torchao(model: Any, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     tensors, metadata = flatten_tensor_state_dict(state)
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something already: choose another folder")
+    folder = empty_folder(folder)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata | {"format": "pt"})
     _write_config(model, linears, folder)
@@ -111,12 +113,6 @@ def _write_config(model: Any, linears: dict[str, QuantizedLinear], folder: Path)
         return
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = [name for name in names if name not in linears]
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    kept = left_in_float(model, linears)
     found = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=kept)
-    config.quantization_config = json.loads(json.dumps(found.to_dict()))
-    config.save_pretrained(folder)
+    save_config(model, json.loads(json.dumps(found.to_dict())), folder)

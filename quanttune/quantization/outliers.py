@@ -27,6 +27,12 @@ class Outliers(nn.Module):
         return weight.flatten().index_copy(0, self.positions, values).view_as(weight)
 
 
+def check_share(share: float) -> None:
+    """Refuse a share of outliers that is none, or all."""
+    if not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+
+
 def largest_of(scores: Tensor, share: float) -> Tensor:
     """Return the positions of the largest scores, at least one, ascending."""
     count = max(1, round(share * scores.numel()))

@@ -81,6 +81,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def requiring_gradients(
+    parameters: Iterable[nn.Parameter], required: bool = True
+) -> Iterator[None]:
+    """Let parameters require gradients, or none, and afterwards what they did."""
+    with ExitStack() as undo:
+        for parameter in parameters:
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(required)
+        yield
+
+
+@contextmanager
 def rounding_only(
     model: nn.Module, activations: Collection[str] = (), weights: bool = False
 ) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..progress import Progress, silent
-from ..quantization.running import evaluating, main_output
+from ..quantization.running import evaluating, main_output, requiring_gradients
 from ..quantization.state import refuse_quantized
 from .patch_similarity import patch_entropy
 
@@ -74,7 +74,7 @@ def synthesize_images(
     optimizer = torch.optim.Adam([images], lr=learning_rate, betas=BETAS)
     with ExitStack() as undo:
         undo.enter_context(evaluating(model))
-        undo.enter_context(_without_gradients(model))
+        undo.enter_context(requiring_gradients(model.parameters(), False))
         undo.enter_context(torch.enable_grad())
         prefix: Any = model.num_prefix_tokens
         seen = undo.enter_context(_watching(attentions, prefix))
@@ -143,16 +143,6 @@ def _watching(attentions: list[Any], prefix: int) -> Iterator[list[Tensor]]:
 
             undo.callback(attention.proj.register_forward_pre_hook(keep).remove)
         yield seen
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Leave the gradients of parameters alone."""
-    with ExitStack() as undo:
-        for parameter in model.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        yield
 
 
 def _moved(images: Tensor, farthest: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def load_arm(
         inputs=inputs.learning,
         change=change,
     )
-    for path in (*checkpoints.find(run)[0], *checkpoints.find(run)[1]):
+    for path in chain(*checkpoints.find(run)):
         remove(path)  # what a finished run does not need: three times the model, each
     model = str(run / "model")
     source = replace(inputs.learning, name=model, config=models.load_config(model))

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import ops
-from .lsq import positive
+from .lsq import LearnedFakeQuant, positive
 
 
-class ClippedFakeQuant(torch.autograd.Function):
-    """Round x as `fake_quant` does; the gradient of the scale is that of its clipping alone.
+class ClippedFakeQuant(LearnedFakeQuant):
+    """Round x as LSQ does; the gradient of the scale is that of its clipping alone.
 
     What lies at the upper end of the grid or beyond, or below the lower one, has dy/dscale = the
     end's code, and no gradient; all else has its own, and says nothing of the scale. As published
@@ -20,15 +19,6 @@ class ClippedFakeQuant(torch.autograd.Function):
 
     Source: Choi et al., PACT, arXiv 1805.06085, eqs. 1 to 3.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None
-    ) -> Tensor:
-        scale = positive(scale)
-        ctx.save_for_backward(x, scale)
-        ctx.grid = qmin, qmax, axis
-        return ops.fake_quant(x, scale, qmin, qmax, axis)
 
     @staticmethod
     @once_differentiable

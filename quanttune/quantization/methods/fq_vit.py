@@ -45,9 +45,7 @@ class FQViT(Regridding):
     log_softmax: bool = False
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        if scheme.dynamic or not scheme.symmetric:
-            raise ValueError("fq_vit needs constant symmetric grids: leave symmetric=True, and "
-                             'calibrator other than "dynamic"')  # fmt: skip
+        self.check_constant_symmetric(scheme)
         widths = {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
         sites = {name: q for name, q in quantizers(model).items() if q.calibrated}
         sums = {name: q for name, q in sites.items() if q.kind == "residual"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...progress import track
-from ..outliers import Outliers, largest_of
+from ..outliers import Outliers, check_share, largest_of
 from ..running import Data
 from ..scheme import Scheme
 from .method import Rounding
@@ -49,12 +49,6 @@ class GWQ(Rounding):
         found = squared_gradients_of(model, layers, data, f"{self.name}: gradients")
         for layer, gradients in zip(track(layers, self.name, data.progress), found, strict=True):
             keep_outliers(layer, largest_of(gradients, self.share))
-
-
-def check_share(share: float) -> None:
-    """Refuse a share that is none, or all."""
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share!r}")
 
 
 @torch.no_grad()

@@ -39,6 +39,14 @@ class Regridding(Method):
         False  # in float beside the codes, so that nothing may round them
     )
 
+    def check_constant_symmetric(self, scheme: Scheme) -> None:
+        """Refuse a scheme whose activations have zero points, or no constant ranges."""
+        if scheme.dynamic or not scheme.symmetric:
+            raise ValueError(
+                f"{self.name} needs constant symmetric grids: leave symmetric=True, and calibrator "
+                'other than "dynamic"'
+            )
+
 
 class Rounding(Method):
     """Chooses the codes of weights, once the grids of activations are known.

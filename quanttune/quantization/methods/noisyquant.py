@@ -58,9 +58,7 @@ class NoisyQuant(Regridding):
             raise ValueError(f"samples must be 1 or more, got {self.samples}")
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        if scheme.dynamic or not scheme.symmetric:
-            raise ValueError("noisyquant needs constant symmetric grids: leave symmetric=True, and "
-                             'calibrator other than "dynamic"')  # fmt: skip
+        self.check_constant_symmetric(scheme)
         few = replace(data, batches=list(first_batches(model, data, self.samples)))
         with in_float(model):
             groups = groups_of(model, few, f"{self.name}: finding layers")

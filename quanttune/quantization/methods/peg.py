@@ -58,9 +58,7 @@ class PEG(Regridding):
             raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {unknown[0]!r}")
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
-        if scheme.dynamic or not scheme.symmetric:
-            raise ValueError("peg needs constant symmetric grids: leave symmetric=True, and "
-                             'calibrator other than "dynamic"')  # fmt: skip
+        self.check_constant_symmetric(scheme)
         sites = {
             name: one
             for name, one in quantizers(model).items()

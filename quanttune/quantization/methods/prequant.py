@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..outliers import Outliers, largest_of
-from .gwq import check_share
+from ..outliers import Outliers, check_share, largest_of
 from .rounding.layer_by_layer import LayerByLayer
 from .rounding.moments import Group, Means
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...running import Data, evaluating, in_float, main_output
+from ...running import Data, evaluating, in_float, main_output, requiring_gradients
 from ...token_mask import counting, inside
 from .layers import Layer, rounded_input
 
@@ -55,9 +55,7 @@ def squared_gradients_of(
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     signs = torch.Generator().manual_seed(0)
     with ExitStack() as undo:
-        for weight in weights:
-            undo.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
+        undo.enter_context(requiring_gradients(weights))
         for context in (in_float(model), evaluating(model), torch.enable_grad()):
             undo.enter_context(context)
         for batch in data.track(what):
@@ -112,8 +110,9 @@ def _calls_of(layers: Iterable[Layer]) -> Iterator[list[Call]]:
         return output.clone()  # which may be changed in place
 
     with ExitStack() as undo:
-        for module in (layer.module for layer in layers):
-            undo.callback(module.weight.requires_grad_, module.weight.requires_grad)
-            module.weight.requires_grad_(True)  # so that what it returns has a gradient
+        modules = [layer.module for layer in layers]
+        # so that what they return has a gradient
+        undo.enter_context(requiring_gradients(module.weight for module in modules))
+        for module in modules:
             undo.callback(module.register_forward_hook(see).remove)
         yield calls

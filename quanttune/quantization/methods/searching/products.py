@@ -1,7 +1,7 @@
 """The products of a model whose factors are searched, and what data make of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ...functional.iteration import Children, children_of
 from ...functional.operations import Operation
-from ...running import Data, evaluating, main_output, rounding_only
+from ...running import Data, evaluating, main_output, requiring_gradients, rounding_only
 from ...state import state_of
 from ...token_mask import counting, inside, select, without_padding
-from ..rounding.fisher import signed_sum
+from ..rounding.fisher import NO_GRADIENT, signed_sum
 from ..rounding.moments import Group
 from .metrics import Product
 
@@ -192,7 +192,7 @@ def record(
         undo.enter_context(rounding_only(model))
         undo.enter_context(torch.set_grad_enabled(with_gradients))
         if with_gradients:
-            undo.enter_context(_requiring_gradients(model))
+            undo.enter_context(requiring_gradients(model.parameters()))
         for one, records in zip(searched, found, strict=True):
             for end in one.watch(records, partial(_see, results, records)):
                 undo.callback(end)
@@ -213,18 +213,9 @@ def _see(results: list[tuple[Records, Result]], records: Records, result: Result
 
 def _keep_gradients(total: Tensor, results: Sequence[tuple[Records, Result]]) -> None:
     if not (results and total.requires_grad):
-        raise ValueError("what the model returns has no gradient: does it compute under no_grad?")
+        raise ValueError(NO_GRADIENT)
     values = [result.value for _, result in results]
     gradients = torch.autograd.grad(total, values, materialize_grads=True)
     for (records, result), whole in zip(results, gradients, strict=True):
         kept = records.gradients.setdefault(result.module, [])
         kept.append(result.gradient(whole))
-
-
-@contextmanager
-def _requiring_gradients(model: nn.Module) -> Iterator[None]:
-    with ExitStack() as undo:
-        for parameter in model.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(True)
-        yield
