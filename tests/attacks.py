@@ -112,6 +112,57 @@ def attack_dynamic_fake_quant(data):
     same(ops.dynamic_fake_quant(x, low, high, axis), expected + 0.0)
 
 
+def slopes_by_numpy(grad, x, grid):
+    """Return what each scale gets, in float64, and how far it may be from that."""
+    steps, low, high, axis = grid
+    quotients = (x.float() / as_wide_as(x, steps, axis)).double()
+    codes = quotients.round()
+    clipped = codes.clamp(low, high)
+    inside = codes == clipped
+    terms = grad.double() * torch.where(inside, codes - quotients, clipped)
+    error = 1e-6 * terms.abs() + SINGLE * (grad.double() * quotients).abs() * inside
+    return rows_of(terms, axis).sum(1), rows_of(error, axis).sum(1)
+
+
+def as_wide_as(x, steps, axis):
+    return steps.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+
+
+def rows_of(x, axis):
+    """Return what each grid is of."""
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def attack_learned_fake_quant_backward(data):
+    x = draw_tensor(data)
+    grid = draw_grid(data, x)
+    grad = torch.randn(x.shape).to(x.dtype)
+    grad_x, slopes = ops.learned_fake_quant_backward(grad, x, *grid)
+    same(grad_x, ops.fake_quant_backward(grad, x, *grid))
+    expected, error = slopes_by_numpy(grad, x, grid)
+    assert ((slopes.double() - expected).abs() <= error).all()
+
+
+def attack_dynamic_fake_quant_backward(data):
+    """The largest magnitude, the first of equal ones, gets what its step does."""
+    x = draw_tensor(data)
+    bits = data.draw(st.integers(2, 16), label="bits")
+    axis = data.draw(st.one_of(st.none(), st.integers(0, x.dim() - 1)), label="axis")
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    grad = torch.randn(x.shape).to(x.dtype)
+    actual = rows_of(ops.dynamic_fake_quant_backward(grad, x, low, high, axis), axis).double()
+    steps = reference.scale_of(reference.absmax(x.float(), axis).reshape(-1), high)
+    slopes, error = slopes_by_numpy(grad, x, (steps, low, high, axis))
+    places = rows_of(x, axis).abs().argmax(1, keepdim=True)
+    largest = rows_of(x, axis).double().gather(1, places)[:, 0]
+    part = torch.where(largest == 0, 0, steps.double() / largest)
+    expected = rows_of(grad, axis).double()
+    there = expected.gather(1, places)[:, 0] + slopes * part
+    rounding = torch.finfo(x.dtype).eps * (there.abs() + (slopes * part).abs())
+    assert ((actual.gather(1, places)[:, 0] - there).abs() <= error * part.abs() + rounding).all()
+    same(actual.scatter(1, places, 0), expected.scatter(1, places, 0))
+
+
 def draw_rows(data):
     x = draw_tensor(data)
     samples = data.draw(st.sampled_from([1, x.shape[0]]), label="samples")

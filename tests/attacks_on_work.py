@@ -15,9 +15,11 @@ import torch
 from attacks import attacks_in
 from attacks_on_files import EXAMPLE, Block, bits_of, state
 from hypothesis import strategies as st
-from models import opt
+from models import opt, vit
+from torch import nn
 
 import quanttune as qt
+from quanttune.quantization.methods import METHODS
 
 PACKAGE = str(Path(qt.__file__).parent)
 
@@ -61,6 +63,8 @@ def bits(model):
     return bits_of(model.state_dict())
 
 
+# of these the one asks for a residual stream, the other for blocks
+FITTING = sorted(set(METHODS) - {"rotate", "apq_vit"})
 STEPS = {}  # how many places there are to interrupt each function at
 
 
@@ -92,9 +96,7 @@ def check_nothing_is_left():
 
 
 def attack_interrupted_quantize(data):
-    methods = data.draw(
-        st.sampled_from([[], ["smoothquant"], ["gptq"], ["erq"], ["bias_correction"]])
-    )
+    methods = data.draw(st.sampled_from([[], *([name] for name in FITTING)]), label="methods")
     batches = [EXAMPLE[:1], EXAMPLE[1:]]
     with fresh() as (model, _):
         before, numbers = state(model), bits(model)
@@ -196,10 +198,16 @@ def learned(model, x):
 
 @cache
 def float_models():
-    """Return two models by what they are, each with what it is called with."""
+    """Return models by what they are, each with what it is called with."""
     torch.manual_seed(0)
-    example = opt(2)
-    return {"block": (Block().eval(), EXAMPLE), "decoder": (example.model.eval(), example.inputs)}
+    decoder, images = opt(2), vit()
+    both = nn.ModuleList([images.model.eval(), copy.deepcopy(images.model)])
+    return {
+        "block": (Block().eval(), EXAMPLE),
+        "decoder": (decoder.model.eval(), decoder.inputs),
+        "images": (images.model, images.inputs),
+        "student and teacher": (both, images.inputs),
+    }
 
 
 @cache
@@ -211,27 +219,79 @@ def exported():
     return path
 
 
+def as_it_is(model, x):
+    return model
+
+
+def marked(model, x):
+    return rounded(model, x, methods=["prequant"])
+
+
+def dynamic(model, x):
+    return qt.quantize(
+        model, 8, calibrator="dynamic", coverage="linear_inputs", overrides={"lm_head": None}
+    )
+
+
+def chosen(model, x):
+    """Choose by how near the answers are, of few candidates."""
+    expected = model(x)
+
+    def nearness(other, rows):
+        return -(other(x) - expected).square().mean().item()
+
+    qt.auto(model, target="torch", data=[x], evaluate=nearness, rows=8, drop=1.0, minutes=1)
+
+
 # of a float model, how it is before, and the call that is interrupted
 CALLS = {
+    "attach": ("block", as_it_is, lambda model, x: qt.attach(model, 0.5, "constant")),
+    "auto": ("block", as_it_is, chosen),
+    "clip_softmax": ("decoder", as_it_is, lambda model, x: qt.clip_softmax(model)),
+    "gate_attention": ("decoder", as_it_is, lambda model, x: qt.gate_attention(model)),
+    "rectify_attention": (
+        "images",
+        as_it_is,
+        lambda model, x: qt.rectify_attention(model, [x]),
+    ),
+    "distill": ("student and teacher", as_it_is, lambda pair, x: qt.distill(*pair)),
+    "synthesize_images": (
+        "images",
+        as_it_is,
+        lambda model, x: qt.synthesize_images(model, 1, iterations=2),
+    ),
+    "requantize": (
+        "block",
+        rounded,
+        lambda model, x: qt.requantize(
+            model, 6, power_of_two=True, correct_weights=True, example=x
+        ),
+    ),
+    "learn_outliers": ("block", marked, lambda model, x: qt.learn_outliers(model)),
+    "export_torchao": (
+        "decoder",
+        dynamic,
+        lambda model, x: exported_to_a_folder(qt.export_torchao, model),
+    ),
     "learn_scales": ("block", rounded, lambda model, x: qt.learn_scales(model)),
     "freeze_scales": ("block", learned, lambda model, x: qt.freeze_scales(model)),
     "summary": ("block", rounded, lambda model, x: qt.summary(model)),
-    "refit": ("block", lambda model, x: model, lambda model, x: qt.refit(model, [x])),
-    "rotate": ("decoder", lambda model, x: model, lambda model, x: qt.rotate(model, [x])),
-    "prefix": ("decoder", lambda model, x: model, lambda model, x: qt.prefix(model, [1, 2])),
+    "refit": ("block", as_it_is, lambda model, x: qt.refit(model, [x])),
+    "rotate": ("decoder", as_it_is, lambda model, x: qt.rotate(model, [x])),
+    "prefix": ("decoder", as_it_is, lambda model, x: qt.prefix(model, [1, 2])),
     "export_torch": ("block", rounded, qt.export_torch),
     "verify": ("block", rounded, lambda model, x: qt.verify(exported(), model, [x])),
     "export_compressed_tensors": (
         "decoder",
         partial(rounded, coverage="linear_inputs", overrides={"lm_head": None}),
-        lambda model, x: exported_to_a_folder(model),
+        lambda model, x: exported_to_a_folder(qt.export_compressed_tensors, model),
     ),
 }
 
 
-def exported_to_a_folder(model):
+def exported_to_a_folder(export, model):
     with tempfile.TemporaryDirectory() as folder:
-        qt.export_compressed_tensors(model, folder)
+        export(model, Path(folder) / "out")
 
 
 def interrupted_call(name, data):
