@@ -22,6 +22,7 @@ from .distillation.rectification import rectify_attention as rectify_attention
 from .fake_quantizer import fake_quant as fake_quant
 from .fake_quantizer import fake_quant_ as fake_quant_
 from .ops import backends as backends
+from .quantization.bit_allocation import allocate_bits as allocate_bits
 from .quantization.learned_ranges import freeze_scales as freeze_scales
 from .quantization.learned_ranges import learn_scales as learn_scales
 from .quantization.outliers import learn_outliers as learn_outliers
