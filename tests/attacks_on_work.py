@@ -92,7 +92,10 @@ def check_nothing_is_left():
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
     assert not torch.compiler.is_compiling()
-    assert threading.active_count() == 1 + sum(t.daemon for t in threading.enumerate())
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join(5)  # one that was told to end may still be about to
+            assert not thread.is_alive()
 
 
 def attack_interrupted_quantize(data):
@@ -245,6 +248,7 @@ def chosen(model, x):
 
 # of a float model, how it is before, and the call that is interrupted
 CALLS = {
+    "allocate_bits": ("block", as_it_is, lambda model, x: qt.allocate_bits(model, 5, data=[x])),
     "attach": ("block", as_it_is, lambda model, x: qt.attach(model, 0.5, "constant")),
     "auto": ("block", as_it_is, chosen),
     "clip_softmax": ("decoder", as_it_is, lambda model, x: qt.clip_softmax(model)),
@@ -296,17 +300,46 @@ def exported_to_a_folder(export, model):
 
 def interrupted_call(name, data):
     """A call that is interrupted leaves the model as before, or whole; and can be repeated."""
+    interrupted_by(name, lambda function: interrupt(data, name, function))
+
+
+def interrupted_by(name, interrupt):
+    """Interrupt a call by a function that tells whether it ended before, and check what is left."""
     kind, prepare, call = CALLS[name]
     model, x = float_models()[kind]
     model = copy.deepcopy(model)
     prepare(model, x)
     before, numbers = state(model), bits(model)
-    ended = interrupt(data, name, lambda: call(model, x))
+    ended = interrupt(lambda: call(model, x))
     if not ended and (state(model), bits(model)) != whole(name):
         assert state(model) == before
         assert bits(model) == numbers
         call(model, x)
     assert (state(model), bits(model)) == whole(name)
+
+
+def interrupted_along(name, step):
+    """Interrupt a call at every so many places, from its first one to its last; tell how many."""
+    places = []
+
+    def interrupt(function):
+        with Interrupted(1 + len(places) * step):
+            function()
+        return True
+
+    def until(function):
+        with contextlib.suppress(KeyboardInterrupt):
+            return interrupt(function)
+        check_nothing_is_left()
+        places.append(name)
+        return False
+
+    whole(name)
+    while True:
+        count = len(places)
+        interrupted_by(name, until)
+        if len(places) == count:
+            return count
 
 
 @cache

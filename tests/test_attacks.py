@@ -9,7 +9,7 @@ from attacks import IN_MEMORY
 from attacks_on_files import ON_FILES
 from attacks_on_models import ON_MODELS, STEPS
 from attacks_on_processes import ON_PROCESSES
-from attacks_on_work import ON_WORK
+from attacks_on_work import ON_WORK, interrupted_along
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,6 +47,16 @@ def test_an_attack_finds_nothing(name):
         attack(data)
 
     attacked()
+
+
+@quiet
+@pytest.mark.parametrize(
+    "name",
+    ["attach", "clip_softmax", "gate_attention", "distill", "learn_scales", "freeze_scales"],
+)
+def test_an_interrupt_leaves_the_model_as_before_wherever_it_comes(name):
+    """What is left halfway in two places of a hundred is not found by five draws."""
+    assert interrupted_along(name, 11) > 10
 
 
 @pytest.mark.parametrize(

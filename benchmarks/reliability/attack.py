@@ -31,7 +31,7 @@ ATTACKS = IN_MEMORY | ON_FILES | ON_MODELS | ON_WORK | ON_PROCESSES
 CASES = dict.fromkeys(ATTACKS, 200) | dict.fromkeys(IN_MEMORY, 20_000) | {"soak": 20_000}
 # a million damaged files and descriptions
 CASES |= {"description": 850_000, "load": 120_000, "run_folder": 30_000, "killed_save": 1000}
-AT_ONCE = dict.fromkeys(ON_FILES, 20) | {"soak": 20}  # of a seed: these try several in each case
+AT_ONCE = dict.fromkeys(ON_FILES, 200) | {"soak": 20}  # of a seed: these try several in each case
 VERSIONS = ("torch", "numpy", "hypothesis", "safetensors")
 
 

@@ -48,6 +48,7 @@ WHAT = {
     "interrupted_export_torch": f"Ctrl-C in export_torch: {STATE}",
     "interrupted_export_compressed_tensors": f"Ctrl-C in export_compressed_tensors: {STATE}",
     "interrupted_export_torchao": f"Ctrl-C in export_torchao: {STATE}",
+    "interrupted_allocate_bits": "Ctrl-C in allocate_bits: the model is as before",
     "interrupted_attach": f"Ctrl-C in attach: {STATE}",
     "interrupted_auto": "Ctrl-C in auto: the model is as before",
     "interrupted_clip_softmax": f"Ctrl-C in clip_softmax: {STATE}",

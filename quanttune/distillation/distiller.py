@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quantization.running import evaluating, main_output
+from ..transaction import transaction
 from .attentions import attentions_of, watch
 
 
@@ -39,7 +40,8 @@ def distill(
             f"student and teacher must have as many attentions and heads, got {heads[0]} and "
             f"{heads[1]} heads"
         )
-    return Distiller(student, teacher, weight, temperature)
+    with transaction(student):
+        return Distiller(student, teacher, weight, temperature)
 
 
 class Distiller:

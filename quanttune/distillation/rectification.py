@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..quantization.running import forward_batches
 from ..quantization.state import refuse_quantized
+from ..transaction import transaction
 from .attentions import NORMS, attentions_of
 
 EPS = 1e-6
@@ -49,11 +50,9 @@ def rectify_attention(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         if not forward_batches(model, data):
             raise ValueError("data is empty: rectify_attention needs at least one batch of inputs")
     made = {place: fit.norm() for place, fit in fits.items()}
-    with ExitStack() as undo:  # all, or none
+    with transaction(model):
         for (name, norm), module in made.items():
-            undo.callback(setattr, attentions[name], norm, getattr(attentions[name], norm))
             setattr(attentions[name], norm, module)
-        undo.pop_all()
     return model
 
 

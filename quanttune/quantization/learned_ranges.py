@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..transaction import transaction
 from .learning.lsq_plus import three_sigma_scale
 from .modules import QuantizedEmbedding, holds
 from .other_grids import WITH_SCALES, refuse_other_grids
@@ -68,7 +69,7 @@ def learn_scales(model: nn.Module, how: str = "lsq") -> list[nn.Parameter]:
                 f"{site} is learned by {one.learned_by} already: call freeze_scales(model) first"
             )
     learned: list[nn.Parameter] = []
-    with _or_as_before(model):
+    with _all_or_none(model):
         for quantizer in sites.values():
             if quantizer.calibrated and learner.activations is not None:
                 learned += quantizer.learn(learner.activations)
@@ -88,7 +89,7 @@ def freeze_scales(model: nn.Module) -> None:
         ValueError: the model is not quantized.
     """
     state_of(model)
-    with _or_as_before(model):
+    with _all_or_none(model):
         for quantizer in quantizers(model).values():
             quantizer.stop_learning()
         for holder, weight_quantizer in weight_quantizers(model).values():
@@ -152,20 +153,12 @@ LEARNERS: Mapping[str, Learner] = MappingProxyType(
 
 
 @contextmanager
-def _or_as_before(model: nn.Module) -> Iterator[None]:
+def _all_or_none(model: nn.Module) -> Iterator[None]:
     """Change the ranges of a model, and its configuration; all of them, or none."""
-    with ExitStack() as undo:
+    with transaction(model) as undo:
         undo.callback(update_hf_config, model)
-        weights = weight_quantizers(model).values()
-        for quantizer in (*quantizers(model).values(), *(quantizer for _, quantizer in weights)):
-            # they are replaced, never written to
-            undo.callback(quantizer._buffers.update, dict(quantizer._buffers))
-            undo.callback(quantizer._parameters.update, dict(quantizer._parameters))
-            for name in ("learned_by", "zero"):
-                undo.callback(setattr, quantizer, name, getattr(quantizer, name))
-        for holder, quantizer in weights:
+        for holder, quantizer in weight_quantizers(model).values():
             if quantizer.top is not None:
                 undo.callback(setattr, holder.weight, "data", holder.weight.data)
         yield
         update_hf_config(model)
-        undo.pop_all()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fake_quantizer import fake_quant, integer_range
+from ..transaction import transaction
 from .affine_quantizer import AffineQuantizer
 from .calibrators import SEARCHES
 from .convert import new_weight_quantizer
@@ -24,6 +25,7 @@ from .running import Data, in_float
 from .saving.hf_config import update_hf_config
 from .scheme import Scheme
 from .state import quantizers, state_of, weight_quantizers
+from .ties import snapshot
 
 
 def requantize(
@@ -71,27 +73,31 @@ def requantize(
     state = state_of(model)
     scheme = _scheme_of(state.scheme, bits, weight_bits, weights, symmetric)
     _check(model, scheme, bits, symmetric, power_of_two)
-    pairs = _pairs(model, example) if power_of_two and example is not None else []
-    for site, one in quantizers(model).items():
-        _regrid(model, site, one, bits, symmetric)
-    for pair in pairs:
-        _fold(pair)
-    for one in quantizers(model).values():
-        if power_of_two and one.calibrated:
-            one.set_scale(power_of_two_above(one.scale))
-    renewed = bits is not None or weight_bits is not None or weights is not None
-    for name, (holder, weight) in weight_quantizers(model).items():
+    with transaction(model) as undo:
+        undo.callback(update_hf_config, model)
+        undo.callback(setattr, state, "scheme", state.scheme)
+        undo.callback(snapshot(model))
+        pairs = _pairs(model, example) if power_of_two and example is not None else []
+        for site, one in quantizers(model).items():
+            _regrid(model, site, one, bits, symmetric)
+        for pair in pairs:
+            _fold(pair)
+        for one in quantizers(model).values():
+            if power_of_two and one.calibrated:
+                one.set_scale(power_of_two_above(one.scale))
+        renewed = bits is not None or weight_bits is not None or weights is not None
+        for name, (holder, weight) in weight_quantizers(model).items():
+            if renewed:
+                _renew(holder, weight, new_weight_quantizer(holder, scheme, name))
+            if power_of_two:
+                _round_scales(holder)
         if renewed:
-            _renew(holder, weight, new_weight_quantizer(holder, scheme, name))
-        if power_of_two:
-            _round_scales(holder)
-    if renewed:
-        _renew_others(model, scheme)
-    if correct_weights:
-        for layer in layers_of(model):
-            _keep_sums(layer)
-    state.scheme = scheme
-    update_hf_config(model)
+            _renew_others(model, scheme)
+        if correct_weights:
+            for layer in layers_of(model):
+                _keep_sums(layer)
+        state.scheme = scheme
+        update_hf_config(model)
     return model
 
 

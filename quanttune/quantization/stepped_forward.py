@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from threading import Semaphore
 from typing import Any, Generic, TypeVar
@@ -21,7 +22,7 @@ class NoThread(RuntimeError):
 class SteppedForward(Generic[Stop]):
     """A forward in a thread of its own, which runs only while `advance` waits for it.
 
-    It begins with the first `advance`; whoever calls that calls `stop`, too.
+    It begins with the first `advance`; whoever calls that sees to it that `stop` is called.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
@@ -55,6 +56,11 @@ class SteppedForward(Generic[Stop]):
         self._go.acquire()
         if self._leaving:
             raise StopForward
+
+    def stop_at_the_end_of(self, undo: ExitStack) -> None:
+        """Let a stack call `stop`: twice, since Ctrl-C may end the first call."""
+        undo.callback(self.stop)
+        undo.callback(self.stop)
 
     def stop(self) -> None:
         """End it, wherever it is."""

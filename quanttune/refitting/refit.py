@@ -71,7 +71,7 @@ def refit(
             students = _forwards(model, batches, mask, route, partial(_refitted, model))
             teachers = _forwards(original, batches, mask, route, lambda stop: stop.output)
             for forward in (*students, *teachers):
-                end.callback(forward.stop)
+                forward.stop_at_the_end_of(end)
             for name in track(route.names, "refitting", progress):
                 module: Any = model.get_submodule(name)
                 equations = _Equations(module)

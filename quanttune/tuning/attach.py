@@ -7,6 +7,7 @@ from torch import nn
 
 from ..losses import OutlierLoss, find_loss
 from ..masks import Mask
+from ..transaction import transaction
 from . import schedule
 from .adapters import has_adapters
 from .finishing import BITS, Finishing, check_finish
@@ -106,15 +107,16 @@ def attach(
     if finish:
         finish.begin()  # refuses what it must before a step is trained
         finish.end()
-    observers = Observers(
-        model,
-        find_sites(model, include, exclude, sites),
-        find_heads(model),
-        find_loss(loss, exact, detach_deviation),
-        mask,
-        find_unobserved(model, include, exclude, sites),
-    )
-    return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every, finish)
+    with transaction(model):
+        observers = Observers(
+            model,
+            find_sites(model, include, exclude, sites),
+            find_heads(model),
+            find_loss(loss, exact, detach_deviation),
+            mask,
+            find_unobserved(model, include, exclude, sites),
+        )
+        return Tuner(model, observers, alpha, decay, total_steps, balance, observe_every, finish)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..quantization.functional.scaled_dot_product import masked
 from ..quantization.modules import Made
 from ..quantization.state import refuse_quantized
+from ..transaction import transaction
 
 # attention of timm's ViT, DeiT and their like, BERT and OPT, and what names its heads
 HEADS = {
@@ -81,8 +82,9 @@ def clip_softmax(
             f"gamma must be at most 0, zeta at least 1, alpha at least 0, got {gamma}, {zeta} and "
             f"{alpha}"
         )
-    for module in _attentions(model):
-        module.clipped_softmax = ClippedSoftmax(gamma, zeta, alpha)
+    with transaction(model):
+        for module in _attentions(model):
+            module.clipped_softmax = ClippedSoftmax(gamma, zeta, alpha)
     return model
 
 
@@ -109,11 +111,12 @@ def gate_attention(model: nn.Module, kind: str = "heads", open_share: float = 0.
             f"kind must be one of {', '.join(GATES)} and open_share between 0 and 1, got {kind!r} "
             f"and {open_share}"
         )
-    for module in _attentions(model):
-        weight = next(p for p in module.parameters() if p.dim() == 2)
-        heads = getattr(module, HEADS[_own_class(module).__name__])
-        gates = HeadGates(weight.shape[1], heads, kind, open_share)
-        module.head_gates = gates.to(weight.device, weight.dtype)
+    with transaction(model):
+        for module in _attentions(model):
+            weight = next(p for p in module.parameters() if p.dim() == 2)
+            heads = getattr(module, HEADS[_own_class(module).__name__])
+            gates = HeadGates(weight.shape[1], heads, kind, open_share)
+            module.head_gates = gates.to(weight.device, weight.dtype)
     return model
 
 

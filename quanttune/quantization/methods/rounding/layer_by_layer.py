@@ -68,7 +68,7 @@ class _Walk:
         self._forwards = []
         for batch in data.batches:
             forward = SteppedForward[nn.Module](partial(forward_batches, model, [batch], data.mask))
-            undo.callback(forward.stop)
+            forward.stop_at_the_end_of(undo)
             self._forwards.append(forward)
 
     def reach(self, leader: Any, sums: Means | Moments) -> bool:

@@ -1,0 +1,38 @@
+"""Changes of a model that are made as a whole, or not at all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def transaction(model: nn.Module) -> Iterator[ExitStack]:
+    """Change modules of a model; an exception, Ctrl-C too, gives all of them back what they held.
+
+    That is their classes, attributes, hooks, parameters, buffers and submodules. Values that are
+    written into a tensor stay: callbacks of the stack that is yielded may undo that, which come
+    after all else, the latest first.
+    """
+    with ExitStack() as last, ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(_restorer(module))
+        yield last
+        undo.pop_all()
+        last.pop_all()
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """Return what gives a module its class, its attributes, and what its dictionaries hold now."""
+    kind, attributes = type(module), dict(vars(module))
+    held = [(one, dict(one)) for one in attributes.values() if isinstance(one, dict)]
+
+    def restore() -> None:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
+        for one, items in held:
+            one.clear()
+            one.update(items)
+
+    return restore
