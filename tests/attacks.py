@@ -158,7 +158,8 @@ def attack_dynamic_fake_quant_backward(data):
     part = torch.where(largest == 0, 0, steps.double() / largest)
     expected = rows_of(grad, axis).double()
     there = expected.gather(1, places)[:, 0] + slopes * part
-    rounding = torch.finfo(x.dtype).eps * (there.abs() + (slopes * part).abs())
+    kind = torch.finfo(x.dtype)
+    rounding = kind.eps * (there.abs() + (slopes * part).abs() + kind.smallest_normal)
     assert ((actual.gather(1, places)[:, 0] - there).abs() <= error * part.abs() + rounding).all()
     same(actual.scatter(1, places, 0), expected.scatter(1, places, 0))
 
