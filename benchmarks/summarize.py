@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.storage_tables import caches_section, weights_section
+from benchmarks.accuracy.storage_tables import caches_section, mixed_widths_section, weights_section
 from benchmarks.accuracy.tables import (
     bold,
     choices_table,
@@ -118,6 +118,8 @@ def main() -> None:
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
     sections.append(methods_section("digits, others", _read("some-methods-digits.json")))
+    for name in demos:
+        sections.append(mixed_widths_section(name, _read(f"mixed-widths-{name}.json")))
     sections.append(times_section(_read("method-times.json")))
     sections.append(_agreement_section(_read("onnx-agreement.json")))
     page.write_text("\n".join(sections))

@@ -9,7 +9,7 @@ START, *SNIPPETS = snippets_of(PAGE)
 
 
 def test_the_page_has_all_snippets():
-    assert len(SNIPPETS) == 14
+    assert len(SNIPPETS) == 15
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
