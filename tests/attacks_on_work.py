@@ -27,7 +27,8 @@ PACKAGE = str(Path(qt.__file__).parent)
 class Interrupted:
     """Raises KeyboardInterrupt where Python looks for signals in the package, the n-th time.
 
-    That is where a function begins, and behind calls of what is written in C.
+    That is where a function begins, of the package or called by it, and behind calls of what is
+    written in C.
     """
 
     def __init__(self, left):
@@ -41,14 +42,14 @@ class Interrupted:
         sys.setprofile(None)
 
     def look(self, frame, event, _):
-        if event in ("call", "c_return") and self.watches(frame):
+        if event in ("call", "c_return") and (self.watches(frame) or self.watches(frame.f_back)):
             self.seen += 1
             if self.seen == self.left:
                 sys.setprofile(None)
                 raise KeyboardInterrupt
 
     def watches(self, frame):
-        return frame.f_code.co_filename.startswith(PACKAGE)
+        return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
 
 @contextlib.contextmanager

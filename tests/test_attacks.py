@@ -10,11 +10,11 @@ from attacks_on_files import ON_FILES
 from attacks_on_models import ON_MODELS, STEPS
 from attacks_on_processes import ON_PROCESSES
 from attacks_on_work import ON_WORK, interrupted_along
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import linux_memory
 from oracle import quiet
+from packages import ROOT
 
 ATTACKS = IN_MEMORY | ON_FILES | ON_MODELS | ON_WORK | ON_PROCESSES
 # these take longer, or fork: in forks of this process autograd does not work, nor torch's fill of
@@ -24,6 +24,10 @@ OTHERS = (
     "interrupted_export", "interrupted_export_torch", "interrupted_verify",
 )  # fmt: skip
 CASES = dict.fromkeys(IN_MEMORY, 25) | dict.fromkeys(ON_MODELS, 15)
+
+
+# what Python says of an interrupt in the callback of a weak reference, where it is lost
+lost = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def few(cases):
@@ -37,6 +41,7 @@ def few(cases):
 
 
 @quiet
+@lost
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in OTHERS])
 def test_an_attack_finds_nothing(name):
     attack = ATTACKS[name]
@@ -50,6 +55,7 @@ def test_an_attack_finds_nothing(name):
 
 
 @quiet
+@lost
 @pytest.mark.parametrize(
     "name",
     ["attach", "clip_softmax", "gate_attention", "distill", "learn_scales", "freeze_scales"],

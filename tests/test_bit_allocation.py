@@ -1,5 +1,6 @@
 """Widths of weights under a budget: costs by numpy, the choice beside all that there are."""
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,9 @@ from oracle import quiet
 from torch import nn
 
 import quanttune as qt
-from quanttune.quantization.bit_allocation import cheapest
+from quanttune.quantization.bit_allocation import cheapest, error, nuclear_norm
+from quanttune.quantization.methods.rounding.layers import layers_of
+from quanttune.quantization.methods.rounding.moments import Moments
 from quanttune.quantization.state import weight_quantizers
 
 pytestmark = quiet
@@ -34,6 +37,18 @@ def cost_by_numpy(layer, x, bits):
     bias = 0 if layer.bias is None else layer.bias.detach().double().numpy()
     norm = np.linalg.svd(rows @ weight.T + bias, compute_uv=False).sum()
     return norm * np.square(rows @ errors.T).sum()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_costs_are_those_of_numpy(bias):
+    model, x = uneven(bias)
+    expected = [cost_by_numpy(model[0], x, bits) for bits in CHOICES]
+    rounded = qt.quantize(copy.deepcopy(model), coverage="weight_only", calibrator="dynamic")
+    (layer, _), moments = layers_of(rounded), Moments(6, torch.device("cpu"))
+    moments.add(x, x)
+    norm = nuclear_norm(layer, moments.gram)
+    found = [norm * error(layer, bits, moments.of_inputs) for bits in CHOICES]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

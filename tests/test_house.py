@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import resolve_name
 
 import pytest
-from conftest import ROOT
+from packages import ROOT
 
 FLOORS = 10
 

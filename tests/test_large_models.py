@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from oracle import quiet
+from packages import ROOT
 from pages import PAGES
 from transformers import OPTConfig, OPTForCausalLM
 

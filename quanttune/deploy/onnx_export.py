@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..quantization.saving.description import describe
 from ..quantization.saving.safetensors_file import KEY
+from ..transaction import transaction
 from .dimensions import Dynamic, names_of
 from .external_data import write
 from .parts import parts_of, traceable
@@ -95,7 +96,7 @@ def export_onnx(
     found: dict[Path, Any] = {}
     for part in parts:
         free = part.dimensions if part else dynamic
-        with traceable(model, example_inputs, part) as (example, names):
+        with transaction(model), traceable(model, example_inputs, part) as (example, names):
             args, kwargs = check_example(example, free, model)
             program = traced(model, args, kwargs, free, codes)
         file = path / part.file if part else path

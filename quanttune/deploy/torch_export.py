@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..fake_quantizer import integer_range
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.state import quantizers
+from ..transaction import transaction
 from .constant_weights import CONSTANTS, REROUNDED
 from .edge_products import check_products
 from .edge_tokens import keep_tokens
@@ -59,7 +60,7 @@ def export_torch(
     sizes = (BATCH if compiled else {}) if dynamic is None else dynamic
     layout = REROUNDED if target == "litert" else CONSTANTS
     args, kwargs = check_example(example_inputs, sizes, model)
-    with _decomposed(model):
+    with transaction(model), _decomposed(model):
         program = traced(model, args, kwargs, sizes, layout=layout)
     program = program.run_decompositions({})
     if target == "litert":

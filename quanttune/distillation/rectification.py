@@ -41,7 +41,7 @@ def rectify_attention(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         if not all(isinstance(getattr(attention, norm), nn.Identity) for norm in NORMS):
             raise ValueError(f"{name} normalizes queries and keys already")
     fits: dict[tuple[str, str], _Fit] = {}
-    with ExitStack() as undo:
+    with transaction(model), ExitStack() as undo:
         for name, attention in attentions.items():
             for norm in NORMS:
                 fits[name, norm] = fit = _Fit()

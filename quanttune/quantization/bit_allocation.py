@@ -102,7 +102,7 @@ def nuclear_norm(layer: Layer, gram: Tensor) -> float:
     gram: of its inputs and a channel of ones, float64 (inputs + 1, inputs + 1).
     """
     bias = layer.module.bias
-    column = layer.rows.new_zeros(len(layer.rows)) if bias is None else bias.double()
+    column = layer.rows.new_zeros(len(layer.rows)) if bias is None else bias.detach().double()
     values, vectors = torch.linalg.eigh(gram)
     root = values.clamp_min(0).sqrt()[:, None] * vectors.T  # root.T @ root is gram
     rows = torch.cat([layer.rows, column[:, None]], 1)

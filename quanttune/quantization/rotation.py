@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..masks import Mask
+from ..transaction import transaction
 from .methods import Rotate
 from .placement import check_devices
 from .running import Data
@@ -38,7 +39,7 @@ def rotate(
     """
     refuse_quantized(model)
     check_devices(model)
-    with ExitStack() as undo:
+    with transaction(model), ExitStack() as undo:
         undo.callback(snapshot(model))
         Rotate(seed).apply(model, Scheme(8), Data(data, mask))
         undo.pop_all()

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..masks import Mask
 from ..progress import Progress, silent
+from ..transaction import transaction
 from .calibrators import Calibrator
 from .convert import convert
 from .correction import drop_corrections
@@ -93,7 +94,7 @@ def quantize(
     given = Data(_check_data(data, scheme, reads), mask, progress)
     refuse_quantized(model)
     check_devices(model)
-    with ExitStack() as undo:  # an error leaves the model as it was
+    with transaction(model), ExitStack() as undo:  # an error leaves the model as it was
         if names:
             undo.callback(snapshot(model))
             undo.callback(drop_restorations, model)

@@ -15,6 +15,7 @@ from ..quantization.methods.rounding.linear_systems import ridge as solve_ridge
 from ..quantization.running import evaluating, forward_batch
 from ..quantization.state import refuse_quantized
 from ..quantization.stepped_forward import SteppedForward
+from ..transaction import transaction
 from .clamping import Clamp, clamps_of
 from .route import Route, route_of
 from .stops import Stop, Stops, stopping_modules
@@ -62,7 +63,11 @@ def refit(
     batches = list(data)
     if not batches:
         raise ValueError("data is empty: refit needs at least one batch of inputs")
-    with evaluating(model), ExitStack() as undo:  # an error leaves the model as it was
+    with (
+        transaction(model),
+        evaluating(model),
+        ExitStack() as undo,
+    ):  # an error leaves the model as it was
         original = copy.deepcopy(model)
         undo.callback(model.load_state_dict, original.state_dict())
         route = route_of(original, batches[0], mask)

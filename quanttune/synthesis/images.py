@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..progress import Progress, silent
 from ..quantization.running import evaluating, main_output, requiring_gradients
 from ..quantization.state import refuse_quantized
+from ..transaction import transaction
 from .patch_similarity import patch_entropy
 
 ROUNDS = (15 / 224, 30 / 224)  # how far images are moved at most, as a share of their width
@@ -72,7 +73,7 @@ def synthesize_images(
     size = math.sqrt(math.prod(shape) / (32 * 3 * 224 * 224))
     wanted = size * float(torch.empty(()).uniform_(*VARIATION, generator=generator))
     optimizer = torch.optim.Adam([images], lr=learning_rate, betas=BETAS)
-    with ExitStack() as undo:
+    with transaction(model), ExitStack() as undo:
         undo.enter_context(evaluating(model))
         undo.enter_context(requiring_gradients(model.parameters(), False))
         undo.enter_context(torch.enable_grad())

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...quantization.caches import without_caches
 from ...quantization.running import evaluating
+from ...transaction import transaction
 from ..encoder_decoder import has_two_parts
 from ..onnx_model import read
 from ..parts import DECODER_ONLY, Part, part_files
@@ -71,7 +72,10 @@ def _verify(
         part = DECODER_ONLY
     from .comparison import compare  # needs onnx
 
-    with evaluating(model), without_caches(model), torch.no_grad(), ExitStack() as undo:
+    with ExitStack() as undo:
+        for context in (transaction(model), evaluating(model), without_caches(model)):
+            undo.enter_context(context)
+        undo.enter_context(torch.no_grad())
         if part:
             undo.enter_context(part.called(model))
             data = calls_of(part, model, data)

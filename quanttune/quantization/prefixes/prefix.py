@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...transaction import transaction
 from ..state import refuse_quantized
 from .choice import choose
 from .decoder import check_answers, decoder_of, keep
@@ -49,8 +50,8 @@ def prefix(
         raise ValueError("prefix takes token_ids, or data that choose them: got both")
     known = None if data is not None else _checked(token_ids, decoder.config)
     before: Any = prefix_of(model)
-    drop_prefix(model)
-    with ExitStack() as undo:  # an error leaves the model with what it had
+    with transaction(model), ExitStack() as undo:  # an error leaves the model with what it had
+        drop_prefix(model)
         if before is not None:
             undo.callback(before.attach, decoder)
         undo.callback(drop_prefix, model)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ...files import replacing
+from ...transaction import transaction
 from ..ties import snapshot, untie
 from .description import check_loaded, describe, from_description
 from .hf_config import update_hf_config
@@ -45,7 +46,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             this model.
     """
     shapes, data = _read_header(Path(path))
-    with ExitStack() as undo:
+    with transaction(model), ExitStack() as undo:
         from_description(model, data, undo)
         _compare(shapes, model.state_dict(), path)
         undo.callback(snapshot(model))
