@@ -7,19 +7,20 @@ from torch import nn
 
 
 @contextmanager
-def transaction(model: nn.Module) -> Iterator[ExitStack]:
+def transaction(model: nn.Module, *afterwards: Callable[[], object]) -> Iterator[ExitStack]:
     """Change modules of a model; an exception, Ctrl-C too, gives all of them back what they held.
 
     That is their classes, attributes, hooks, parameters, buffers and submodules. Values that are
-    written into a tensor stay: callbacks of the stack that is yielded may undo that, which come
-    after all else, the latest first.
+    written into a tensor stay: what undoes that is called `afterwards`. Callbacks of the stack that
+    is yielded come before.
     """
-    with ExitStack() as last, ExitStack() as undo:
+    with ExitStack() as undo:  # one, which is emptied at once
+        for call in reversed(afterwards):
+            undo.callback(call)
         for module in model.modules():
             undo.callback(_restorer(module))
-        yield last
+        yield undo
         undo.pop_all()
-        last.pop_all()
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:

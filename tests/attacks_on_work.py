@@ -45,8 +45,7 @@ class Interrupted:
         if event in ("call", "c_return") and (self.watches(frame) or self.watches(frame.f_back)):
             self.seen += 1
             if self.seen == self.left:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # which ends the profile
 
     def watches(self, frame):
         return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
@@ -128,7 +127,7 @@ def attack_interrupted_forward(data):
 
 
 def attack_interrupted_tuning(data):
-    """Steps after an interrupted one are those of a model that was never interrupted."""
+    """Steps after an interrupted one, once forgotten, are those of one that never was."""
 
     def step():
         loss = tuner.combine(model(EXAMPLE).square().mean())
@@ -141,6 +140,7 @@ def attack_interrupted_tuning(data):
         wanted = bits_of({n: p.grad for n, p in model.named_parameters()})
         model.zero_grad()
         interrupt(data, "tuning", step)
+        tuner.forget()
         model.zero_grad()
         step()
         assert bits_of({n: p.grad for n, p in model.named_parameters()}) == wanted

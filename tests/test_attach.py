@@ -176,3 +176,16 @@ def test_a_copy_is_not_attached(name, duplicate):
         total = own.combine(example.task_loss(model))
         torch.testing.assert_close(total.double(), loss, rtol=1e-6, atol=0)
         assert_near(gradients(model, total), expected)
+
+
+@quiet
+def test_a_step_that_was_given_up_is_forgotten():
+    example = MODELS["vit"]()
+    tuner = constant(example.model)
+    expected = gradients(example.model, tuner.combine(example.task_loss()))
+    twice = [example.task_loss(), example.task_loss()]
+    both = gradients(example.model, tuner.combine(twice[1]))
+    assert any(not torch.equal(both[name], expected[name]) for name in expected)
+    example.task_loss()
+    tuner.forget()
+    assert_same_bits(gradients(example.model, tuner.combine(example.task_loss())), expected)

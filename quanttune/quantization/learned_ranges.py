@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -155,8 +156,7 @@ LEARNERS: Mapping[str, Learner] = MappingProxyType(
 @contextmanager
 def _all_or_none(model: nn.Module) -> Iterator[None]:
     """Change the ranges of a model, and its configuration; all of them, or none."""
-    with transaction(model) as undo:
-        undo.callback(update_hf_config, model)
+    with transaction(model, partial(update_hf_config, model)) as undo:
         for holder, quantizer in weight_quantizers(model).values():
             if quantizer.top is not None:
                 undo.callback(setattr, holder.weight, "data", holder.weight.data)

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,10 +74,8 @@ def requantize(
     state = state_of(model)
     scheme = _scheme_of(state.scheme, bits, weight_bits, weights, symmetric)
     _check(model, scheme, bits, symmetric, power_of_two)
-    with transaction(model) as undo:
-        undo.callback(update_hf_config, model)
+    with transaction(model, snapshot(model), partial(update_hf_config, model)) as undo:
         undo.callback(setattr, state, "scheme", state.scheme)
-        undo.callback(snapshot(model))
         pairs = _pairs(model, example) if power_of_two and example is not None else []
         for site, one in quantizers(model).items():
             _regrid(model, site, one, bits, symmetric)

@@ -1,7 +1,6 @@
 """Rotation of a float model that is not quantized yet: to be tuned, say, or saved as it is."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -39,8 +38,7 @@ def rotate(
     """
     refuse_quantized(model)
     check_devices(model)
-    with transaction(model), ExitStack() as undo:
+    with transaction(model) as undo:
         undo.callback(snapshot(model))
         Rotate(seed).apply(model, Scheme(8), Data(data, mask))
-        undo.pop_all()
     return model

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -94,7 +93,7 @@ def quantize(
     given = Data(_check_data(data, scheme, reads), mask, progress)
     refuse_quantized(model)
     check_devices(model)
-    with transaction(model), ExitStack() as undo:  # an error leaves the model as it was
+    with transaction(model) as undo:  # an error leaves the model as it was
         if names:
             undo.callback(snapshot(model))
             undo.callback(drop_restorations, model)
@@ -113,7 +112,6 @@ def quantize(
         for rounding in roundings:
             rounding.apply(model, scheme, given)
         update_hf_config(model)
-        undo.pop_all()
     return model
 
 

@@ -63,11 +63,7 @@ def refit(
     batches = list(data)
     if not batches:
         raise ValueError("data is empty: refit needs at least one batch of inputs")
-    with (
-        transaction(model),
-        evaluating(model),
-        ExitStack() as undo,
-    ):  # an error leaves the model as it was
+    with transaction(model) as undo, evaluating(model):
         original = copy.deepcopy(model)
         undo.callback(model.load_state_dict, original.state_dict())
         route = route_of(original, batches[0], mask)
@@ -83,7 +79,6 @@ def refit(
                 for student, teacher in zip(students, teachers, strict=True):
                     equations.add(_reach(student, name), _reach(teacher, name), clamps.get(name))
                 equations.solve(ridge)
-        undo.pop_all()
     return model
 
 

@@ -106,6 +106,13 @@ class Tuner:
         report = None if self._checked_reach else self._report_of_reach(observations)
         return combine(loss, outlier, 1 - alpha, weight, *arguments, report)
 
+    def forget(self) -> None:
+        """Leave the forwards since the last `combine` out of the next one.
+
+        It is for a step that was given up behind its forward, as when memory ran out.
+        """
+        self._observers.take()
+
     def step(self) -> None:
         """Advance the schedule of alpha; call it after each optimizer step."""
         self.resume(self.steps + 1)

@@ -1,7 +1,6 @@
 """Keep a prefix in front of every sequence: there a language model puts its largest values."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -50,7 +49,7 @@ def prefix(
         raise ValueError("prefix takes token_ids, or data that choose them: got both")
     known = None if data is not None else _checked(token_ids, decoder.config)
     before: Any = prefix_of(model)
-    with transaction(model), ExitStack() as undo:  # an error leaves the model with what it had
+    with transaction(model) as undo:  # an error leaves the model with what it had
         drop_prefix(model)
         if before is not None:
             undo.callback(before.attach, decoder)
@@ -58,7 +57,6 @@ def prefix(
         ids = choose(decoder, model, data or ()) if known is None else known
         keep(decoder, ids)
         check_answers(model)
-        undo.pop_all()
     return model
 
 

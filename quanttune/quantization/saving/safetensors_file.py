@@ -1,7 +1,6 @@
 """A quantized model in one file: safetensors, with the description as JSON in its header."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             this model.
     """
     shapes, data = _read_header(Path(path))
-    with transaction(model), ExitStack() as undo:
+    with transaction(model) as undo:
         from_description(model, data, undo)
         _compare(shapes, model.state_dict(), path)
         undo.callback(snapshot(model))
@@ -54,7 +53,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         model.load_state_dict(load_file(path), strict=False)
         check_loaded(model)
         update_hf_config(model)
-        undo.pop_all()
     return model
 
 
