@@ -37,7 +37,8 @@ def mixed_widths_section(name: str, measured: Any) -> str:
     """Return the table of a run of mixed_widths.py: a row per way, a column per budget and arm."""
     values: dict[Any, list[float]] = defaultdict(list)
     for row in measured["rows"]:
-        way = " + ".join([f"{row['widths']} widths", *row["methods"]])
+        widths = "one width" if row["widths"] == "one" else "allocated widths"
+        way = " + ".join([widths, *row["methods"]])
         values[way, row["budget"], row["arm"]].append(row["value"])
     floats = {arm: found for (_, budget, arm), found in values.items() if budget == 32}
     cells = zip(floats, cells_of(list(floats.values())), strict=True)
