@@ -117,7 +117,9 @@ def main() -> None:
     sections.append(caches_section(_read("caches.json")))
     sections.append(whisper_weights_section(_read("whisper-weights.json")))
     sections += [methods_section(name, _read(f"methods-{name}.json")) for name in demos]
-    sections.append(methods_section("digits, others", _read("some-methods-digits.json")))
+    for name in demos:
+        others = _read(f"some-methods-{name}.json")
+        sections.append(methods_section(f"{name}, others", others))
     for name in demos:
         sections.append(mixed_widths_section(name, _read(f"mixed-widths-{name}.json")))
     sections.append(times_section(_read("method-times.json")))

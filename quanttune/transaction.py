@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -15,12 +16,23 @@ def transaction(model: nn.Module, *afterwards: Callable[[], object]) -> Iterator
     is yielded come before.
     """
     with ExitStack() as undo:  # one, which is emptied at once
+        undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         for call in reversed(afterwards):
             undo.callback(call)
         for module in model.modules():
             undo.callback(_restorer(module))
         yield undo
         undo.pop_all()
+
+
+@contextmanager
+def gradients_as_before() -> Iterator[None]:
+    """Leave gradients on, or off; torch.no_grad leaves them off if Ctrl-C comes while it begins."""
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from ..quantization.prefixes.kept_prefix import prefix_of
 from ..quantization.prefixes.prefix import prefix as keep_prefix
 from ..quantization.running import evaluating
 from ..quantization.state import refuse_quantized
+from ..transaction import gradients_as_before
 from .judge import PARTS, Judge, parts_of
 from .recipe import Builder, Recipe
 from .search import NO_BETTER, Clock, Search, Trial
@@ -62,6 +63,7 @@ class Choice:
     tried: list[tuple[Recipe, Trial]] = field(repr=False)
 
 
+@gradients_as_before()
 def auto(
     model: nn.Module,
     *,
