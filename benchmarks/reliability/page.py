@@ -83,7 +83,7 @@ def main():
 
 
 def failed(one):
-    mended = f", {len(one['mended'])} that is mended" if one.get("mended") else ""
+    mended = f", {len(one['mended'])} before it was mended" if one.get("mended") else ""
     return f"{len(one['failures'])}{mended}"
 
 
