@@ -5,6 +5,7 @@ Each attack draws one case, as in attacks.py, and raises if something is left be
 
 import contextlib
 import copy
+import itertools
 import sys
 import tempfile
 import threading
@@ -76,9 +77,14 @@ def interrupt(data, name, function):
             function()
         STEPS[name] = counting.seen
         return True
+    return interrupted_at(1 + share * (STEPS[name] - 1) // 10**6, function)
+
+
+def interrupted_at(place, function):
+    """Interrupt a function at a place; tell whether it ended before."""
     ended = False
     with contextlib.suppress(KeyboardInterrupt):
-        with Interrupted(1 + share * (STEPS[name] - 1) // 10**6):
+        with Interrupted(place):
             function()
         ended = True
     check_nothing_is_left()
@@ -306,7 +312,7 @@ def interrupted_call(name, data):
 
 
 def interrupted_by(name, interrupt):
-    """Interrupt a call by a function that tells whether it ended before, and check what is left."""
+    """Interrupt a call and check what is left; tell whether it ended before, as `interrupt` does."""
     kind, prepare, call = CALLS[name]
     model, x = float_models()[kind]
     model = copy.deepcopy(model)
@@ -318,30 +324,15 @@ def interrupted_by(name, interrupt):
         assert bits(model) == numbers
         call(model, x)
     assert (state(model), bits(model)) == whole(name)
+    return ended
 
 
 def interrupted_along(name, step):
     """Interrupt a call at every so many places, from its first one to its last; tell how many."""
-    places = []
-
-    def interrupt(function):
-        with Interrupted(1 + len(places) * step):
-            function()
-        return True
-
-    def until(function):
-        with contextlib.suppress(KeyboardInterrupt):
-            return interrupt(function)
-        check_nothing_is_left()
-        places.append(name)
-        return False
-
     whole(name)
-    while True:
-        count = len(places)
-        interrupted_by(name, until)
-        if len(places) == count:
-            return count
+    places = itertools.count(1, step)
+    ends = (interrupted_by(name, partial(interrupted_at, place)) for place in places)
+    return next(count for count, ended in enumerate(ends) if ended)
 
 
 @cache
