@@ -82,13 +82,10 @@ def interrupt(data, name, function):
 
 def interrupted_at(place, function):
     """Interrupt a function at a place; tell whether it ended before."""
-    ended = False
-    with contextlib.suppress(KeyboardInterrupt):
-        with Interrupted(place):
-            function()
-        ended = True
+    with contextlib.suppress(KeyboardInterrupt), Interrupted(place) as interrupting:
+        function()
     check_nothing_is_left()
-    return ended
+    return interrupting.seen < place  # else the interrupt was seen, or lost in a callback
 
 
 def check_nothing_is_left():
@@ -312,7 +309,7 @@ def interrupted_call(name, data):
 
 
 def interrupted_by(name, interrupt):
-    """Interrupt a call and check what is left; tell whether it ended before, as `interrupt` does."""
+    """Interrupt a call, check what is left, and tell whether it ended before."""
     kind, prepare, call = CALLS[name]
     model, x = float_models()[kind]
     model = copy.deepcopy(model)
