@@ -11,18 +11,23 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from benchmarks import arguments
 from quanttune.demo import recipe
+from quanttune.demo.experiment import Arm
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import GPTQ, METHODS, PTQ4ViT
 from quanttune.quantization.simulation import quantize
 
 # the control of minilm is its base: at alpha = 0 its loss is zero
-ARMS = {"minilm": ("base", "detached"), "digits": ("base", "control", "detached")}
+ARMS = {
+    "minilm": ("base", "detached", "recipe"),
+    "digits": ("base", "control", "detached", "recipe"),
+}
 WIDTHS = ((8, 8), (6, 6), (4, 8), (4, 4))  # of weights and of activations
 COVERAGES = ("full_no_softmax", "linear")
 VARIANTS = {
@@ -64,7 +69,7 @@ def _rows(
     job: Any, seed: int, known: list[Any], only: Sequence[str] | None
 ) -> Iterator[dict[str, Any]]:
     done = [{**row, "value": None, "seconds": None} for row in known]
-    for arm in (arm for arm in job.arms if arm.name in ARMS[job.name]):
+    for arm in _arms(job):
         ways = [{"seed": seed, "arm": arm.name, **way} for way in (FLOAT, *_ways(only))]
         ways = [way for way in ways if {**way, "value": None, "seconds": None} not in done]
         if not ways or (seed and not arm.learning_rate and job.name == "minilm"):
@@ -75,6 +80,13 @@ def _rows(
             quantized = _quantized(job, model, way)
             seconds = round(time.monotonic() - began, 1)
             yield {**way, "value": job.evaluate(quantized), "seconds": seconds}
+
+
+def _arms(job: Any) -> list[Arm]:
+    """Return those of a demo that methods are tried on; a recipe is a refit, then tuning."""
+    arms = {arm.name: arm for arm in job.arms}
+    arms.setdefault("recipe", replace(arms["detached"], name="recipe", refit=0.1))
+    return [arms[name] for name in ARMS[job.name]]
 
 
 def width(weight_bits: int, bits: int) -> str:

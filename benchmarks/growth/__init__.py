@@ -1,0 +1,1 @@
+"""What quanttune costs as models, sequences and batches grow."""
