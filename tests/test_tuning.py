@@ -1,6 +1,7 @@
 """The outlier loss of small Transformers, against eqs. 2 and 3 in plain PyTorch."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -285,6 +286,24 @@ def test_a_loud_outlier_gradient_is_reported_once_with_both_norms():
     assert caught[0].filename == __file__
     loss.backward()
     tuner.combine(1e-3 * example.task_loss()).backward()  # any warning is an error
+
+
+@quiet
+def test_comparing_gradients_holds_one_set_of_them_at_a_time(monkeypatch):
+    """Two sets of a model of billions of parameters would not fit where its training does."""
+    exact, held, counts = torch.autograd.grad, [], []
+
+    def counted(*args, **options):
+        counts.append(sum(one() is not None for one in held))
+        found = exact(*args, **options)
+        held.extend(weakref.ref(gradient) for gradient in found if gradient is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    example = MODELS["vit"]()
+    constant(example.model).combine(example.task_loss())
+    assert held
+    assert counts == [0, 0]
 
 
 def norm(gradients: dict[str, Tensor]) -> Tensor:

@@ -103,11 +103,17 @@ def calibration_times(point: Point) -> dict[str, float]:
     return times | {"simulated": 1e3 * median(simulated)}
 
 
-def step_memory(point: Point, is_observed: bool) -> float:
-    """Return the peak of a forward and backward above the loaded model, in MiB."""
+def step_memory(point: Point, is_observed: bool, is_first: bool = False) -> float:
+    """Return the peak of a forward and backward above the loaded model, in MiB.
+
+    The first observed step compares two gradients, once.
+    """
     model, ids = point.model().train(), point.batch()
+    if is_first:
+        _backward(model, ids[:1, :8], None)  # what is loaded at first use is not counted
     tuner = attach(model, ALPHA, total_steps=MANY, detach_deviation=True) if is_observed else None
-    _backward(model, ids[:1, :8], tuner)  # what is loaded at first use is not counted
+    if not is_first:
+        _backward(model, ids[:1, :8], tuner)
     model.zero_grad(set_to_none=True)
     return _above(partial(_backward, model, ids, tuner))
 
@@ -124,6 +130,7 @@ def calibration_memory(point: Point, is_calibrated: bool) -> float:
 KINDS: dict[str, Callable[[Point], Any]] = {
     "memory, plain": partial(step_memory, is_observed=False),
     "memory, observed": partial(step_memory, is_observed=True),
+    "memory, first observed": partial(step_memory, is_observed=True, is_first=True),
     "memory, forward": partial(calibration_memory, is_calibrated=False),
     "memory, calibrated": partial(calibration_memory, is_calibrated=True),
     "times, step": step_times,

@@ -13,14 +13,7 @@ def resident(field: str) -> float:
 
 
 def peak_of(step: Callable[[], object]) -> float:
-    """Return the peak in a step, in MiB.
-
-    Raises:
-        RuntimeError: what came before has taken more.
-    """
-    loaded = resident(PEAK)
+    """Return the peak in a step, in MiB: of what came before it is forgotten."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: man 5 proc
     step()
-    peak = resident(PEAK)
-    if peak <= loaded:
-        raise RuntimeError(f"the step stays below the {loaded:.0f} MiB that loading took")
-    return peak
+    return resident(PEAK)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -200,16 +200,12 @@ class Tuner:
         for weights in ((task_weight, 0 * outlier_weight), (0.0, outlier_weight)):
             total = combine(task, outlier, *weights, upstream, count)
             try:
-                gradients = torch.autograd.grad(
-                    total, parameters, retain_graph=True, allow_unused=True
-                )
+                norms.append(_gradient_norm(total, parameters))
             except RuntimeError:
                 # Lightning's Fabric refuses a backward that is not its own. What is wrong for
                 # another reason comes up again in the user's.
                 upstream.clear()
                 return
-            parts = [g.detach().float().norm() for g in gradients if g is not None]
-            norms.append(torch.stack(parts).norm().item() if parts else 0.0)
         if norms[1] > GRADIENT_RATIO_WARNING * norms[0]:
             warnings.warn(
                 f"the outlier term's gradient norm is {norms[1]:.3g} at the first step, the task's "
@@ -249,3 +245,10 @@ class Tuner:
                 )
 
         return report
+
+
+def _gradient_norm(total: Tensor, parameters: Sequence[nn.Parameter]) -> float:
+    """Return the norm of a gradient, which is not kept: two of a large model are many bytes."""
+    gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    parts = [g.detach().float().norm() for g in gradients if g is not None]
+    return torch.stack(parts).norm().item() if parts else 0.0
