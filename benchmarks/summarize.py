@@ -29,6 +29,7 @@ from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.deploy.runtime_tables import edge_table, linear_table, runtimes_table
 from benchmarks.gpu.tables import cpu_instructions_table, instructions_table
+from benchmarks.growth.page import draw_growth, growth_tables
 from benchmarks.kernels.finishing_step import finishing_table
 from benchmarks.markdown_table import table
 from benchmarks.rivals.accuracy_control import control_table
@@ -64,6 +65,7 @@ LINEAR, END_OF_LINEAR = "<!-- linear: made by benchmarks/summarize.py -->", "<!-
 CONTROL = "<!-- control: made by benchmarks/summarize.py -->"
 END_OF_CONTROL = "<!-- end of control -->"
 CHOICES, END_OF_CHOICES = "<!-- auto: made by benchmarks/summarize.py -->", "<!-- end of auto -->"
+GROWTH, END_OF_GROWTH = "<!-- growth: made by benchmarks/summarize.py -->", "<!-- end of growth -->"
 FINISHING = "<!-- finishing: made by benchmarks/summarize.py -->"
 END_OF_FINISHING = "<!-- end of finishing -->"
 COUNTS = "<!-- instructions: made by benchmarks/summarize.py -->"
@@ -151,6 +153,9 @@ def _replace_in_docs() -> None:
         _replace(deployment, mark, end, edge_table(edge, target))
     _replace(ROOT / "docs" / "training.md", FINISHING, END_OF_FINISHING, finishing_table(_read))
     _replace_counts(ROOT / "docs" / "kernels.md")
+    growth = _read("growth.json")
+    _replace(ROOT / "docs" / "growth.md", GROWTH, END_OF_GROWTH, growth_tables(growth))
+    draw_growth(growth, ROOT / "docs" / "growth")
 
 
 def _read(name: str, folder: Path = RESULTS) -> Any:

@@ -1,13 +1,20 @@
-"""Time methods on a ViT-tiny: 12 layers, 192 wide, 32 random images, 4 bits.
+"""Time every method on a ViT-tiny and on MiniLM, a refit of MiniLM, and its analysis.
 
 python -m benchmarks.accuracy.method_times --out benchmarks/results/xeon-2-cores
 
-Each is timed once, calibration included, after its outputs were found to be nearer to the float
-model's than those of rounding to nearest.
+Each is timed once, calibration included, and its outputs are compared with the float model's. Goes
+on where it was interrupted.
 """
 
 import copy
+import json
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,53 +22,93 @@ import torch
 import quanttune as qt
 from benchmarks import arguments
 from benchmarks.provenance import commit
+from quanttune.demo import recipe
 from quanttune.environment import environment
 from quanttune.files import write_json
-from quanttune.quantization.methods import ERQ
+from quanttune.quantization.methods import ERQ, METHODS
+from quanttune.quantization.running import main_output
 
 IMAGES, BATCH = 32, 16
+BITS = {"vit": 4, "minilm": 6}
 WAYS: dict[str, list[Any]] = {
     "no method": [],
-    "smoothquant": ["smoothquant"],
-    "outlier_suppression": ["outlier_suppression"],
-    "bias_correction": ["bias_correction"],
-    "awq + weight_clipping": ["awq", "weight_clipping"],
-    "adaround": ["adaround"],
-    "gptq": ["gptq"],
-    "oac": ["oac"],
-    "erq": ["erq"],
+    **{name: [name] for name in METHODS},
     "erq (greedy)": [ERQ(flip="greedy")],
-    "qera": ["qera"],
     "repq + erq": ["repq", "erq"],
 }
 
 
 def main() -> None:
+    path = arguments.of_folder(__doc__).parse_args().out / "method-times.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    known = [(row["model"], row["way"]) for row in results["rows"]]
+    for name, make in MODELS.items():
+        model, data = make()
+        for way, methods in WAYS.items():
+            if (name, way) not in known:
+                row = _row(name, model, data, methods)
+                results["rows"].append({"model": name, "way": way, **row})
+                _keep(path, results)
+    for what, call in {"refit": _refit, "analyze": _analyze}.items():
+        if what not in results:
+            results[what] = _seconds(call)
+            _keep(path, results)
+
+
+def _keep(path: Any, results: dict[str, Any]) -> None:
+    write_json(path, results | {"commit": commit(), "environment": environment()})
+    print(results["rows"][-1], flush=True)
+
+
+def _vit() -> tuple[Any, list[Any]]:
     import timm
 
-    folder = arguments.of_folder(__doc__).parse_args().out
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224").eval()
-    data = torch.randn(IMAGES, 3, 224, 224).split(BATCH)
-    rows = [{"way": way, **_row(model, data, methods)} for way, methods in WAYS.items()]
-    for row in rows:
-        print(row)
-        if not row["error"] <= rows[0]["error"]:
-            raise SystemExit(f"{row['way']} is further from the float model than no method")
-    results = {"commit": commit(), "environment": environment(), "rows": rows}
-    write_json(folder / "method-times.json", results)
+    return model, list(torch.randn(IMAGES, 3, 224, 224).split(BATCH))
+
+
+def _minilm() -> tuple[Any, list[Any]]:
+    job: Any = recipe("minilm")(0, test_rows=16)
+    return job.prepare(job.arms[0], lambda: None).eval(), job.calibration()
+
+
+MODELS = {"vit": _vit, "minilm": _minilm}
 
 
 @torch.no_grad()
-def _row(model: Any, data: Any, methods: list[Any]) -> dict[str, float]:
-    began = time.monotonic()
+def _row(name: str, model: Any, data: list[Any], methods: list[Any]) -> dict[str, Any]:
     options = {"coverage": "linear", "methods": methods, "data": data}
-    quantized = qt.quantize(copy.deepcopy(model), 4, **options)
-    seconds = round(time.monotonic() - began, 1)
-    pairs = [(quantized(x), model(x)) for x in data]
+    quantized = copy.deepcopy(model)
+    try:
+        seconds = _seconds(partial(qt.quantize, quantized, BITS[name], **options))
+    except ValueError as refused:
+        return {"seconds": None, "error": None, "refused": str(refused)}
+    pairs = [(_answer(quantized, x), _answer(model, x)) for x in data]
     lost = sum((found - exact).square().sum() for found, exact in pairs)
     whole = sum(exact.square().sum() for _, exact in pairs)
     return {"seconds": seconds, "error": (lost / whole).item()}
+
+
+def _answer(model: Any, batch: Any) -> Any:
+    return main_output(model(**batch) if isinstance(batch, dict) else model(batch))
+
+
+def _refit() -> None:
+    job: Any = recipe("minilm")(0, test_rows=16)
+    job.prepare(next(arm for arm in job.arms if arm.name == "refit"), lambda: None)
+
+
+def _analyze() -> None:
+    command = [Path(sys.executable).with_name("quanttune"), "analyze", "minilm", "--out"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, f"{folder}/analysis"], check=True, stdout=subprocess.DEVNULL)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    call()
+    return round(time.monotonic() - began, 1)
 
 
 if __name__ == "__main__":

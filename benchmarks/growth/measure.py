@@ -3,27 +3,29 @@
 python -m benchmarks.growth.measure --out DIR --only memory   # on any machine, half an hour
 python -m benchmarks.growth.measure --out DIR                 # times as well: alone, half an hour
 
-The model is OPT's kind with random weights, which change no time; the optimizer is SGD, since that
-of Adam needs twice the parameters' memory, and neither is ours. Each figure is of a fresh process.
-A run that was interrupted goes on where it stopped.
+The model is OPT's kind with random weights, which change no time. Each figure is of a fresh
+process. A run that was interrupted goes on where it stopped.
 """
 
 import copy
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from benchmarks import arguments
 from benchmarks.growth.points import AXES, Point
+from benchmarks.kernels.observed_step import (
+    ALPHA,
+    MANY,
+    backward,
+    in_turns,
+    seconds_of,
+    step_times,
+)
 from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
 from benchmarks.provenance import commit
 from quanttune import attach, quantize
@@ -32,9 +34,8 @@ from quanttune.files import write_json
 from quanttune.quantization.running import forward_batches
 from quanttune.tuning.sites import find_sites
 
-ALPHA, MANY = 0.01, 10**9  # small: random weights have no task that would outweigh more
 COVERAGE = "linear"
-LEAST, SECONDS = 5, 8.0  # rounds of each kind of time, and until they take so long
+SECONDS = 8.0  # of turns
 
 
 def main() -> None:
@@ -65,26 +66,12 @@ def _in_a_process(kind: str, point: Point) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def step_times(point: Point) -> dict[str, float]:
-    """Return the median milliseconds of a step without and with the outlier loss, in turns."""
-    model = point.model().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)  # the same work at each step
-    ids = point.batch()
+def point_times(point: Point) -> dict[str, float]:
+    """Return what a step takes, and how large its model is."""
+    model = point.model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    found: dict[str, Any] = {"parameters": parameters, "sites": len(find_sites(model))}
-
-    def plain() -> float:
-        return _seconds(partial(_step, model, ids, optimizer, None))
-
-    def observed() -> float:
-        tuner = attach(model, ALPHA, total_steps=MANY, detach_deviation=True)
-        _step(model, ids, optimizer, tuner)  # the first one plans what later ones do
-        seconds = _seconds(partial(_step, model, ids, optimizer, tuner))
-        _check(tuner.outlier_loss)
-        tuner.detach()
-        return seconds
-
-    return found | _in_turns({"plain": plain, "observed": observed})
+    facts = {"parameters": parameters, "sites": len(find_sites(model))}
+    return facts | step_times(model, point.batch(), SECONDS)
 
 
 def calibration_times(point: Point) -> dict[str, float]:
@@ -93,13 +80,13 @@ def calibration_times(point: Point) -> dict[str, float]:
 
     def calibrated() -> float:
         copied = copy.deepcopy(model)
-        seconds = _seconds(partial(quantize, copied, coverage=COVERAGE, data=data))
-        simulated.append(_seconds(partial(forward_batches, copied, data)))
+        seconds = seconds_of(partial(quantize, copied, coverage=COVERAGE, data=data))
+        simulated.append(seconds_of(partial(forward_batches, copied, data)))
         return seconds
 
     simulated: list[float] = []
-    forward = partial(_seconds, partial(forward_batches, model, data))
-    times = _in_turns({"forward": forward, "calibrated": calibrated})
+    forward = partial(seconds_of, partial(forward_batches, model, data))
+    times = in_turns({"forward": forward, "calibrated": calibrated}, SECONDS)
     return times | {"simulated": 1e3 * median(simulated)}
 
 
@@ -110,12 +97,12 @@ def step_memory(point: Point, is_observed: bool, is_first: bool = False) -> floa
     """
     model, ids = point.model().train(), point.batch()
     if is_first:
-        _backward(model, ids[:1, :8], None)  # what is loaded at first use is not counted
+        backward(model, ids[:1, :8], None)  # what is loaded at first use is not counted
     tuner = attach(model, ALPHA, total_steps=MANY, detach_deviation=True) if is_observed else None
     if not is_first:
-        _backward(model, ids[:1, :8], tuner)
+        backward(model, ids[:1, :8], tuner)
     model.zero_grad(set_to_none=True)
-    return _above(partial(_backward, model, ids, tuner))
+    return _above(partial(backward, model, ids, tuner))
 
 
 def calibration_memory(point: Point, is_calibrated: bool) -> float:
@@ -133,7 +120,7 @@ KINDS: dict[str, Callable[[Point], Any]] = {
     "memory, first observed": partial(step_memory, is_observed=True, is_first=True),
     "memory, forward": partial(calibration_memory, is_calibrated=False),
     "memory, calibrated": partial(calibration_memory, is_calibrated=True),
-    "times, step": step_times,
+    "times, step": point_times,
     "times, calibration": calibration_times,
 }
 
@@ -141,43 +128,6 @@ KINDS: dict[str, Callable[[Point], Any]] = {
 def _above(call: Callable[[], object]) -> float:
     before = resident(CURRENT)
     return peak_of(call) - before
-
-
-def _step(model: nn.Module, ids: Tensor, optimizer: Any, tuner: Any) -> None:
-    _backward(model, ids, tuner)
-    optimizer.step()
-    optimizer.zero_grad()
-    if tuner:
-        tuner.step()
-
-
-def _backward(model: nn.Module, ids: Tensor, tuner: Any) -> None:
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    (tuner.combine(loss) if tuner else loss).backward()
-
-
-def _check(outlier_loss: Tensor) -> None:
-    """Check that what was timed had a loss: of normal activations about 3 to 5 deviations."""
-    if not 1 < outlier_loss.item() < math.inf:
-        raise RuntimeError(f"the outlier loss of random weights was {outlier_loss.item()}")
-
-
-def _in_turns(calls: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Return the median milliseconds of calls that return their seconds and take turns."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    until = perf_counter() + SECONDS
-    while len(samples[next(iter(calls))]) < LEAST or perf_counter() < until:
-        for name, call in calls.items():
-            samples[name].append(call())
-    return {name: 1e3 * median(times) for name, times in samples.items()}
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
 
 
 if __name__ == "__main__":
