@@ -329,7 +329,7 @@ def test_options_out_of_range(options, message):
 def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     from quanttune.quantization.methods.searching.blocks import BlockSearch
 
-    def fail(self, _):
+    def fail(self):
         raise ValueError("install failed")
 
     example = made("vit")

@@ -78,7 +78,7 @@ class APQViT(ScaleSearch):
         data.progress(self.name, len(blocks), len(blocks))
         # all at the end: the passes are of the float model
         for one in (*found, *self.searches(model, others, few)):
-            one.install(self.corrects_biases)
+            one.install()
 
     def _widen(self, activation: Activation) -> None:
         one = activation.original

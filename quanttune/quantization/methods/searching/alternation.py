@@ -1,6 +1,6 @@
 """One product's search: its factors take turns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -30,7 +30,6 @@ class LinearSearch:
         self.owners = [(module, "input_quantizer") for module in modules]
         self.inputs = Activation(linears.leader.input_quantizer)
         self.weights = [Weight(layer, factors) for layer in linears.layers]
-        self.errors: list[Tensor] = []  # of what each layer returns: their means
 
     @torch.no_grad()
     def run(self, records: Records, rounds: int, is_twin: bool) -> None:
@@ -44,34 +43,32 @@ class LinearSearch:
             exact.append(list(records.products(weight.layer.module, products)))
         if self.before is not None:
             left = [self.before.round(x) for x in left]
-        for _ in range(rounds):
+
+        def choose_weights() -> bool:
             rounded = [self.inputs.rounded(x) for x in left]
             changed = [
                 weight.choose(partial(self._loss, of, rounded))
                 for weight, of in zip(self.weights, exact, strict=True)
             ]
+            return any(changed)
+
+        def choose_inputs() -> bool:
             rows = [weight.rounded() for weight in self.weights]
 
             def loss_of(choice: int) -> float:
                 inputs = [self.inputs.rounded(x, choice) for x in left]
-                pairs = zip(exact, rows, strict=True)  # noqa: B023
+                pairs = zip(exact, rows, strict=True)
                 return sum(self._loss(of, inputs, one).mean().item() for of, one in pairs)
 
-            if not (self.inputs.choose(loss_of) or any(changed)):
-                break
-        rounded = [self.inputs.rounded(x) for x in left]
-        for weight, of in zip(self.weights, exact, strict=True):
-            lost = [p.exact - x @ weight.rounded().T for p, x in zip(of, rounded, strict=True)]
-            self.errors.append(torch.cat(lost).mean(0))
+            return self.inputs.choose(loss_of)
 
-    def install(self, corrects_biases: bool) -> None:
+        _take_turns(choose_weights, choose_inputs, rounds)
+
+    def install(self) -> None:
         """Let the model round as was found best."""
         self.inputs.install(self.owners)
-        for weight, error in zip(self.weights, self.errors, strict=True):
+        for weight in self.weights:
             weight.install()
-            bias = weight.layer.module.bias
-            if corrects_biases and bias is not None:
-                bias.data += error
 
     def _loss(self, exact: Iterable[Product], inputs: Iterable[Tensor], rows: Tensor) -> Tensor:
         by_channel = self.weights[0].axis is not None
@@ -96,24 +93,36 @@ class AttentionSearch:
             side.widen(self.factors)
         if is_twin:
             self.sides[0].split(records.left, self.factors)
-        for _ in range(rounds):
-            changed = []
-            for which, side in enumerate(self.sides):
-                other = self.sides[1 - which]
-                fixed = [other.rounded(pair[1 - which]) for pair in both]
 
-                def loss_of(choice: int) -> float:
-                    factors = zip(both, fixed, strict=True)  # noqa: B023
-                    pairs = [(side.rounded(pair[which], choice), x) for pair, x in factors]  # noqa: B023
-                    made = [multiply(*pair[:: 1 - 2 * which]) for pair in pairs]  # noqa: B023
-                    sums = zip(exact, made, strict=True)
-                    return self.metric.of([self.metric.sums(*one, False) for one in sums]).item()
+        def choose(which: int) -> bool:
+            side, other = self.sides[which], self.sides[1 - which]
+            fixed = [other.rounded(pair[1 - which]) for pair in both]
 
-                changed.append(side.choose(loss_of))
-            if not any(changed):
-                break
+            def loss_of(choice: int) -> float:
+                pairs = [
+                    (side.rounded(pair[which], choice), x)
+                    for pair, x in zip(both, fixed, strict=True)
+                ]
+                made = [multiply(*pair[:: 1 - 2 * which]) for pair in pairs]
+                sums = zip(exact, made, strict=True)
+                return self.metric.of([self.metric.sums(*one, False) for one in sums]).item()
 
-    def install(self, corrects_biases: bool) -> None:
+            return side.choose(loss_of)
+
+        _take_turns(partial(choose, 0), partial(choose, 1), rounds)
+
+    def install(self) -> None:
         """Let the model round as was found best."""
         for side, name in zip(self.sides, self.attention.names, strict=False):
             side.install([(self.attention.module, name)])
+
+
+def _take_turns(one: Callable[[], bool], other: Callable[[], bool], rounds: int) -> None:
+    """Let two factors choose, each for what the other has chosen, until nothing changes.
+
+    Where one keeps its choice, that of the other was made for it already.
+    """
+    for turn in range(2 * rounds):
+        changed = other() if turn % 2 else one()
+        if turn and not changed:
+            return

@@ -123,7 +123,7 @@ class BlockSearch:
             if not any(changed):
                 break
 
-    def install(self, corrects_biases: bool) -> None:
+    def install(self) -> None:
         """Let the model round as was found best."""
         for weight in self.weights:
             weight.weight.install()

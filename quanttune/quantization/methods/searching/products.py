@@ -70,7 +70,7 @@ class Linears:
     """Layers that multiply the same tensor."""
 
     def __init__(self, group: Group) -> None:
-        self.layers, self.leader = group.layers, group.leader
+        self.group, self.layers, self.leader = group, group.layers, group.leader
 
     def watch(self, records: Records, see: See) -> Iterator[Callable[[], None]]:
         """Fill records while the model runs, show results, and yield what ends it."""

@@ -12,6 +12,7 @@ from ...functional.provenance import tensors_in
 from ...quantizer import ActivationQuantizer
 from ...running import Data, in_float
 from ...scheme import Scheme
+from ..bias_correction import correct_biases
 from ..method import Rounding
 from ..rounding.moments import groups_of
 from .alternation import AttentionSearch, LinearSearch
@@ -50,7 +51,7 @@ class ScaleSearch(Rounding):
     candidates: int = 100
     rounds: int = 3
     samples: int = 32
-    corrects_biases: ClassVar[bool] = False  # by the mean error of what layers return
+    corrects_biases: ClassVar[bool] = False  # as bias_correction does
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -79,9 +80,18 @@ class ScaleSearch(Rounding):
 
     def apply(self, model: nn.Module, scheme: Scheme, data: Data) -> None:
         few = replace(data, batches=list(first_batches(model, data, self.samples)))
-        # all at the end: the passes are of the float model
-        for search in self.searches(model, searched_in(model, few, self.name), few):
-            search.install(self.corrects_biases)
+        searched = searched_in(model, few, self.name)
+        found = self.searches(model, searched, few)
+
+        def install() -> None:  # all at the end: the passes are of the float model
+            for search in found:
+                search.install()
+
+        if self.corrects_biases:
+            groups = [one.group for one in searched if isinstance(one, Linears)]
+            correct_biases(model, groups, data, install, self.name)
+        else:
+            install()
 
     def searches(
         self, model: nn.Module, searched: Sequence[Searched], data: Data
