@@ -35,7 +35,7 @@ from quanttune.quantization.running import forward_batches
 from quanttune.tuning.sites import find_sites
 
 COVERAGE = "linear"
-SECONDS = 8.0  # of turns
+SECONDS = 5.0  # of turns
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class Point:
 SIZES = ((768, 12), (1024, 16), (1280, 20), (1536, 24), (2048, 24))
 AXES: dict[str, list[Point]] = {
     "size": [Point(width, layers, vocabulary=VOCABULARY) for width, layers in SIZES],
-    "tokens": [Point(tokens=128 * 2**n) for n in range(7)],
-    "rows": [Point(rows=2**n) for n in range(7)],
-    "layers": [Point(width=128, layers=3 * 2**n, rows=4) for n in range(6)],
+    "tokens": [Point(tokens=128 * 4**n) for n in range(4)],
+    "rows": [Point(rows=4**n) for n in range(4)],
+    "layers": [Point(width=128, layers=3 * 2**n, rows=4) for n in range(5)],
 }
