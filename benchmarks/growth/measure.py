@@ -26,7 +26,7 @@ from benchmarks.kernels.observed_step import (
     seconds_of,
     step_times,
 )
-from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
+from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident, without_gaps
 from benchmarks.provenance import commit
 from quanttune import attach, quantize
 from quanttune.environment import environment
@@ -63,7 +63,10 @@ def _key(axis: str, point: Point) -> str:
 def _in_a_process(kind: str, point: Point) -> Any:
     request = json.dumps([kind, point.as_json()])
     command = [sys.executable, "-m", __spec__.name.rpartition(".")[0], request]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    environ = without_gaps() if kind.startswith("memory") else None
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environ).stdout
+    )
 
 
 def point_times(point: Point) -> dict[str, float]:

@@ -8,15 +8,13 @@ turns; a library that is not installed is left out. What is rounded, by whom: ro
 
 Memory is the resident set of a fresh process at its peak in a step, less that before the model was
 made: parameters, gradients, the optimizer's state and activations count. A step on one row goes
-before, so that what is loaded at first use is not counted. There glibc gives each tensor pages of
-its own and takes them back at once (MALLOC_MMAP_THRESHOLD_), so that it is tensors that are
-counted, and no gaps between them. Linux only.
+before, so that what is loaded at first use is not counted; gaps between tensors are not, either
+(peak_memory.py). Linux only.
 """
 
 import argparse
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import rounded_training as rounding
-from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
+from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident, without_gaps
 from benchmarks.markdown_table import table
 from benchmarks.provenance import commit
 from quanttune.environment import environment
@@ -213,8 +211,9 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 def memory(model: str, variant: str) -> float:
     """Return the peak memory of a training step, in MiB."""
     command = [sys.executable, "-m", __spec__.name, "memory", model, "--peak", variant]
-    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=exact)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=without_gaps()
+    )
     return float(done.stdout.split()[-1])
 
 

@@ -5,10 +5,10 @@ The three variants train on the same rows: "without" quanttune, "with" it attach
 hooks that compute eq. 2 in plain PyTorch on the same tensors, each once, with the deviation held
 constant as well.
 
-Memory is the resident set of a fresh process: its peak (VmHWM, which unlike ru_maxrss a process
-does not inherit from its parent) after a forward and backward, less what was resident before them.
-That counts what torch, its libraries and our kernels allocate, as a tensor profiler would not. A
-step on one row goes before, so that what is loaded at first use is not counted. Linux only.
+Memory is the resident set of a fresh process: its peak in a forward and backward, less what was
+resident before them (peak_memory.py). That counts what torch, its libraries and our kernels
+allocate, as a tensor profiler would not. A step on one row goes before, so that what is loaded at
+first use is not counted. Linux only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from benchmarks import eager
-from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident
+from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident, without_gaps
 from benchmarks.timing import medians
 from quanttune import attach
 from quanttune.demo.minilm import load_encoder, packaged_model
@@ -105,7 +105,10 @@ def check(samples: int = 2, tokens: int = 128) -> None:
 def memory(variant: str, samples: int, tokens: int) -> float:
     """Return the peak memory of a forward and backward above the loaded model, in MiB."""
     command = [sys.executable, "-m", __spec__.name, variant, str(samples), str(tokens)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=without_gaps()
+    )
+    return float(done.stdout)
 
 
 def _rows(samples: int, tokens: int) -> tuple[Tensor, Tensor]:
