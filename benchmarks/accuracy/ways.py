@@ -13,9 +13,9 @@ are taken from, and those that are tuned on. docs/results.md has the table.
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ import quanttune as qt
 from benchmarks import arguments
 from quanttune.demo import recipe
 from quanttune.demo.experiment import Arm
+from quanttune.demo.training import train
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import QERA, SmoothInputs, SmoothQuant
@@ -105,6 +106,34 @@ REMEDIES: dict[str, dict[str, Any]] = {
         "symmetric": False,
     },
 }
+GROUPED = "W4A16 weights in groups of 64"
+OF_GROUPS = COVERAGES["weights in groups of 64"]
+
+
+def _trained_outliers(model: nn.Module, job: Any, rate: float) -> None:
+    """Let the floats among the codes learn what the float model answers, as long as an arm."""
+    qt.learn_outliers(model)
+    train(model, Arm("prequant", "", rate), job.steps, job._distillation_loss)
+
+
+def _requantized(model: nn.Module, _: Any, **options: Any) -> None:
+    qt.requantize(model, weight_bits=4, **options)
+
+
+# what is done after `quantize`
+STAGES: dict[str, tuple[dict[str, Any], Callable[[nn.Module, Any], None]]] = {
+    f"{GROUPED}: prequant, {rate:g}": (
+        {"weight_bits": 4, **OF_GROUPS, "methods": ["prequant"]},
+        partial(_trained_outliers, rate=rate),
+    )
+    for rate in (1e-4, 1e-3, 1e-2)
+} | {
+    f"{GROUPED}: requantized from 8 bits{name}": (
+        {"weight_bits": 8, **OF_GROUPS},
+        partial(_requantized, **options),
+    )
+    for name, options in (("", {}), (", rows' sums kept", {"correct_weights": True}))
+}
 PREFIX = "kept prefix; "
 FLOATS = ("float", f"{PREFIX}float")
 
@@ -118,7 +147,8 @@ def ways() -> dict[str, dict[str, Any] | None]:
         for prefix in ("", PREFIX)
         for remedy, options in REMEDIES.items()
     }
-    return dict.fromkeys(FLOATS) | quantized
+    stages = {name: options for name, (options, _) in STAGES.items()}
+    return dict.fromkeys(FLOATS) | quantized | stages
 
 
 def main() -> None:
@@ -168,6 +198,8 @@ def _measured(job: Any, arm: Arm, split: str, ways: Mapping[str, Any]) -> Iterat
             qt.prefix(model, data=job.calibration())
         if options is not None:
             qt.quantize(model, data=job.calibration(), **options)
+        if way in STAGES:
+            STAGES[way][1](model, job)
         found = {"way": way, **job.measure(model, split), "bytes": _bytes(model)}
         yield found | {"seconds": round(time.monotonic() - began)}
 
