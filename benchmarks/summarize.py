@@ -25,7 +25,7 @@ from benchmarks.accuracy.tables import (
     ways_section,
     whisper_weights_section,
 )
-from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS
+from benchmarks.bars import BARS, GPU_BARS, ONNX_BARS, ONNX_ROWS, Bar
 from benchmarks.deploy.onnx_latency import COVERAGES, figures
 from benchmarks.deploy.runtime_tables import edge_table, linear_table, runtimes_table
 from benchmarks.gpu.tables import cpu_instructions_table, instructions_table
@@ -180,9 +180,15 @@ def _speed_table(measured: Any) -> str:
     dtypes = ("float32", "bfloat16")
     rows = []
     for key, ratios in measured["ratios"].items():
-        cells = [f"{ratios[dtype]:.2f}x" if dtype in ratios else "" for dtype in dtypes]
+        cells = [_ratio(BARS[key], ratios.get(dtype), dtype) for dtype in dtypes]
         rows.append((BARS[key].what, *cells, BARS[key].text()))
     return table(("", *dtypes, "bar"), rows)
+
+
+def _ratio(bar: Bar, ratio: float | None, dtype: str) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}x" if bar.met(ratio, dtype) else f"{ratio:.2f}x, missed"
 
 
 def onnx_table(measured: Any) -> str:

@@ -7,13 +7,13 @@ The model is OPT's kind with random weights, which change no time. Each figure i
 process. A run that was interrupted goes on where it stopped.
 """
 
-import copy
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from benchmarks import arguments
@@ -22,7 +22,6 @@ from benchmarks.kernels.observed_step import (
     ALPHA,
     MANY,
     backward,
-    in_turns,
     seconds_of,
     step_times,
 )
@@ -35,7 +34,7 @@ from quanttune.quantization.running import forward_batches
 from quanttune.tuning.sites import find_sites
 
 COVERAGE = "linear"
-SECONDS = 5.0  # of turns
+SECONDS, LEAST = 5.0, 3  # of turns
 
 
 def main() -> None:
@@ -79,18 +78,16 @@ def point_times(point: Point) -> dict[str, float]:
 
 def calibration_times(point: Point) -> dict[str, float]:
     """Return the median milliseconds of a forward, of calibrating on it, and of simulating it."""
-    model, data = point.model().eval(), [point.batch()]
-
-    def calibrated() -> float:
-        copied = copy.deepcopy(model)
-        seconds = seconds_of(partial(quantize, copied, coverage=COVERAGE, data=data))
-        simulated.append(seconds_of(partial(forward_batches, copied, data)))
-        return seconds
-
-    simulated: list[float] = []
-    forward = partial(seconds_of, partial(forward_batches, model, data))
-    times = in_turns({"forward": forward, "calibrated": calibrated}, SECONDS)
-    return times | {"simulated": 1e3 * median(simulated)}
+    data, samples, until = [point.batch()], [], perf_counter() + SECONDS
+    while len(samples) < LEAST or perf_counter() < until:
+        model = point.model().eval()  # anew each time: no room for two of 1.3 billion parameters
+        forward = partial(forward_batches, model, data)
+        forward()
+        quantized = partial(quantize, model, coverage=COVERAGE, data=data)
+        samples.append([seconds_of(call) for call in (forward, quantized, forward)])
+        del model, forward, quantized
+    medians = (1e3 * median(taken) for taken in zip(*samples, strict=True))
+    return dict(zip(("forward", "calibrated", "simulated"), medians, strict=True))
 
 
 def step_memory(point: Point, is_observed: bool, is_first: bool = False) -> float:
