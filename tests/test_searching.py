@@ -1,6 +1,7 @@
 """Scales that are searched, beside a search by hand in float64; metrics beside numpy and scipy."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from quanttune.quantization.methods import PTQ4ViT, Ranking
 from quanttune.quantization.methods.ptq4vit import BasePTQ
 from quanttune.quantization.methods.rounding.moments import groups_of
 from quanttune.quantization.methods.searching import scale_search
+from quanttune.quantization.methods.searching.alternation import take_turns
 from quanttune.quantization.methods.searching.metrics import METRICS, Product, ranking
 from quanttune.quantization.methods.searching.products import Linears, attentions_of, record
 from quanttune.quantization.running import Data, in_float
@@ -261,6 +263,26 @@ def test_biases_take_the_mean_error_that_layers_before_have_left_too():
     found = qt.quantize(copy.deepcopy(model), 4, **options)
     torch.testing.assert_close(found(x).mean(0), model(x).mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[:2](x).mean(0), model[:2](x).mean(0), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "taken"),
+    [
+        ([False], [False], "12"),  # the second has its turn though the first stays
+        ([False, True, False], [True, True], "12121"),
+        ([True, True, True], [True, False], "1212"),  # the first was chosen for that second
+        ([True] * 9, [True] * 9, "121212"),  # three rounds, at most
+    ],
+)
+def test_factors_take_turns_until_one_stays(first, second, taken):
+    changes, calls = {"1": iter(first), "2": iter(second)}, []
+
+    def turn(name):
+        calls.append(name)
+        return next(changes[name])
+
+    take_turns(partial(turn, "1"), partial(turn, "2"), 3)
+    assert "".join(calls) == taken
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class LinearSearch:
 
             return self.inputs.choose(loss_of)
 
-        _take_turns(choose_weights, choose_inputs, rounds)
+        take_turns(choose_weights, choose_inputs, rounds)
 
     def install(self) -> None:
         """Let the model round as was found best."""
@@ -109,7 +109,7 @@ class AttentionSearch:
 
             return side.choose(loss_of)
 
-        _take_turns(partial(choose, 0), partial(choose, 1), rounds)
+        take_turns(partial(choose, 0), partial(choose, 1), rounds)
 
     def install(self) -> None:
         """Let the model round as was found best."""
@@ -117,7 +117,7 @@ class AttentionSearch:
             side.install([(self.attention.module, name)])
 
 
-def _take_turns(one: Callable[[], bool], other: Callable[[], bool], rounds: int) -> None:
+def take_turns(one: Callable[[], bool], other: Callable[[], bool], rounds: int) -> None:
     """Let two factors choose, each for what the other has chosen, until nothing changes.
 
     Where one keeps its choice, that of the other was made for it already.
