@@ -228,7 +228,7 @@ def times_section(measured: Any) -> str:
     models = dict.fromkeys(model for model, _ in found)
     rows = []
     for way in dict.fromkeys(way for _, way in found):
-        cells = [_time_cells(found[model, way]) for model in models]
+        cells = [_time_cells(found.get((model, way))) for model in models]
         rows.append((way, *(cell for pair in cells for cell in pair)))
     facts = measured["environment"]
     where = f"{facts['processor']}, {facts['threads']} threads"
@@ -248,6 +248,8 @@ together take {whole:.0f} s, a refit of it {measured["refit"]:.0f} s, `quanttune
 
 
 def _time_cells(row: Any) -> tuple[str, str]:
+    if row is None:
+        return "", ""
     if row["seconds"] is None:
         return "refused", ""
     return f"{row['seconds']:.1f}", f"{row['error']:.3f}"

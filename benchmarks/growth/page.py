@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.markdown_table import table
 from quanttune.report.figure import Plain, svg
@@ -122,3 +123,4 @@ def _curve(
     axes.loglog(places, heights, label=label, color=color, linestyle=style, marker="o")
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
