@@ -241,7 +241,7 @@ A ViT-tiny (12 layers, 192 wide, random weights), 32 images of 224 pixels, W4A4;
 24 tokens, W6A6. Coverage linear, each on min-max, once, calibration included; {where}. Error:
 squared difference of the answers on these rows, relative to the float model's. MiniLM's take
 {whole:.0f} s together, a refit of it {measured["refit"]:.0f} s, `quanttune analyze minilm`
-{measured["analyze"]:.0f} s. Not here: searches of scales, and adaround on MiniLM, which take minutes each.
+{measured["analyze"]:.0f} s. Left out: searches of scales, and adaround on MiniLM, minutes each.
 
 {table(("", *heads), rows)}
 """
