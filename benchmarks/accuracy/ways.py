@@ -128,8 +128,9 @@ STAGES: dict[str, tuple[dict[str, Any], Callable[[nn.Module, Any], None]]] = {
     )
     for rate in (1e-4, 1e-3, 1e-2)
 } | {
-    f"{GROUPED}: requantized from 8 bits{name}": (
-        {"weight_bits": 8, **OF_GROUPS},
+    # of min-max the float weights are still there: it would be nearest rounding at 4 bits
+    f"{GROUPED}: gptq at 8 bits, requantized{name}": (
+        {"weight_bits": 8, **OF_GROUPS, "methods": ["gptq"]},
         partial(_requantized, **options),
     )
     for name, options in (("", {}), (", rows' sums kept", {"correct_weights": True}))
