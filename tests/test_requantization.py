@@ -231,16 +231,19 @@ def test_the_scales_of_an_exported_file_are_powers_of_two(tmp_path):
 # ------------------------------------------------------------------ sums of rows
 
 
+@pytest.mark.parametrize(
+    ("before", "changes"), [(3, {"power_of_two": True}), (8, {"weight_bits": 3})]
+)
 @pytest.mark.parametrize("weights", ["channel", 8])
-def test_corrected_weights_keep_the_sums_of_rows(weights):
+def test_corrected_weights_keep_the_sums_of_rows(weights, before, changes):
     torch.manual_seed(0)
     layer = nn.Linear(64, 16)
     layer.weight.data += 0.03
     rows, x = layer.weight.detach().double(), torch.randn(50, 64)
-    options = {"coverage": "weight_only", "weights": weights, "weight_bits": 3}
+    options = {"coverage": "weight_only", "weights": weights, "weight_bits": before}
     model = qt.quantize(nn.Sequential(layer), data=[x], **options)
-    plain = qt.requantize(copy.deepcopy(model), power_of_two=True)
-    qt.requantize(model, power_of_two=True, correct_weights=True)
+    plain = qt.requantize(copy.deepcopy(model), **changes)
+    qt.requantize(model, **changes, correct_weights=True)
     size = 64 if weights == "channel" else weights
     step = model[0].weight_quantizer.scale.double().view(16, -1, 1).expand(16, 64 // size, 1)
     off = [

@@ -57,7 +57,7 @@ def requantize(
             less.
         correct_weights: round the weights of Linear and Conv1D modules so that the sum of each row
             (or group) stays, which is what an input of equal channels meets: the codes nearest to
-            a tie go to the other side. It is for weights whose grid becomes another constant one.
+            a tie go to the other side. Grids of weights are constant from then on.
         example: inputs of the right shapes, such as random numbers, by which the norms are found
             that nothing but Linear modules read. They take what rounding a scale to a power of two
             changes, and the weights that read them give it back: those activations keep their
@@ -270,12 +270,10 @@ def _rows_with_scales(one: WeightQuantizer, weight: Tensor) -> Tensor:
 
 
 def _keep_sums(layer: Layer) -> None:
-    """Round a weight of constant grid so that the sums of its rows, or groups, change the least.
+    """Round a weight so that the sums of its rows, or groups, change the least.
 
-    They change by less than half a step, and no value by more than one.
+    They change by less than half a step, and no value by more than one. Its grid is constant then.
     """
-    if layer.quantizer.scale is None:
-        return
     rows = layer.rows
     grid = layer.grid(rows)
     steps = rows / grid.step
