@@ -27,7 +27,7 @@ from quanttune.demo import recipe
 from quanttune.environment import environment
 from quanttune.files import write_json
 from quanttune.quantization.methods import ERQ, METHODS
-from quanttune.quantization.running import main_output
+from quanttune.quantization.running import forward_batch, main_output
 
 IMAGES, BATCH = 32, 16
 BITS = {"vit": 4, "minilm": 6}
@@ -87,14 +87,10 @@ def _row(name: str, model: Any, data: list[Any], methods: list[Any]) -> dict[str
         seconds = _seconds(partial(qt.quantize, quantized, BITS[name], **options))
     except ValueError as refused:
         return {"seconds": None, "error": None, "refused": str(refused)}
-    pairs = [(_answer(quantized, x), _answer(model, x)) for x in data]
+    pairs = [[main_output(forward_batch(one, x)) for one in (quantized, model)] for x in data]
     lost = sum((found - exact).square().sum() for found, exact in pairs)
     whole = sum(exact.square().sum() for _, exact in pairs)
     return {"seconds": seconds, "error": (lost / whole).item()}
-
-
-def _answer(model: Any, batch: Any) -> Any:
-    return main_output(model(**batch) if isinstance(batch, dict) else model(batch))
 
 
 def _refit() -> None:

@@ -18,14 +18,8 @@ from typing import Any
 
 from benchmarks import arguments
 from benchmarks.growth.points import AXES, Point
-from benchmarks.kernels.observed_step import (
-    ALPHA,
-    MANY,
-    backward,
-    seconds_of,
-    step_times,
-)
-from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident, without_gaps
+from benchmarks.kernels.observed_step import ALPHA, MANY, backward, seconds_of, step_times
+from benchmarks.kernels.peak_memory import peak_above, without_gaps
 from benchmarks.provenance import commit
 from quanttune import attach, quantize
 from quanttune.environment import environment
@@ -102,7 +96,7 @@ def step_memory(point: Point, is_observed: bool, is_first: bool = False) -> floa
     if not is_first:
         backward(model, ids[:1, :8], tuner)
     model.zero_grad(set_to_none=True)
-    return _above(partial(backward, model, ids, tuner))
+    return peak_above(partial(backward, model, ids, tuner))
 
 
 def calibration_memory(point: Point, is_calibrated: bool) -> float:
@@ -110,8 +104,8 @@ def calibration_memory(point: Point, is_calibrated: bool) -> float:
     model, data = point.model().eval(), [point.batch()]
     forward_batches(model, [data[0][:1, :8]])
     if is_calibrated:
-        return _above(partial(quantize, model, coverage=COVERAGE, data=data))
-    return _above(partial(forward_batches, model, data))
+        return peak_above(partial(quantize, model, coverage=COVERAGE, data=data))
+    return peak_above(partial(forward_batches, model, data))
 
 
 KINDS: dict[str, Callable[[Point], Any]] = {
@@ -123,11 +117,6 @@ KINDS: dict[str, Callable[[Point], Any]] = {
     "times, step": point_times,
     "times, calibration": calibration_times,
 }
-
-
-def _above(call: Callable[[], object]) -> float:
-    before = resident(CURRENT)
-    return peak_of(call) - before
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from benchmarks import eager
-from benchmarks.kernels.peak_memory import CURRENT, peak_of, resident, without_gaps
+from benchmarks.kernels.peak_memory import peak_above, without_gaps
 from benchmarks.timing import medians
 from quanttune import attach
 from quanttune.demo.minilm import load_encoder, packaged_model
@@ -126,8 +126,7 @@ def _measure_memory() -> None:
     step, rows = Step(options.variant), _rows(options.samples, options.tokens)
     step.backward(*_rows(1, options.tokens))
     step.optimizer.zero_grad()
-    before = resident(CURRENT)
-    print(peak_of(partial(step.backward, *rows)) - before)
+    print(peak_above(partial(step.backward, *rows)))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def step_times(model: nn.Module, ids: Tensor, seconds: float) -> dict[str, float
         tuner.detach()
         return taken
 
-    return in_turns({"plain": plain, "observed": observed}, seconds)
+    return _in_turns({"plain": plain, "observed": observed}, seconds)
 
 
 def backward(model: nn.Module, ids: Tensor, tuner: Any) -> None:
@@ -70,7 +70,7 @@ def step(model: nn.Module, ids: Tensor, optimizer: Any, tuner: Any) -> None:
         tuner.step()
 
 
-def in_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+def _in_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
     """Return the median milliseconds of calls that return their seconds and take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

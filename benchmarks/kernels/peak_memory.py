@@ -28,3 +28,9 @@ def peak_of(step: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: man 5 proc
     step()
     return resident(PEAK)
+
+
+def peak_above(step: Callable[[], object]) -> float:
+    """Return the peak in a step above what was resident before it, in MiB."""
+    before = resident(CURRENT)
+    return peak_of(step) - before
